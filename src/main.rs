@@ -1,0 +1,2 @@
+//! The `mlnt` binary.
+fn main() {}
