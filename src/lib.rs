@@ -7,6 +7,11 @@
 #![warn(missing_docs)]
 
 pub mod data;
+pub mod device;
 pub mod error;
+pub mod model;
+pub mod ops;
+pub mod plan;
+pub mod tape;
 
 pub use error::{Error, Result};

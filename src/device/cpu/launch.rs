@@ -1,0 +1,173 @@
+//! From a launch of a plan to the kernel that runs it.
+#![allow(unsafe_code)]
+
+use super::conv::{self, Start};
+use super::elementwise::{self, Term};
+use super::memory::{Memory, View};
+use super::real::Real;
+use super::softmax::{Head, Target};
+use super::{batch_norm, pool};
+use crate::error::{Error, Result};
+use crate::ops::{Op, Operation};
+use crate::plan::{Args, Buffer, Launch, Place, Plan};
+use crate::tape::{DType, Meta};
+
+/// The memory of a run, visible to the threads of the pool.
+pub(super) struct Shared<'a, T>(pub Memory<'a, T>);
+
+// SAFETY: `run` is entered by one thread at a time, and gives its tasks slices that `check_aliasing` has found disjoint.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Shared<'_, T> {}
+
+/// Refuses a plan in which a launch would read what it writes, other than where the kernel works in place.
+///
+/// This is what makes the slices of [`run`] sound.
+///
+/// # Errors
+/// [`Error::Device`], naming the operation: a defect of the planner.
+pub(super) fn check_aliasing(plan: &Plan) -> Result<()> {
+    let span = |b: &Buffer| {
+        let len = b.meta.total(plan.branches);
+        let (space, from) = match b.place {
+            Place::Arena(at) => (if b.meta.dtype == DType::Real { (0, 0) } else { (1, 0) }, at),
+            Place::State(i) => ((2, i), 0),
+            Place::Input(i) => ((3, i), 0),
+        };
+        (space, from, from + len)
+    };
+    let overlap = |a: &Buffer, b: &Buffer| {
+        let ((sa, fa, ta), (sb, fb, tb)) = (span(a), span(b));
+        sa == sb && fa < tb && fb < ta
+    };
+    for launch in &plan.launches {
+        for args in &launch.args {
+            let buffers = |ids: &[usize]| -> Vec<Buffer> { ids.iter().map(|&b| plan.buffers[b]).collect() };
+            let (inputs, outputs) = (buffers(&args.inputs), buffers(&args.outputs));
+            for (o, out) in outputs.iter().enumerate() {
+                let other_output = outputs[..o].iter().any(|other| overlap(other, out));
+                let input = inputs.iter().enumerate().any(|(i, input)| {
+                    let whole = input.place == out.place && input.meta == out.meta;
+                    let in_place = match launch.op {
+                        Op::LinComb(_) => whole,
+                        Op::Conv(_) => whole && i == 2,
+                        _ => false,
+                    };
+                    overlap(input, out) && !in_place
+                });
+                let past_end = match out.place {
+                    Place::Arena(at) => {
+                        let arena = if out.meta.dtype == DType::Real { plan.arena_reals } else { plan.arena_indices };
+                        at + out.meta.total(plan.branches) > arena
+                    }
+                    Place::State(_) => false,
+                    Place::Input(_) => true,
+                };
+                if other_output || input || past_end {
+                    let what = format!("{}: result {o} ({}) is laid over something else", launch.op.name(), out.meta);
+                    return Err(Error::Device { device: "cpu".into(), what });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Elements of workspace the plan's launches need.
+pub(super) fn workspace<T>(plan: &Plan) -> usize {
+    let need = |launch: &Launch| match &launch.op {
+        Op::Conv(conv) => {
+            let args = &launch.args[0];
+            let metas: Vec<Meta> = args.inputs.iter().map(|&b| plan.buffers[b].meta).collect();
+            conv::workspace::<T>(conv, &metas, &plan.buffers[args.outputs[0]].meta, plan.branches)
+        }
+        _ => 0,
+    };
+    plan.launches.iter().map(need).max().unwrap_or(0)
+}
+
+/// Runs one launch of `plan` on the thread pool of the caller.
+pub(super) fn run<T: Real>(plan: &Plan, launch: &Launch, memory: &Shared<'_, T>, scalars: &[f64], work: &mut [T]) {
+    for args in &launch.args {
+        run_args(plan, &launch.op, args, &memory.0, scalars, work);
+    }
+}
+
+fn run_args<T: Real>(plan: &Plan, op: &Op, args: &Args, memory: &Memory<'_, T>, scalars: &[f64], work: &mut [T]) {
+    let input = |i: usize| &plan.buffers[args.inputs[i]];
+    let output = |i: usize| &plan.buffers[args.outputs[i]];
+    // SAFETY (all four): `check_aliasing` has found no overlap of a launch's results with one another or with its
+    // operands, except operands worked on in place, which are not turned into slices below.
+    let real = |i: usize| -> View<'_, T> { unsafe { memory.read(input(i)) } };
+    let index = |i: usize| unsafe { memory.read_indices(input(i)) };
+    let out = |i: usize| unsafe { memory.write(output(i)) };
+    let index_out = |i: usize| unsafe { memory.write_indices(output(i)) };
+
+    let channels = |meta: &Meta| meta.dims[1];
+    let branched = args.inputs.iter().any(|&b| plan.buffers[b].meta.per_branch);
+    let live = if branched { plan.branches } else { 1 };
+    // Branches that a shared first result sums over.
+    let sum_over = if output(0).meta.per_branch { 1 } else { live };
+    let head = |logits: &Meta| Head { samples: logits.dims[0], classes: logits.dims[1] };
+
+    match op {
+        Op::Conv(op) => {
+            let start = match args.inputs.len() {
+                2 => Start::Zero,
+                _ if input(2).place == output(0).place => Start::InPlace,
+                _ => Start::From(real(2)),
+            };
+            conv::run(op, plan.branches, real(0), real(1), start, out(0), work);
+        }
+        Op::BnForward(op) => {
+            let ins = [real(0), real(1), real(2)];
+            batch_norm::forward(op.relu, ins, [out(0), out(1), out(2)], channels(&input(0).meta));
+        }
+        Op::BnEval(op) => {
+            let ins = [real(0), real(1), real(2), real(3), real(4)];
+            batch_norm::eval(op.relu, ins, out(0), channels(&input(0).meta));
+        }
+        Op::BnBackward(op) => {
+            let ins = [real(0), real(1), real(2), real(3), real(4)];
+            let y = op.relu.then(|| real(5));
+            batch_norm::backward(plan.branches, ins, y, [out(0), out(1), out(2)], channels(&input(0).meta));
+        }
+        Op::BnDoubleBackward(op) => {
+            let ins = [real(0), real(1), real(2), real(3), real(4), real(5), real(6), real(7)];
+            let y = op.relu.then(|| real(8));
+            batch_norm::double_backward(plan.branches, ins, y, [out(0), out(1), out(2)], channels(&input(0).meta));
+        }
+        Op::Relu(_) => elementwise::relu(real(0), out(0)),
+        Op::Mask(_) => elementwise::mask(real(0), real(1), sum_over, out(0)),
+        Op::LinComb(op) => {
+            let term = |i: usize| match input(i).place == output(0).place {
+                true => Term::InPlace,
+                false => Term::Of(real(i)),
+            };
+            let coefs = op.coefs.iter().map(|c| T::of(c.value(scalars)));
+            let terms: Vec<_> = coefs.enumerate().map(|(i, c)| (c, term(i))).collect();
+            elementwise::lin_comb(&terms, sum_over, out(0));
+        }
+        Op::Fill(op) => {
+            // SAFETY: the launch has the result to itself.
+            unsafe { out(0).all() }.fill(T::of(op.value.value(scalars)));
+        }
+        Op::ChannelSum(_) => elementwise::channel_sum(real(0), sum_over, out(0)),
+        Op::ChannelBroadcast(_) => elementwise::channel_broadcast(real(0), sum_over, T::one(), out(0)),
+        Op::AvgPool(_) => pool::average(real(0), sum_over, out(0)),
+        Op::AvgPoolBackward(_) => pool::average_backward(real(0), sum_over, out(0)),
+        Op::MaxPoolIndex(op) => pool::max_index(&op.0, real(0), index_out(0)),
+        Op::PoolGather(op) => pool::gather(&op.0, real(0), index(1), sum_over, out(0)),
+        Op::PoolScatter(op) => pool::scatter(&op.0, real(0), index(1), sum_over, out(0)),
+        Op::Softmax(op) => head(&op.logits).softmax(real(0), out(0)),
+        Op::SoftmaxJvp(op) => head(&op.logits).jvp(real(0), real(1), [real(2), real(3)], live, out(0)),
+        Op::CeLoss(op) => head(&op.logits).loss(real(0), Target::Labels(index(1)), real(2), live, out(0)),
+        Op::CeGrad(op) => {
+            head(&op.logits).grad(real(0), Target::Labels(index(1)), [real(2), real(3)], live, out(0));
+        }
+        Op::KlLoss(op) => head(&op.logits).loss(real(0), Target::Probabilities(real(1)), real(2), live, out(0)),
+        Op::KlGrad(op) => {
+            head(&op.logits).grad(real(0), Target::Probabilities(real(1)), [real(2), real(3)], live, out(0));
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! The element types of the CPU device.
+
+use crate::device::{HostSlice, HostVec};
+
+/// `f32` or `f64`.
+pub trait Real:
+    num_traits::Float + num_traits::NumAssign + bytemuck::Pod + std::iter::Sum + Send + Sync + std::fmt::Debug
+{
+    /// Its name on the command line.
+    const NAME: &'static str;
+    /// Nearest value to `x`.
+    fn of(x: f64) -> Self;
+    /// Exact value of `self`.
+    fn f64(self) -> f64;
+    /// Values to hand to the host.
+    fn into_host(values: Vec<Self>) -> HostVec;
+    /// Values from the host; `None` for labels.
+    fn from_host(values: HostSlice<'_>) -> Option<Vec<Self>>;
+}
+
+macro_rules! real {
+    ($t:ty, $name:literal, $variant:ident) => {
+        impl Real for $t {
+            const NAME: &'static str = $name;
+            #[inline(always)]
+            fn of(x: f64) -> Self {
+                x as $t
+            }
+            #[inline(always)]
+            fn f64(self) -> f64 {
+                f64::from(self)
+            }
+            fn into_host(values: Vec<Self>) -> HostVec {
+                HostVec::$variant(values)
+            }
+            fn from_host(values: HostSlice<'_>) -> Option<Vec<Self>> {
+                match values {
+                    HostSlice::F32(v) => Some(v.iter().map(|x| *x as $t).collect()),
+                    HostSlice::F64(v) => Some(v.iter().map(|x| *x as $t).collect()),
+                    HostSlice::I32(_) => None,
+                }
+            }
+        }
+    };
+}
+
+real!(f32, "f32", F32);
+real!(f64, "f64", F64);

@@ -1,0 +1,107 @@
+//! Devices: they run plans and hold the memory that outlives a run.
+//!
+//! A device knows operations and places, neither tapes nor models. Activations cross its border in `[N, C, H, W]`
+//! order, whatever order it keeps them in.
+
+pub mod cpu;
+
+use crate::error::Result;
+use crate::plan::Plan;
+use crate::tape::Meta;
+
+/// Values on their way to a device. Reals are converted to the precision of the device.
+#[derive(Clone, Copy, Debug)]
+pub enum HostSlice<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Double precision.
+    F64(&'a [f64]),
+    /// Labels.
+    I32(&'a [i32]),
+}
+
+/// Values read from a device, in the precision in which it holds them.
+#[derive(Clone, Debug, PartialEq)]
+pub enum HostVec {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// Double precision.
+    F64(Vec<f64>),
+    /// Indices.
+    I32(Vec<i32>),
+}
+
+impl HostVec {
+    /// The values in double precision, which holds each of them exactly.
+    pub fn to_f64(&self) -> Vec<f64> {
+        match self {
+            HostVec::F32(v) => v.iter().map(|x| f64::from(*x)).collect(),
+            HostVec::F64(v) => v.clone(),
+            HostVec::I32(v) => v.iter().map(|x| f64::from(*x)).collect(),
+        }
+    }
+
+    /// The same values on their way back.
+    pub fn as_slice(&self) -> HostSlice<'_> {
+        match self {
+            HostVec::F32(v) => HostSlice::F32(v),
+            HostVec::F64(v) => HostSlice::F64(v),
+            HostVec::I32(v) => HostSlice::I32(v),
+        }
+    }
+}
+
+/// A plan loaded on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanId(pub(crate) usize);
+
+/// What every device does.
+///
+/// States are known by name and shared by all plans of a device; inputs belong to one plan. Outputs can be read
+/// until another plan runs.
+pub trait Device {
+    /// Its name in a sentence, e.g. `cpu (f32, 2 threads)`.
+    fn describe(&self) -> String;
+
+    /// Bytes of one real.
+    fn real_bytes(&self) -> usize;
+
+    /// Makes a plan ready: its memory, and zeros in the states that are new.
+    ///
+    /// # Errors
+    /// When a state exists with another shape, or memory is short.
+    fn load(&mut self, plan: Plan) -> Result<PlanId>;
+
+    /// Writes an input of a plan. Returns false for an input the plan does not use.
+    ///
+    /// # Errors
+    /// When the plan has no such input or the number or type of the values is wrong.
+    fn write_input(&mut self, plan: PlanId, name: &str, values: HostSlice<'_>) -> Result<bool>;
+
+    /// Runs a plan with one value per runtime scalar, in the order of [`Plan::scalars`].
+    ///
+    /// # Errors
+    /// When a launch fails or the number of scalars is wrong.
+    fn run(&mut self, plan: PlanId, scalars: &[f64]) -> Result<()>;
+
+    /// Reads an output of the plan that ran last; per-branch outputs come branch by branch.
+    ///
+    /// # Errors
+    /// When there is no such output or another plan has run since.
+    fn read_output(&self, plan: PlanId, name: &str) -> Result<HostVec>;
+
+    /// Names and shapes of all states, in order of creation.
+    fn states(&self) -> Vec<(String, Meta)>;
+
+    /// Writes a state.
+    ///
+    /// # Errors
+    /// When there is no such state or the number or type of the values is wrong.
+    fn write_state(&mut self, name: &str, values: HostSlice<'_>) -> Result<()>;
+
+    /// Reads a state.
+    ///
+    /// # Errors
+    /// When there is no such state.
+    fn read_state(&self, name: &str) -> Result<HostVec>;
+}

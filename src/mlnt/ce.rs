@@ -1,0 +1,82 @@
+//! Plain cross-entropy training and evaluation, on the same engine.
+
+use super::names::{StateKind, Tensors, complete, sgd, update_buffers};
+use crate::error::Result;
+use crate::model::{ModelSpec, Scope};
+use crate::tape::{Coef, Fan, Meta, Tape};
+
+/// A cross-entropy step: what decides its plan.
+#[derive(Clone, Debug)]
+pub struct CeSpec {
+    /// The network.
+    pub model: ModelSpec,
+    /// k, samples of a batch.
+    pub batch: usize,
+    /// Momentum of SGD.
+    pub momentum: f64,
+    /// Weight decay, added to the gradient of every parameter.
+    pub weight_decay: f64,
+}
+
+/// Images of a batch as an input of the plan.
+pub(super) fn images(tape: &mut Tape, model: &ModelSpec, batch: usize) -> Result<crate::tape::Tensor> {
+    let [h, w] = model.size;
+    tape.input("x", Meta::activation(batch, model.in_channels, h, w))
+}
+
+/// Records one SGD step on cross entropy for the network of `owner`.
+///
+/// Inputs `x`, `y`; scalar `lr`; output `class_loss`; states as the student's, prefixed with `owner`.
+///
+/// # Errors
+/// When the description is no network.
+pub fn record_ce_step(spec: &CeSpec, owner: &str) -> Result<Tape> {
+    spec.model.check()?;
+    let mut tape = Tape::new(1);
+    let x = images(&mut tape, &spec.model, spec.batch)?;
+    let y = tape.input("y", Meta::labels(spec.batch))?;
+    let params = Tensors::states(&mut tape, &spec.model, owner, StateKind::Param)?;
+    let velocity = Tensors::states(&mut tape, &spec.model, owner, StateKind::Momentum)?;
+    let buffers = Tensors::states(&mut tape, &spec.model, owner, StateKind::Buffer)?;
+
+    tape.set_phase("forward");
+    let mut scope = Scope::train(&params.by_name);
+    let out = spec.model.forward(&mut tape, &mut scope, x)?;
+    let updates = scope.bn_updates;
+    let weights = tape.fill(Meta::vector(spec.batch), Coef::constant(1.0 / spec.batch as f64))?;
+    let loss = tape.ce_loss(out.logits, y, weights)?;
+    tape.output("class_loss", loss);
+    tape.output("logits", out.logits);
+
+    tape.set_phase("backward");
+    let one = tape.fill(Meta::vector(1), Coef::ONE)?;
+    let grads = complete(tape.vjp(&[(loss, one)], &params.list(), Fan::Sum)?)?;
+
+    tape.set_phase("update");
+    update_buffers(&mut tape, &buffers, &updates)?;
+    let grads = params.with(grads);
+    let new = sgd(&mut tape, &params, &velocity, &grads, spec.momentum, spec.weight_decay)?;
+    params.assign(&mut tape, &new)?;
+    Ok(tape)
+}
+
+/// Records an evaluation of the network of `owner` with its running statistics.
+///
+/// Input `x`; outputs `probabilities` `[N, classes, 1, 1]` and `features` `[N, features, 1, 1]`.
+///
+/// # Errors
+/// When the description is no network.
+pub fn record_eval(model: &ModelSpec, batch: usize, owner: &str) -> Result<Tape> {
+    model.check()?;
+    let mut tape = Tape::new(1);
+    tape.set_phase("evaluation");
+    let x = images(&mut tape, model, batch)?;
+    let params = Tensors::states(&mut tape, model, owner, StateKind::Param)?;
+    let buffers = Tensors::states(&mut tape, model, owner, StateKind::Buffer)?;
+    let mut scope = Scope::eval(&params.by_name, &buffers.by_name);
+    let out = model.forward(&mut tape, &mut scope, x)?;
+    let p = tape.softmax(out.logits)?;
+    tape.output("probabilities", p);
+    tape.output("features", out.features);
+    Ok(tape)
+}

@@ -1,0 +1,12 @@
+//! The method: the training step as a tape, synthetic labels, and golden steps to check it against.
+
+mod ce;
+pub mod golden;
+mod names;
+mod step;
+mod synthetic;
+
+pub use ce::{CeSpec, record_ce_step, record_eval};
+pub use names::{StateKind, state_name};
+pub use step::{KlScale, Recipe, Report, StepScalars, StepSpec, record_step};
+pub use synthetic::Neighbours;

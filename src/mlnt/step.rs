@@ -1,0 +1,356 @@
+//! The MLNT training step as a tape. Section numbers and letters are those of `docs/method.md`.
+
+use super::ce::images;
+use super::names::{StateKind, Tensors, complete, sgd, update_buffers};
+use crate::error::Result;
+use crate::model::{BnUpdate, ModelSpec, ReluTrace, Scope};
+use crate::tape::{Coef, Fan, Meta, Tape, Tensor};
+
+/// How the meta-gradient and the classification gradient become an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recipe {
+    /// The paper's: θ ← θ − η ∇L_meta, then an SGD step on cross entropy at the new θ, then the teacher.
+    Sequential,
+    /// The released code's: the teacher first, then one SGD step on ∇CE + η ∇L_meta at the same θ.
+    Joint,
+}
+
+/// Divisor of the summed divergence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KlScale {
+    /// k.
+    BatchMean,
+    /// k · classes.
+    Mean,
+}
+
+/// What decides the plan of a step.
+#[derive(Clone, Debug)]
+pub struct StepSpec {
+    /// The network.
+    pub model: ModelSpec,
+    /// k, samples of a batch.
+    pub batch: usize,
+    /// M, sets of synthetic labels.
+    pub branches: usize,
+    /// Order of the updates.
+    pub recipe: Recipe,
+    /// Divisor of the divergence.
+    pub kl: KlScale,
+    /// α, length of the fast step.
+    pub alpha: f64,
+    /// Momentum of SGD.
+    pub momentum: f64,
+    /// Weight decay, added to the gradient of every parameter.
+    pub weight_decay: f64,
+    /// Whether a mentor is mixed into the target.
+    pub mentor: bool,
+    /// Drop the Hessian from the meta-gradient.
+    pub first_order: bool,
+}
+
+/// Numbers that change from step to step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepScalars {
+    /// β, learning rate of SGD.
+    pub lr: f64,
+    /// η, weight of the meta-gradient.
+    pub eta: f64,
+    /// γ, decay of the teacher.
+    pub gamma: f64,
+    /// λ, share of the teacher in the target; unused without a mentor.
+    pub lambda: f64,
+}
+
+impl StepScalars {
+    /// Values in the order of a plan's names.
+    pub fn in_order(&self, names: &[String]) -> Vec<f64> {
+        let value = |name: &String| match name.as_str() {
+            "lr" => self.lr,
+            "eta" => self.eta,
+            "gamma" => self.gamma,
+            "one_minus_gamma" => 1.0 - self.gamma,
+            "lambda" => self.lambda,
+            "one_minus_lambda" => 1.0 - self.lambda,
+            other => unreachable!("the step records no scalar {other}"),
+        };
+        names.iter().map(value).collect()
+    }
+}
+
+/// What the host can read after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// Losses only: training.
+    Losses,
+    /// Everything a golden step holds, and the result of every ReLU.
+    Everything,
+}
+
+/// Records one step.
+///
+/// Inputs: `x` images, `y` labels `[k]`, `y_syn` synthetic labels `[M, k]`, `class_weight` `[k]`: weights of the
+/// classification loss, `keep/Σkeep`. Scalars: [`StepScalars`]. States: the student's `param.*`, `momentum.*`,
+/// `buffer.*`, and `teacher.*`, `mentor.*`. Outputs: `class_loss`, `consistency` (J_m), `inner_loss`; with
+/// [`Report::Everything`] also `logits`, `target`, `inner_grad.*`, `meta_grad.*`, `meta_grad_first_order.*`, `relu.*`.
+///
+/// # Errors
+/// When the description is no network.
+pub fn record_step(spec: &StepSpec, report: Report) -> Result<Tape> {
+    spec.model.check()?;
+    let mut step = Step::new(spec, report)?;
+    let target = match spec.recipe {
+        Recipe::Joint => {
+            let student = step.student.clone();
+            let teacher = step.move_teacher(&student)?;
+            step.target(&teacher)?
+        }
+        Recipe::Sequential => {
+            let teacher = step.teacher.clone();
+            step.target(&teacher)?
+        }
+    };
+    let (fast, logits, updates) = step.inner()?;
+    match spec.recipe {
+        Recipe::Sequential => {
+            let pulls = step.consistency(&fast, target, Coef::ONE)?;
+            let meta = step.meta_gradient(&fast, &pulls, None)?;
+            if report == Report::Everything {
+                meta.output(&mut step.tape, "meta_grad");
+            }
+            step.update_sequential(&meta)?;
+        }
+        Recipe::Joint => {
+            let eta = step.tape.scalar("eta");
+            let pulls = step.consistency(&fast, target, eta)?;
+            step.tape.set_phase("A forward");
+            let class_loss = step.class_loss(logits)?;
+            let total = step.meta_gradient(&fast, &pulls, Some(class_loss))?;
+            step.update_joint(&total, &updates)?;
+        }
+    }
+    Ok(step.tape)
+}
+
+/// A step while it is recorded.
+struct Step<'a> {
+    spec: &'a StepSpec,
+    report: Report,
+    tape: Tape,
+    x: Tensor,
+    student: Tensors,
+    teacher: Tensors,
+    velocity: Tensors,
+    buffers: Tensors,
+}
+
+/// Fast weights and what they came from.
+struct Fast {
+    weights: Tensors,
+    inner_grads: Tensors,
+}
+
+impl<'a> Step<'a> {
+    fn new(spec: &'a StepSpec, report: Report) -> Result<Self> {
+        let mut tape = Tape::new(spec.branches);
+        let x = images(&mut tape, &spec.model, spec.batch)?;
+        let student = Tensors::states(&mut tape, &spec.model, "", StateKind::Param)?;
+        let velocity = Tensors::states(&mut tape, &spec.model, "", StateKind::Momentum)?;
+        let buffers = Tensors::states(&mut tape, &spec.model, "", StateKind::Buffer)?;
+        let teacher = Tensors::states(&mut tape, &spec.model, "teacher.", StateKind::Param)?;
+        Ok(Step { spec, report, tape, x, student, teacher, velocity, buffers })
+    }
+
+    fn everything(&self) -> bool {
+        self.report == Report::Everything
+    }
+
+    fn trace(&mut self, pass: &str, relus: &[ReluTrace]) {
+        if self.everything() {
+            relus.iter().for_each(|r| self.tape.output(format!("relu.{pass}.{}", r.name), r.y));
+        }
+    }
+
+    /// θ̃ ← γ θ̃ + (1−γ) θ; returns the new teacher.
+    fn move_teacher(&mut self, student: &Tensors) -> Result<Tensors> {
+        self.tape.set_phase("update");
+        let (gamma, rest) = (self.tape.scalar("gamma"), self.tape.scalar("one_minus_gamma"));
+        let new = Tensors::lin_comb(&mut self.tape, &[(gamma, &self.teacher), (rest, student)])?;
+        self.teacher.assign(&mut self.tape, &new)?;
+        Ok(new)
+    }
+
+    /// T: the consistency target, from the teacher with batch statistics and the mentor with running ones.
+    fn target(&mut self, teacher: &Tensors) -> Result<Tensor> {
+        let tape = &mut self.tape;
+        tape.set_phase("T teacher");
+        let model = &self.spec.model;
+        let buffers = Tensors::states(tape, model, "teacher.", StateKind::Buffer)?;
+        let mut scope = Scope::train(&teacher.by_name);
+        let out = model.forward(tape, &mut scope, self.x)?;
+        let (updates, relus) = (scope.bn_updates, scope.relus);
+        update_buffers(tape, &buffers, &updates)?;
+        let mut target = tape.softmax(out.logits)?;
+        if self.spec.mentor {
+            let params = Tensors::states(tape, model, "mentor.", StateKind::Param)?;
+            let buffers = Tensors::states(tape, model, "mentor.", StateKind::Buffer)?;
+            let mut scope = Scope::eval(&params.by_name, &buffers.by_name);
+            let out = model.forward(tape, &mut scope, self.x)?;
+            let mentor = tape.softmax(out.logits)?;
+            let (lambda, rest) = (tape.scalar("lambda"), tape.scalar("one_minus_lambda"));
+            target = tape.lin_comb(&[(lambda, target), (rest, mentor)])?;
+        }
+        self.trace("teacher", &relus);
+        if self.everything() {
+            self.tape.output("target", target);
+        }
+        Ok(target)
+    }
+
+    /// A and B: the shared forward at θ, the M inner gradients, the fast weights θ_m = θ − α g_m.
+    fn inner(&mut self) -> Result<(Fast, Tensor, Vec<BnUpdate>)> {
+        let (k, tape) = (self.spec.batch, &mut self.tape);
+        tape.set_phase("A forward");
+        let mut scope = Scope::train(&self.student.by_name);
+        let out = self.spec.model.forward(tape, &mut scope, self.x)?;
+        let (updates, relus) = (scope.bn_updates, scope.relus);
+        let y_syn = tape.input("y_syn", Meta::labels(k).branched())?;
+        let weights = tape.fill(Meta::vector(k), Coef::constant(1.0 / k as f64))?;
+        let losses = tape.ce_loss(out.logits, y_syn, weights)?;
+        tape.output("inner_loss", losses);
+
+        tape.set_phase("B inner gradients");
+        let one = tape.fill(Meta::vector(1), Coef::ONE)?;
+        let grads = complete(tape.vjp(&[(losses, one)], &self.student.list(), Fan::Keep)?)?;
+        let inner_grads = self.student.with(grads);
+        tape.set_phase("fast weights");
+        let alpha = Coef::constant(-self.spec.alpha);
+        let weights = Tensors::lin_comb(tape, &[(Coef::ONE, &self.student), (alpha, &inner_grads)])?;
+        self.trace("student", &relus);
+        if self.everything() {
+            self.tape.output("logits", out.logits);
+            inner_grads.output(&mut self.tape, "inner_grad");
+        }
+        Ok((Fast { weights, inner_grads }, out.logits, updates))
+    }
+
+    /// C and D: the divergences J_m at the fast weights and their gradients `scale/M · ∇J_m(θ_m)`.
+    fn consistency(&mut self, fast: &Fast, target: Tensor, scale: Coef) -> Result<Tensors> {
+        let (k, m) = (self.spec.batch, self.spec.branches as f64);
+        self.tape.set_phase("C fast forward");
+        let mut scope = Scope::train(&fast.weights.by_name);
+        let out = self.spec.model.forward(&mut self.tape, &mut scope, self.x)?;
+        let relus = scope.relus;
+        self.trace("fast", &relus);
+        let divisor = match self.spec.kl {
+            KlScale::BatchMean => k as f64,
+            KlScale::Mean => (k * self.spec.model.classes) as f64,
+        };
+        let weights = self.tape.fill(Meta::vector(k), Coef::constant(1.0 / divisor))?;
+        let losses = self.tape.kl_loss(out.logits, target, weights)?;
+        self.tape.output("consistency", losses);
+
+        let wrt = fast.weights.list();
+        if self.everything() && scale != Coef::ONE {
+            // The plain meta-gradient beside the one that training uses, which carries η.
+            self.tape.set_phase("report");
+            let seed = self.tape.fill(Meta::vector(1), Coef::constant(1.0 / m))?;
+            let pulls = fast.weights.with(complete(self.tape.vjp(&[(losses, seed)], &wrt, Fan::Sum)?)?);
+            self.report_first_order(&pulls)?;
+            let meta = self.exact(fast, &pulls, None)?;
+            meta.output(&mut self.tape, "meta_grad");
+        }
+        self.tape.set_phase("D fast backward");
+        let seed = self.tape.fill(Meta::vector(1), scale.times(1.0 / m))?;
+        let pulls = fast.weights.with(complete(self.tape.vjp(&[(losses, seed)], &wrt, Fan::Sum)?)?);
+        if self.everything() && scale == Coef::ONE {
+            self.report_first_order(&pulls)?;
+        }
+        Ok(pulls)
+    }
+
+    fn report_first_order(&mut self, pulls: &Tensors) -> Result<()> {
+        self.first_order(pulls)?.output(&mut self.tape, "meta_grad_first_order");
+        Ok(())
+    }
+
+    /// `Σ_m v_m`.
+    fn first_order(&mut self, pulls: &Tensors) -> Result<Tensors> {
+        let sums: Result<Vec<Tensor>> =
+            pulls.list().into_iter().map(|t| self.tape.scaled_sum_branches(Coef::ONE, t)).collect();
+        Ok(pulls.with(sums?))
+    }
+
+    /// `Σ_m (I − α H_m) v_m [+ ∇ class loss]` by differentiating the record of A and B.
+    fn exact(&mut self, fast: &Fast, pulls: &Tensors, class_loss: Option<Tensor>) -> Result<Tensors> {
+        let mut seeds: Vec<(Tensor, Tensor)> = fast.weights.list().into_iter().zip(pulls.list()).collect();
+        if let Some(loss) = class_loss {
+            seeds.push((loss, self.tape.fill(Meta::vector(1), Coef::ONE)?));
+        }
+        let grads = self.tape.vjp(&seeds, &self.student.list(), Fan::Sum)?;
+        Ok(self.student.with(complete(grads)?))
+    }
+
+    /// E: the gradient of the update, exact or first order, with the classification gradient riding along.
+    fn meta_gradient(&mut self, fast: &Fast, pulls: &Tensors, class_loss: Option<Tensor>) -> Result<Tensors> {
+        debug_assert_eq!(fast.inner_grads.names, pulls.names);
+        self.tape.set_phase("E meta-gradient");
+        if !self.spec.first_order {
+            let from = self.tape.nodes().len();
+            let grads = self.exact(fast, pulls, class_loss)?;
+            self.tape.rename_shared_phase(from, "E3 shared chain");
+            return Ok(grads);
+        }
+        let sums = self.first_order(pulls)?;
+        let Some(loss) = class_loss else { return Ok(sums) };
+        self.tape.set_phase("classification");
+        let grads = self.class_gradient(loss, &self.student.clone())?;
+        self.tape.set_phase("update");
+        Tensors::lin_comb(&mut self.tape, &[(Coef::ONE, &grads), (Coef::ONE, &sums)])
+    }
+
+    fn class_loss(&mut self, logits: Tensor) -> Result<Tensor> {
+        let k = self.spec.batch;
+        let y = self.tape.input("y", Meta::labels(k))?;
+        let weights = self.tape.input("class_weight", Meta::vector(k))?;
+        let loss = self.tape.ce_loss(logits, y, weights)?;
+        self.tape.output("class_loss", loss);
+        Ok(loss)
+    }
+
+    fn class_gradient(&mut self, loss: Tensor, wrt: &Tensors) -> Result<Tensors> {
+        let one = self.tape.fill(Meta::vector(1), Coef::ONE)?;
+        Ok(wrt.with(complete(self.tape.vjp(&[(loss, one)], &wrt.list(), Fan::Sum)?)?))
+    }
+
+    fn update_sequential(&mut self, meta: &Tensors) -> Result<()> {
+        self.tape.set_phase("update");
+        let eta = self.tape.scalar("eta");
+        let moved = Tensors::lin_comb(&mut self.tape, &[(Coef::ONE, &self.student), (eta.times(-1.0), meta)])?;
+        self.tape.set_phase("classification");
+        let mut scope = Scope::train(&moved.by_name);
+        let out = self.spec.model.forward(&mut self.tape, &mut scope, self.x)?;
+        let (updates, relus) = (scope.bn_updates, scope.relus);
+        self.trace("classification", &relus);
+        let loss = self.class_loss(out.logits)?;
+        let grads = self.class_gradient(loss, &moved)?;
+        self.tape.set_phase("update");
+        update_buffers(&mut self.tape, &self.buffers, &updates)?;
+        let new = self.sgd(&moved, &grads)?;
+        self.student.assign(&mut self.tape, &new)?;
+        self.move_teacher(&new)?;
+        Ok(())
+    }
+
+    fn update_joint(&mut self, total: &Tensors, updates: &[BnUpdate]) -> Result<()> {
+        self.tape.set_phase("update");
+        update_buffers(&mut self.tape, &self.buffers, updates)?;
+        let student = self.student.clone();
+        let new = self.sgd(&student, total)?;
+        self.student.assign(&mut self.tape, &new)
+    }
+
+    fn sgd(&mut self, params: &Tensors, grads: &Tensors) -> Result<Tensors> {
+        sgd(&mut self.tape, params, &self.velocity, grads, self.spec.momentum, self.spec.weight_decay)
+    }
+}

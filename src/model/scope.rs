@@ -1,0 +1,121 @@
+//! What a forward pass is recorded with: parameters by name, and the kind of batch norm.
+
+use crate::error::{Error, Result};
+use crate::tape::{Tape, Tensor};
+use std::collections::HashMap;
+
+/// Which statistics batch norm uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Those of the batch.
+    Train,
+    /// The running ones.
+    Eval,
+}
+
+/// Batch statistics of one batch norm, for the running averages.
+#[derive(Clone, Debug)]
+pub struct BnUpdate {
+    /// The batch norm's name.
+    pub name: String,
+    /// Batch mean per channel.
+    pub mean: Tensor,
+    /// Biased batch variance per channel.
+    pub var: Tensor,
+    /// Values per channel that went into them, for the unbiased variance.
+    pub count: usize,
+}
+
+/// Result of a ReLU, for comparing the masks of two runs.
+#[derive(Clone, Debug)]
+pub struct ReluTrace {
+    /// Name of the layer in front of it.
+    pub name: String,
+    /// What it returned; the mask is where it is positive.
+    pub y: Tensor,
+}
+
+/// Result of a forward pass.
+#[derive(Clone, Debug)]
+pub struct Forward {
+    /// `[N, classes, 1, 1]`
+    pub logits: Tensor,
+    /// Pooled features `[N, features, 1, 1]`.
+    pub features: Tensor,
+}
+
+/// Parameters by name and the kind of batch norm of one forward pass; collects what the pass leaves behind.
+pub struct Scope<'a> {
+    params: &'a HashMap<String, Tensor>,
+    buffers: Option<&'a HashMap<String, Tensor>>,
+    /// Statistics of the batch norms passed, in order (training mode).
+    pub bn_updates: Vec<BnUpdate>,
+    /// Results of the ReLUs passed, in order.
+    pub relus: Vec<ReluTrace>,
+}
+
+impl<'a> Scope<'a> {
+    /// A pass with batch statistics.
+    pub fn train(params: &'a HashMap<String, Tensor>) -> Self {
+        Scope { params, buffers: None, bn_updates: Vec::new(), relus: Vec::new() }
+    }
+
+    /// A pass with running statistics `buffers`, by names like `bn.running_mean`.
+    pub fn eval(params: &'a HashMap<String, Tensor>, buffers: &'a HashMap<String, Tensor>) -> Self {
+        Scope { buffers: Some(buffers), ..Scope::train(params) }
+    }
+
+    /// The kind of batch norm.
+    pub fn mode(&self) -> Mode {
+        if self.buffers.is_some() { Mode::Eval } else { Mode::Train }
+    }
+
+    fn find(map: &HashMap<String, Tensor>, name: &str) -> Result<Tensor> {
+        map.get(name).copied().ok_or_else(|| Error::shape("model", format!("no tensor named {name}")))
+    }
+
+    fn param(&self, name: &str) -> Result<Tensor> {
+        Self::find(self.params, name)
+    }
+
+    /// Convolution with `{name}.weight`, padded so that stride 1 keeps the size.
+    pub(super) fn conv(&mut self, tape: &mut Tape, name: &str, x: Tensor, stride: usize) -> Result<Tensor> {
+        let w = self.param(&format!("{name}.weight"))?;
+        let pad = tape.meta(w).dims[2] / 2;
+        tape.conv2d(x, w, stride, pad)
+    }
+
+    /// Batch norm with `{name}.weight` and `{name}.bias`.
+    pub(super) fn bn(&mut self, tape: &mut Tape, name: &str, x: Tensor) -> Result<Tensor> {
+        let (g, b) = (self.param(&format!("{name}.weight"))?, self.param(&format!("{name}.bias"))?);
+        match self.buffers {
+            Some(buffers) => {
+                let mean = Self::find(buffers, &format!("{name}.running_mean"))?;
+                let var = Self::find(buffers, &format!("{name}.running_var"))?;
+                tape.batch_norm_eval(x, g, b, mean, var)
+            }
+            None => {
+                let out = tape.batch_norm(x, g, b)?;
+                let [n, _, h, w] = tape.meta(x).dims;
+                let update = BnUpdate { name: name.to_string(), mean: out.mean, var: out.var, count: n * h * w };
+                self.bn_updates.push(update);
+                Ok(out.y)
+            }
+        }
+    }
+
+    /// ReLU after the layer `name`.
+    pub(super) fn relu(&mut self, tape: &mut Tape, name: &str, x: Tensor) -> Result<Tensor> {
+        let y = tape.relu(x)?;
+        self.relus.push(ReluTrace { name: name.to_string(), y });
+        Ok(y)
+    }
+
+    /// Global average pooling and the linear layer `name`.
+    pub(super) fn head(&mut self, tape: &mut Tape, name: &str, x: Tensor) -> Result<Forward> {
+        let features = tape.avg_pool(x)?;
+        let logits = self.conv(tape, name, features, 1)?;
+        let bias = self.param(&format!("{name}.bias"))?;
+        Ok(Forward { logits: tape.add_bias(logits, bias)?, features })
+    }
+}

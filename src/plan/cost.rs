@@ -1,0 +1,76 @@
+//! What a plan costs, without running it.
+
+use super::{Launch, Plan};
+use crate::ops::Operation;
+use crate::tape::{DType, Meta};
+use serde::Serialize;
+
+/// Work of one phase.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PhaseCost {
+    /// Name of the phase.
+    pub phase: String,
+    /// Floating-point operations.
+    pub flops: u64,
+    /// Launches.
+    pub launches: usize,
+    /// Bytes read and written when every operand is read once and every result written once.
+    pub bytes_moved: u64,
+}
+
+/// Work of a plan, by phase in order of first appearance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Cost {
+    /// The phases.
+    pub phases: Vec<PhaseCost>,
+}
+
+impl Cost {
+    /// Floating-point operations of the whole plan.
+    pub fn flops(&self) -> u64 {
+        self.phases.iter().map(|p| p.flops).sum()
+    }
+    /// Launches of the whole plan.
+    pub fn launches(&self) -> usize {
+        self.phases.iter().map(|p| p.launches).sum()
+    }
+    /// Bytes read and written by the whole plan.
+    pub fn bytes_moved(&self) -> u64 {
+        self.phases.iter().map(|p| p.bytes_moved).sum()
+    }
+}
+
+impl Plan {
+    /// Counts the plan's work; `real_bytes` is the size of a real.
+    pub fn cost(&self, real_bytes: usize) -> Cost {
+        let mut cost = Cost::default();
+        for launch in &self.launches {
+            let (flops, bytes) = self.launch_cost(launch, real_bytes);
+            let at = cost.phases.iter().position(|p| p.phase == launch.phase).unwrap_or_else(|| {
+                cost.phases.push(PhaseCost { phase: launch.phase.to_string(), ..PhaseCost::default() });
+                cost.phases.len() - 1
+            });
+            let phase = &mut cost.phases[at];
+            phase.flops += flops;
+            phase.launches += 1;
+            phase.bytes_moved += bytes;
+        }
+        cost
+    }
+
+    /// FLOPs and bytes of one launch.
+    pub fn launch_cost(&self, launch: &Launch, real_bytes: usize) -> (u64, u64) {
+        let (mut flops, mut bytes) = (0, 0);
+        for args in &launch.args {
+            let metas = |ids: &[usize]| -> Vec<Meta> { ids.iter().map(|&b| self.buffers[b].meta).collect() };
+            let (inputs, outputs) = (metas(&args.inputs), metas(&args.outputs));
+            flops += launch.op.flops(&inputs, &outputs, self.branches);
+            bytes += inputs
+                .iter()
+                .chain(&outputs)
+                .map(|m| (m.total(self.branches) * if m.dtype == DType::Real { real_bytes } else { 4 }) as u64)
+                .sum::<u64>();
+        }
+        (flops, bytes)
+    }
+}

@@ -1,0 +1,140 @@
+//! The planner's working copy of a tape: nodes that passes rewrite, and who uses what.
+
+use crate::error::Result;
+use crate::ops::{LinComb, Op, Operation};
+use crate::tape::{Coef, Meta, Named, Node, Source, Tape, Tensor};
+
+/// Nodes in execution order with the tensors they pass along.
+pub(super) struct Graph {
+    pub branches: usize,
+    pub metas: Vec<Meta>,
+    pub sources: Vec<Source>,
+    pub nodes: Vec<Node>,
+    pub states: Vec<Named>,
+    pub inputs: Vec<Named>,
+    pub outputs: Vec<Named>,
+    pub scalars: Vec<String>,
+    /// `(state, value)`: tensors whose content becomes a state's at the end of the run.
+    pub assigns: Vec<(u32, Tensor)>,
+}
+
+impl Graph {
+    pub fn new(tape: &Tape) -> Self {
+        let mut graph = Graph {
+            branches: tape.branches(),
+            metas: tape.metas.clone(),
+            sources: tape.sources.clone(),
+            nodes: tape.nodes.clone(),
+            states: tape.states.clone(),
+            inputs: tape.inputs.clone(),
+            outputs: tape.outputs.clone(),
+            scalars: tape.scalars.clone(),
+            assigns: tape.assigns.clone(),
+        };
+        graph.remove_dead();
+        graph
+    }
+
+    /// Keeps the nodes that an output or an assignment needs.
+    pub fn remove_dead(&mut self) {
+        let mut live = vec![false; self.metas.len()];
+        for t in self.outputs.iter().map(|n| n.tensor).chain(self.assigns.iter().map(|a| a.1)) {
+            live[t.index()] = true;
+        }
+        let mut keep = vec![false; self.nodes.len()];
+        for (n, node) in self.nodes.iter().enumerate().rev() {
+            if node.outputs.iter().any(|t| live[t.index()]) {
+                keep[n] = true;
+                node.inputs.iter().for_each(|t| live[t.index()] = true);
+            }
+        }
+        let mut kept = keep.into_iter();
+        self.nodes.retain(|_| kept.next() == Some(true));
+    }
+
+    /// For every tensor the positions `(node, operand)` where it is read.
+    pub fn uses(&self) -> Vec<Vec<(usize, usize)>> {
+        let mut uses = vec![Vec::new(); self.metas.len()];
+        for (n, node) in self.nodes.iter().enumerate() {
+            for (i, t) in node.inputs.iter().enumerate() {
+                uses[t.index()].push((n, i));
+            }
+        }
+        uses
+    }
+
+    /// For every tensor the node that makes it.
+    pub fn producers(&self) -> Vec<Option<usize>> {
+        let mut producer = vec![None; self.metas.len()];
+        for (n, node) in self.nodes.iter().enumerate() {
+            node.outputs.iter().for_each(|t| producer[t.index()] = Some(n));
+        }
+        producer
+    }
+
+    /// For every tensor whether it must survive the run.
+    pub fn escapes(&self) -> Vec<bool> {
+        let mut escapes = vec![false; self.metas.len()];
+        for t in self.outputs.iter().map(|n| n.tensor).chain(self.assigns.iter().map(|a| a.1)) {
+            escapes[t.index()] = true;
+        }
+        escapes
+    }
+
+    /// A new tensor.
+    pub fn tensor(&mut self, meta: Meta) -> Tensor {
+        self.metas.push(meta);
+        self.sources.push(Source::Node(u32::MAX));
+        Tensor(self.metas.len() as u32 - 1)
+    }
+
+    /// True when tensor `value` may be written straight into `state`: it is made by a linear combination (which
+    /// works in place) or by something that does not read the state, after every other reader, and nothing else
+    /// claims it.
+    fn writes_through(&self, state: Tensor, value: Tensor, uses: &[Vec<(usize, usize)>]) -> bool {
+        let Some(n) = self.nodes.iter().position(|node| node.outputs.contains(&value)) else { return false };
+        let claims = self.assigns.iter().filter(|a| a.1 == value).count();
+        let read_as_output = self.outputs.iter().any(|o| o.tensor == state);
+        let in_place = matches!(self.nodes[n].op, Op::LinComb(_));
+        let readers_done = uses[state.index()].iter().all(|(u, _)| *u < n || (*u == n && in_place));
+        claims == 1 && !read_as_output && readers_done
+    }
+
+    /// Ends the run with copies of those new state values that cannot be written straight into the state.
+    pub fn copy_pending_assigns(&mut self) {
+        let uses = self.uses();
+        for i in 0..self.assigns.len() {
+            let (id, value) = self.assigns[i];
+            let state = self.states[id as usize].tensor;
+            if self.writes_through(state, value, &uses) {
+                continue;
+            }
+            let copy = self.tensor(self.metas[value.index()]);
+            self.nodes.push(Node {
+                op: LinComb { coefs: vec![Coef::ONE] }.into(),
+                inputs: vec![value],
+                outputs: vec![copy],
+                phase: "state",
+            });
+            self.assigns[i].1 = copy;
+        }
+    }
+
+    /// Runs every operation's shape rule again, so that a broken pass cannot go unnoticed.
+    pub fn check(&self) -> Result<()> {
+        for node in &self.nodes {
+            let metas: Vec<Meta> = node.inputs.iter().map(|t| self.metas[t.index()]).collect();
+            let outs = node.op.infer(&metas)?;
+            let fits = |(o, t): (&Meta, &Tensor)| o.same_shape(&self.metas[t.index()]);
+            if outs.len() != node.outputs.len() || !outs.iter().zip(&node.outputs).all(fits) {
+                return Err(crate::Error::shape(node.op.name(), "a planner pass changed the shape of a result"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every node a launch of its own.
+    pub fn one_by_one(&self) -> Vec<Vec<usize>> {
+        (0..self.nodes.len()).map(|n| vec![n]).collect()
+    }
+}

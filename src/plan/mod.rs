@@ -1,0 +1,185 @@
+//! From a finished tape to a list of launches: dead code removed, operations fused, memory laid out by lifetime.
+//!
+//! A plan is built once per shape and allocates nothing itself; it can describe a step far larger than this machine.
+
+mod arena;
+mod cost;
+mod fuse;
+mod graph;
+
+pub use cost::{Cost, PhaseCost};
+
+use crate::error::Result;
+use crate::ops::Op;
+use crate::tape::{Meta, Tape, Tensor};
+use graph::Graph;
+
+/// How to build a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanOptions {
+    /// Fuse operations; without it every recorded operation is a launch of its own (the reference for the fusions).
+    pub fuse: bool,
+}
+
+impl Default for PlanOptions {
+    fn default() -> Self {
+        PlanOptions { fuse: true }
+    }
+}
+
+/// Where a buffer lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// In the arena of its element type, from this element on.
+    Arena(usize),
+    /// In the device memory of this state: index into [`Plan::states`].
+    State(usize),
+    /// In the memory of this input: index into [`Plan::inputs`].
+    Input(usize),
+}
+
+/// A tensor of the plan: what it is and where it lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Shape, kind, element type, branching.
+    pub meta: Meta,
+    /// Where it lives. Two buffers alive at the same time share a place only where an operation works in place.
+    pub place: Place,
+}
+
+/// Operands and results of one execution of an operation: indices into [`Plan::buffers`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Args {
+    /// Operands.
+    pub inputs: Vec<usize>,
+    /// Results.
+    pub outputs: Vec<usize>,
+}
+
+/// One launch: an operation on one set of operands, or on several independent ones.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// What is computed.
+    pub op: Op,
+    /// The operand sets; only linear combinations have more than one.
+    pub args: Vec<Args>,
+    /// The phase of the step.
+    pub phase: &'static str,
+}
+
+/// A named buffer.
+#[derive(Clone, Debug)]
+pub struct Port {
+    /// Name given on the tape.
+    pub name: String,
+    /// Shape, kind, element type, branching.
+    pub meta: Meta,
+    /// Index into [`Plan::buffers`]; `None` for a state or input that the plan neither reads nor writes.
+    pub buffer: Option<usize>,
+}
+
+/// A plan. See the [module documentation](self).
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// M, the number of tensors a per-branch buffer holds.
+    pub branches: usize,
+    /// All tensors.
+    pub buffers: Vec<Buffer>,
+    /// The work, in order.
+    pub launches: Vec<Launch>,
+    /// Memory that outlives a run.
+    pub states: Vec<Port>,
+    /// Memory the host writes before a run.
+    pub inputs: Vec<Port>,
+    /// Names of the numbers given anew at every run.
+    pub scalars: Vec<String>,
+    /// Tensors the host may read after a run.
+    pub outputs: Vec<Port>,
+    /// Size of the arena of reals, in elements.
+    pub arena_reals: usize,
+    /// Size of the arena of indices, in elements.
+    pub arena_indices: usize,
+}
+
+impl Plan {
+    /// Builds the plan of everything that the tape's outputs and assignments need.
+    ///
+    /// # Errors
+    /// When a fused operation does not accept its operands: a defect of a planner pass.
+    pub fn build(tape: &Tape, options: &PlanOptions) -> Result<Plan> {
+        let mut graph = Graph::new(tape);
+        if options.fuse {
+            fuse::batch_norm_relu(&mut graph);
+            fuse::accumulate(&mut graph);
+        }
+        graph.remove_dead();
+        graph.copy_pending_assigns();
+        graph.check()?;
+        let groups = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
+        Ok(assemble(graph, groups))
+    }
+
+    /// Bytes of both arenas when a real takes `real_bytes`.
+    pub fn arena_bytes(&self, real_bytes: usize) -> usize {
+        self.arena_reals * real_bytes + self.arena_indices * 4
+    }
+
+    /// Bytes of the states when a real takes `real_bytes`.
+    pub fn state_bytes(&self, real_bytes: usize) -> usize {
+        self.states.iter().map(|s| s.meta.total(self.branches) * real_bytes).sum()
+    }
+
+    /// The buffer of `name` among the outputs.
+    pub fn output(&self, name: &str) -> Option<&Port> {
+        self.outputs.iter().find(|p| p.name == name)
+    }
+}
+
+fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
+    let layout = arena::lay_out(&graph, &groups);
+    let mut index = vec![None; graph.metas.len()];
+    let mut buffers = Vec::new();
+    let mut buffer_of = |t: Tensor| {
+        *index[t.index()].get_or_insert_with(|| {
+            buffers.push(Buffer { meta: graph.metas[t.index()], place: layout.places[t.index()] });
+            buffers.len() - 1
+        })
+    };
+    let launches = groups
+        .iter()
+        .map(|group| {
+            let first = &graph.nodes[group[0]];
+            let args = group
+                .iter()
+                .map(|&n| Args {
+                    inputs: graph.nodes[n].inputs.iter().map(|t| buffer_of(*t)).collect(),
+                    outputs: graph.nodes[n].outputs.iter().map(|t| buffer_of(*t)).collect(),
+                })
+                .collect();
+            Launch { op: first.op.clone(), args, phase: first.phase }
+        })
+        .collect();
+    let mut ports = |named: &[crate::tape::Named], force: bool| -> Vec<Port> {
+        named
+            .iter()
+            .map(|n| {
+                let used = force || layout.used[n.tensor.index()];
+                let meta = graph.metas[n.tensor.index()];
+                Port { name: n.name.clone(), meta, buffer: used.then(|| buffer_of(n.tensor)) }
+            })
+            .collect()
+    };
+    let (states, inputs, outputs) =
+        (ports(&graph.states, false), ports(&graph.inputs, false), ports(&graph.outputs, true));
+    Plan {
+        branches: graph.branches,
+        buffers,
+        launches,
+        states,
+        inputs,
+        scalars: graph.scalars,
+        outputs,
+        arena_reals: layout.reals,
+        arena_indices: layout.indices,
+    }
+}
