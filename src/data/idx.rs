@@ -25,8 +25,12 @@ const FASHION: [&str; CLASSES] =
     ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"];
 
 /// The four parts of the set, in the order of [`Files`].
-const PARTS: [(&str, &str); 4] =
-    [("train-images", "idx3-ubyte"), ("train-labels", "idx1-ubyte"), ("t10k-images", "idx3-ubyte"), ("t10k-labels", "idx1-ubyte")];
+const PARTS: [(&str, &str); 4] = [
+    ("train-images", "idx3-ubyte"),
+    ("train-labels", "idx1-ubyte"),
+    ("t10k-images", "idx3-ubyte"),
+    ("t10k-labels", "idx1-ubyte"),
+];
 
 /// The four files of a data set; each may be plain or gzip, told by its first bytes.
 #[derive(Debug, Clone)]
