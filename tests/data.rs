@@ -85,28 +85,25 @@ fn assert_error(folder: &Path, file: &str, what: &str) {
 
 #[test]
 fn idx_round_trip_raw_gzip_and_dotted() {
-    let folder = idx_folder();
-    for variant in 0..3 {
-        if variant > 0 {
-            for name in IDX_NAMES {
-                let content = fs::read(folder.path().join(name)).or_else(|_| {
-                    fs::read(folder.path().join(format!("{name}.gz"))).map(|packed| {
-                        let mut plain = Vec::new();
-                        std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(&packed[..]), &mut plain).unwrap();
-                        plain
-                    })
-                });
-                let _ = fs::remove_file(folder.path().join(name));
-                let _ = fs::remove_file(folder.path().join(format!("{name}.gz")));
-                let content = content.unwrap();
-                match variant {
-                    1 => fs::write(folder.path().join(format!("{name}.gz")), gzip(&content)).unwrap(),
-                    _ => fs::write(folder.path().join(name.replace("-idx", ".idx")), content).unwrap(),
-                }
+    let source = idx_folder();
+    for variant in ["plain", "dotted", "gzip", "dotted gzip", "plain bytes named .gz"] {
+        let folder = tempfile::tempdir().unwrap();
+        for name in IDX_NAMES {
+            let mut content = fs::read(source.path().join(name)).unwrap();
+            let mut name = name.to_string();
+            if variant.contains("dotted") {
+                name = name.replace("-idx", ".idx");
             }
+            if variant.contains("gz") {
+                name += ".gz";
+            }
+            if variant.contains("gzip") {
+                content = gzip(&content);
+            }
+            fs::write(folder.path().join(name), content).unwrap();
         }
         let DataPair { train, test } = open(folder.path().to_str().unwrap()).unwrap();
-        assert_eq!((train.len(), test.len(), train.classes, train.family), (12, 7, 10, Family::Other));
+        assert_eq!((train.len(), test.len(), train.classes, train.family), (12, 7, 10, Family::Other), "{variant}");
         assert_eq!((train.channels, train.height, train.width), (1, 5, 3));
         assert_eq!(train.class_names[7], "7");
         for (data, [images, _]) in [(&train, idx_split(12, 1)), (&test, idx_split(7, 2))] {
@@ -211,7 +208,7 @@ fn bad_cifar() {
     rewrite(&labelled);
     assert_error(path, "data_batch_3.bin", "label 10 of record 1 is outside 0..=9");
     fs::remove_file(path.join("data_batch_3.bin")).unwrap();
-    assert_error(path, "", "data_batch_3.bin not found".trim());
+    assert_eq!(error(path), format!("{}: data_batch_3.bin not found", path.display()));
     fs::create_dir(path.join("data_batch_3.bin")).unwrap();
     assert_error(path, "data_batch_3.bin", "not a regular file");
 
@@ -388,7 +385,7 @@ fn mutated_files_never_panic() {
 
 // ---------------------------------------------------------------- the sample and the full set
 
-/// FNV-1a, to pin values.
+/// FNV-1a, to pin values. The pinned ones were computed by a separate program from the generator's definition.
 fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
     bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
@@ -413,7 +410,7 @@ fn sample_is_balanced_and_known() {
             assert!((60..140).contains(&early), "{early}");
         }
     }
-    assert_eq!((hash_dataset(&train), hash_dataset(&test)), (0, 0));
+    assert_eq!((hash_dataset(&train), hash_dataset(&test)), (15629147403298137450, 3633756656071882607));
 }
 
 #[test]
@@ -443,10 +440,10 @@ fn noise_on_the_sample_is_pinned() {
     let asymmetric = corrupt(NoiseKind::Asymmetric, 0.4, 1);
     // Seven of the ten classes have a look-alike.
     assert_eq!(asymmetric.realised_rate, 0.28);
-    assert_eq!(pin(&asymmetric.labels), 0);
-    assert_eq!(pin(&corrupt(NoiseKind::SymmetricInclusive, 0.5, 1).labels), 0);
-    assert_eq!(epoch_order(10, 1, 0), [0]);
-    assert_eq!(epoch_order(10, 1, 1), [0]);
+    assert_eq!(pin(&asymmetric.labels), 2131726844591411659);
+    assert_eq!(pin(&corrupt(NoiseKind::SymmetricInclusive, 0.5, 1).labels), 12633431514237035404);
+    assert_eq!(epoch_order(10, 1, 0), [1, 0, 8, 2, 9, 3, 7, 5, 6, 4]);
+    assert_eq!(epoch_order(10, 1, 1), [2, 5, 0, 6, 7, 3, 1, 4, 8, 9]);
 }
 
 // ---------------------------------------------------------------- normalisation and augmentation
