@@ -1,15 +1,14 @@
-//! Data sets on disk, good and bad; normalisation and augmentation.
+//! Data sets on disk, good and bad, and the embedded sample.
 
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use mlnt::data::augment::Placement;
 use mlnt::data::cifar::{CIFAR_10, CIFAR_100, Layout};
 use mlnt::data::dataset::{Family, Source};
 use mlnt::data::idx::{self, Files};
 use mlnt::data::rng::{Purpose, Stream, below, stream};
-use mlnt::data::{Augment, Batcher, DataPair, Dataset, NoiseKind, Normalise, epoch_order, noise, open};
+use mlnt::data::{DataPair, Dataset, NoiseKind, Normalise, epoch_order, noise, open};
 
 // ---------------------------------------------------------------- files made by the tests
 
@@ -444,114 +443,4 @@ fn noise_on_the_sample_is_pinned() {
     assert_eq!(pin(&corrupt(NoiseKind::SymmetricInclusive, 0.5, 1).labels), 12633431514237035404);
     assert_eq!(epoch_order(10, 1, 0), [1, 0, 8, 2, 9, 3, 7, 5, 6, 4]);
     assert_eq!(epoch_order(10, 1, 1), [2, 5, 0, 6, 7, 3, 1, 4, 8, 9]);
-}
-
-// ---------------------------------------------------------------- normalisation and augmentation
-
-#[test]
-fn normalisation_is_exact() {
-    let folder = tempfile::tempdir().unwrap();
-    write_cifar10(folder.path());
-    let train = open(folder.path().to_str().unwrap()).unwrap().train;
-    let normalise = Normalise::measure(&train).unwrap();
-    for c in 0..3 {
-        let pixels: Vec<f64> = (0..train.len())
-            .flat_map(|i| train.image(i)[c * 1024..][..1024].iter().map(|&v| f64::from(v) / 255.0))
-            .collect();
-        let mean = pixels.iter().sum::<f64>() / pixels.len() as f64;
-        let variance = pixels.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / pixels.len() as f64;
-        assert!((normalise.mean()[c] - mean).abs() < 1e-12);
-        assert!((normalise.std()[c] - variance.sqrt()).abs() < 1e-12);
-        let expected = ((200.0 / 255.0 - normalise.mean()[c]) / normalise.std()[c]) as f32;
-        assert_eq!(normalise.table(c)[200], expected);
-    }
-    let one = Normalise::measure(&train.subset(&[]).unwrap()).unwrap_err().to_string();
-    assert_eq!(one, "cifar-10: no images to measure");
-    assert!(Normalise::new(vec![0.5], vec![0.0]).is_err());
-    assert!(Normalise::new(vec![0.5, 0.5], vec![1.0]).is_err());
-    assert!(Normalise::new(vec![f64::NAN], vec![1.0]).is_err());
-    let flat = idx_file(0x803, &[1, 2, 2], &[9; 4]);
-    let label = idx_file(0x801, &[1], &[0]);
-    let files = [flat.clone(), label.clone(), flat, label].map(|b| Source { path: "f".into(), bytes: b.into() });
-    assert_eq!(Normalise::measure(&load_idx(&files).unwrap().train).unwrap().std(), [1.0]);
-}
-
-/// The definition of pad, crop and flip, pixel by pixel.
-fn augmented_pixel(data: &Dataset, i: usize, pad: usize, p: Placement, c: usize, y: usize, x: usize) -> u8 {
-    let x = if p.flip { data.width - 1 - x } else { x };
-    let (sy, sx) = (y + p.dy, x + p.dx);
-    if sy < pad || sx < pad || sy - pad >= data.height || sx - pad >= data.width {
-        return 0;
-    }
-    data.image(i)[(c * data.height + sy - pad) * data.width + sx - pad]
-}
-
-#[test]
-fn augmentation_is_its_definition() {
-    let folder = idx_folder();
-    let train = open(folder.path().to_str().unwrap()).unwrap().train;
-    let normalise = Normalise::measure(&train).unwrap();
-    let augment = Augment { pad: 2, flip: true };
-    let batcher = Batcher::new(&train, &normalise, augment, 3).unwrap();
-    let indices: Vec<u32> = (0..12).rev().collect();
-    let mut out = vec![f32::NAN; 12 * 15];
-    let mut seen = std::collections::HashSet::new();
-    for epoch in 0..60 {
-        batcher.fill(epoch, &indices, &mut out).unwrap();
-        for (k, &i) in indices.iter().enumerate() {
-            let p = augment.place(3, epoch, i.into());
-            seen.insert((p.dy, p.dx, p.flip));
-            for (at, &value) in out[k * 15..][..15].iter().enumerate() {
-                let pixel = augmented_pixel(&train, i as usize, 2, p, 0, at / 3, at % 3);
-                assert_eq!(value, normalise.table(0)[usize::from(pixel)]);
-            }
-        }
-    }
-    assert_eq!(seen.len(), 50, "all 5·5·2 placements occur");
-    let plain = Batcher::new(&train, &normalise, Augment::NONE, 3).unwrap();
-    plain.fill(9, &[5], &mut out[..15]).unwrap();
-    let expected: Vec<f32> = train.image(5).iter().map(|&v| normalise.table(0)[usize::from(v)]).collect();
-    assert_eq!(&out[..15], expected);
-}
-
-#[test]
-fn batches_do_not_depend_on_threads_or_order() {
-    let train = open("sample").unwrap().train;
-    let augment = Augment { pad: 4, flip: true };
-    let run = |threads: usize, indices: &[u32]| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let normalise = Normalise::measure(&train).unwrap();
-            let mut out = vec![0.0; indices.len() * 784];
-            Batcher::new(&train, &normalise, augment, 1).unwrap().fill(7, indices, &mut out).unwrap();
-            out
-        })
-    };
-    let order = &epoch_order(train.len(), 1, 7)[..500];
-    let (one, two) = (run(1, order), run(2, order));
-    assert_eq!(
-        one.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
-        two.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
-    );
-    let reversed: Vec<u32> = order.iter().rev().copied().collect();
-    let back = run(2, &reversed);
-    assert!((0..500).all(|k| back[k * 784..][..784] == one[(499 - k) * 784..][..784]));
-}
-
-#[test]
-fn batcher_refuses_what_does_not_fit() {
-    let folder = idx_folder();
-    let train = open(folder.path().to_str().unwrap()).unwrap().train;
-    let normalise = Normalise::measure(&train).unwrap();
-    let name = &train.name;
-    let error = Batcher::new(&train, &normalise, Augment { pad: 3, flip: false }, 0).unwrap_err().to_string();
-    assert_eq!(error, format!("padding 3 is not smaller than the images of {name}, 1×5×3"));
-    let three = Normalise::new(vec![0.0; 3], vec![1.0; 3]).unwrap();
-    let error = Batcher::new(&train, &three, Augment::NONE, 0).unwrap_err().to_string();
-    assert_eq!(error, format!("normalisation for 3 channels, but the images of {name} are 1×5×3"));
-    let batcher = Batcher::new(&train, &normalise, Augment::NONE, 0).unwrap();
-    let error = batcher.fill(0, &[0, 1], &mut [0.0; 29]).unwrap_err().to_string();
-    assert_eq!(error, "batch: 29 values for 2 images of 1×5×3");
-    assert_eq!(batcher.fill(0, &[12], &mut [0.0; 15]).unwrap_err().to_string(), "batch: sample 12 of 12");
-    batcher.fill(0, &[], &mut []).unwrap();
 }

@@ -198,8 +198,8 @@ impl Source {
 }
 
 /// What [`open`] understands, for error messages.
-const EXPECTED: &str = "the word `sample`, or a folder with CIFAR-10 (data_batch_1.bin …), CIFAR-100 (train.bin, test.bin) \
-     or IDX files (train-images-idx3-ubyte …)";
+const EXPECTED: &str = "the word `sample`, or a folder with CIFAR-10 (data_batch_1.bin …), CIFAR-100 (train.bin, \
+     test.bin) or IDX files (train-images-idx3-ubyte …)";
 
 /// Folders into which the CIFAR archives unpack; looked for inside the given folder.
 const SUBFOLDERS: [&str; 2] = ["cifar-10-batches-bin", "cifar-100-binary"];

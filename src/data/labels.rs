@@ -205,20 +205,20 @@ mod tests {
         let truth = data.label(19);
         let last = text.lines().last().unwrap();
         let with = |line: &str| error(&text.replace(last, line));
-        assert_eq!(with("19,10,0"), "l.csv: line 25: label 10 is outside 0..=9");
-        assert_eq!(with("18,1,0"), "l.csv: line 25: index 18, expected 19");
-        assert_eq!(with("19,1"), "l.csv: line 25: 2 fields, expected 3");
-        assert_eq!(with("19,x,0"), "l.csv: line 25: label `x` is not a whole number in range");
-        assert_eq!(with("19,-1,0"), "l.csv: line 25: label `-1` is not a whole number in range");
+        assert_eq!(with("19,10,0"), "l.csv: line 26: label 10 is outside 0..=9");
+        assert_eq!(with("18,1,0"), "l.csv: line 26: index 18, expected 19");
+        assert_eq!(with("19,1"), "l.csv: line 26: 2 fields, expected 3");
+        assert_eq!(with("19,x,0"), "l.csv: line 26: label `x` is not a whole number in range");
+        assert_eq!(with("19,-1,0"), "l.csv: line 26: label `-1` is not a whole number in range");
         let lie = format!("19,0,{}", (truth + 1) % 10);
         let lie_error = format!(
-            "l.csv: line 25: true label {}, but sample 19 of fashion-mnist-sample has {truth}",
+            "l.csv: line 26: true label {}, but sample 19 of fashion-mnist-sample has {truth}",
             (truth + 1) % 10
         );
         assert_eq!(with(&lie), lie_error);
         assert_eq!(with(""), "l.csv: 19 labels, but fashion-mnist-sample has 20 samples");
         let more = with(&format!("{last}\n20,0,0"));
-        assert_eq!(more, "l.csv: line 26: index 20, but fashion-mnist-sample has 20 samples");
+        assert_eq!(more, "l.csv: line 27: index 20, but fashion-mnist-sample has 20 samples");
         assert_eq!(error(""), "l.csv: no header line `index,label,true_label`");
         assert_eq!(error("0,1,1\n"), "l.csv: no header line `index,label,true_label`");
         let edit = |from, to| error(&text.replace(from, to));
