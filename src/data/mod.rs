@@ -1,1 +1,25 @@
-//! Data sets, label noise, splits and augmentation.
+//! Images and their labels: reading data sets, corrupting labels, splitting, augmenting and filling batches.
+//!
+//! - [`dataset`] one split in memory, and [`open`] for the embedded sample or a folder; [`cifar`], [`idx`] and
+//!   [`sample`] read the formats, [`map`] holds the bytes.
+//! - [`noise`] corrupts labels, [`labels`] keeps them in a CSV file, [`split`] takes validation and subsets.
+//! - [`augment`] and [`batch`] turn pixels into normalised floats.
+//! - [`rng`] names every random stream of the project.
+
+pub mod augment;
+pub mod batch;
+pub mod cifar;
+pub mod dataset;
+pub mod idx;
+pub mod labels;
+pub mod map;
+pub mod noise;
+pub mod rng;
+pub mod sample;
+pub mod split;
+
+pub use augment::{Augment, Normalise};
+pub use batch::{Batcher, epoch_order};
+pub use dataset::{DataPair, Dataset, open};
+pub use noise::{ClassMap, NoiseKind, NoisyLabels};
+pub use split::ValidationLabels;
