@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = Path(__file__).resolve().parent / "torch_mlnt.py"
+UNSTEADY = 1.25  # rounds of one program further apart than this are not to be trusted
 
 
 def cpu_model():
@@ -112,6 +113,17 @@ def compare(args, first_order):
     return records, torch
 
 
+def warn_where_unsteady(orders):
+    for order, records in orders.items():
+        for program, record in records.items():
+            slowest, quickest = max(record["round_medians"]), min(record["round_medians"])
+            if slowest > UNSTEADY * quickest:
+                print(
+                    f"warning: {program}, {order} order: rounds from {quickest:.4f} to {slowest:.4f} s; is the machine idle?",
+                    file=sys.stderr,
+                )
+
+
 def table(orders):
     head = ("order", "program", "s/step", "spread", "x mlnt", "peak MB", "above start MB")
     rows = [head]
@@ -155,6 +167,7 @@ def main():
     for order in ("exact", "first"):
         orders[order], torch = compare(args, order == "first")
     table(orders)
+    warn_where_unsteady(orders)
 
     cpu = cpu_model()
     slug = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor)\b", " ", cpu.lower())
