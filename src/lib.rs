@@ -10,8 +10,10 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod model;
+pub mod mlnt;
 pub mod ops;
 pub mod plan;
+pub mod rng;
 pub mod tape;
 
 pub use error::{Error, Result};

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::dataset::{Dataset, ImageShape};
-use super::rng::{Purpose, below, stream};
+use crate::rng::{Purpose, below, stream};
 use crate::error::{Error, Result};
 
 /// Per-channel normalisation `(v/255 − mean) / std` of a pixel `v`.

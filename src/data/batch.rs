@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::augment::{Augment, Normalise};
 use super::dataset::Dataset;
-use super::rng::{Purpose, permutation, stream};
+use crate::rng::{Purpose, permutation, stream};
 use crate::error::{Error, Result};
 
 /// The order in which epoch `epoch` visits `n` samples: a permutation of `0..n`.
@@ -74,7 +74,7 @@ impl<'a> Batcher<'a> {
 mod tests {
     use super::super::augment::Placement;
     use super::super::dataset::{Family, ImageShape, Segment};
-    use super::super::rng::below;
+    use crate::rng::below;
     use super::super::sample;
     use super::*;
 

@@ -163,7 +163,8 @@ fn provenance(path: &Path, text: &str) -> Result<Option<Provenance>> {
 #[cfg(test)]
 mod tests {
     use super::super::noise::{ClassMap, corrupt};
-    use super::super::{rng, sample};
+    use super::super::sample;
+    use crate::rng;
     use super::*;
 
     fn small() -> Dataset {

@@ -4,7 +4,7 @@
 //!   [`sample`] read the formats, [`map`] holds the bytes.
 //! - [`noise`] corrupts labels, [`labels`] keeps them in a CSV file, [`split`] takes validation and subsets.
 //! - [`augment`] and [`batch`] turn pixels into normalised floats.
-//! - [`rng`] names every random stream of the project.
+//! Every random stream is named in [`crate::rng`].
 
 pub mod augment;
 pub mod batch;
@@ -14,7 +14,6 @@ pub mod idx;
 pub mod labels;
 pub mod map;
 pub mod noise;
-pub mod rng;
 pub mod sample;
 pub mod split;
 

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::dataset::{Dataset, Family};
-use super::rng::{Purpose, below, permutation, stream};
+use crate::rng::{Purpose, below, permutation, stream};
 use crate::error::{Error, Result};
 
 /// The rule by which a chosen sample gets its new label.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::rng::{Purpose, permutation, stream};
+use crate::rng::{Purpose, permutation, stream};
 use crate::error::{Error, Result};
 
 /// Which labels the validation part is scored against. The split itself is the same for both.

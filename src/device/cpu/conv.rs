@@ -153,7 +153,7 @@ fn product<T: Real>(
             let all_branches = if summed { 0..branches } else { m..m + 1 };
             for branch in if depth == 0 { 0..0 } else { all_branches } {
                 let b = if gather.is_identity() {
-                    Mat { data: &src.branch(branch)[first..], row_stride: channel, col_stride: 1 }
+                    Mat { data: &src.branch(branch)[first..], row_stride: gather.pixels(), col_stride: 1 }
                 } else {
                     if branch == m || src.branched() {
                         gather.fill(src.branch(branch), range.clone(), cols);

@@ -30,6 +30,11 @@ impl Gather {
         self.samples * self.grid.0
     }
 
+    /// Pixels of one channel of the source, over all samples.
+    pub fn pixels(&self) -> usize {
+        self.samples * self.height * self.width
+    }
+
     /// True when the patch matrix is the image itself.
     pub fn is_identity(&self) -> bool {
         self.taps == [(0, 0)] && self.same_grid()
@@ -43,7 +48,7 @@ impl Gather {
     pub fn fill<T: Real>(&self, src: &[T], lines: std::ops::Range<usize>, cols: &mut [T]) {
         let width = lines.len() * self.grid.1;
         let rows = cols.chunks_exact_mut(width);
-        let channel_len = self.samples * self.height * self.width;
+        let channel_len = self.pixels();
         let pairs = (0..self.channels).flat_map(|c| self.taps.iter().map(move |tap| (c, *tap)));
         for ((c, tap), row) in pairs.zip(rows) {
             let channel = &src[c * channel_len..(c + 1) * channel_len];

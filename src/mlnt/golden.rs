@@ -1,0 +1,312 @@
+//! Golden steps: one training step with its inputs and what must come out, computed elsewhere in float64.
+//! The format is described in `golden/FORMAT.md`.
+
+use super::{KlScale, Recipe, Report, StepScalars, StepSpec, record_step};
+use crate::device::{Device, HostSlice};
+use crate::error::{Error, Result};
+use crate::model::{Arch, ModelSpec};
+use crate::plan::{Plan, PlanOptions};
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Output groups in the order in which they are reported.
+pub const GROUPS: [&str; 13] = [
+    "logits",
+    "target",
+    "inner_loss",
+    "inner_grad",
+    "consistency",
+    "meta_grad",
+    "meta_grad_first_order",
+    "class_loss",
+    "param",
+    "momentum",
+    "buffer",
+    "teacher.param",
+    "teacher.buffer",
+];
+
+#[derive(Debug, Deserialize)]
+struct Config {
+    format: String,
+    arch: Arch,
+    in_channels: usize,
+    size: [usize; 2],
+    classes: usize,
+    widths: Vec<usize>,
+    blocks: Vec<usize>,
+    batch: usize,
+    branches: usize,
+    update: String,
+    kl: String,
+    alpha: f64,
+    eta: f64,
+    lr: f64,
+    momentum: f64,
+    weight_decay: f64,
+    gamma: f64,
+    mentor: bool,
+    #[serde(default)]
+    lambda: f64,
+}
+
+/// A golden step read from a file.
+#[derive(Clone, Debug)]
+pub struct Golden {
+    /// What the step's plan depends on.
+    pub spec: StepSpec,
+    /// Its runtime scalars.
+    pub scalars: StepScalars,
+    reals: BTreeMap<String, Vec<f64>>,
+    integers: BTreeMap<String, Vec<i64>>,
+}
+
+/// Values by group and, within a group, by tensor name; and the masks behind them.
+#[derive(Clone, Debug, Default)]
+pub struct StepResult {
+    /// `group → tensor → values`; a group of one tensor has the empty name.
+    pub groups: BTreeMap<String, BTreeMap<String, Vec<f64>>>,
+    /// Results of the ReLUs, by name.
+    pub relus: BTreeMap<String, Vec<f64>>,
+}
+
+/// How far a group is from what it must be.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Deviation {
+    /// ‖have − want‖ / ‖want‖ over the group as one vector.
+    pub rel: f64,
+    /// Cosine of the angle between them.
+    pub cos: f64,
+}
+
+impl Golden {
+    /// Reads a golden step and checks that it is complete and consistent.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming the file and what is wrong with it.
+    pub fn read(path: &Path) -> Result<Golden> {
+        let bytes = std::fs::read(path).map_err(Error::io(path))?;
+        let fail = |what: String| Error::file(path, what);
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| fail(format!("not a safetensors file: {e}")))?;
+        let config = header.metadata().as_ref().and_then(|m| m.get("config"));
+        let config = config.ok_or_else(|| fail("no `config` in its metadata: not a golden step".into()))?;
+        let config: Config = serde_json::from_str(config).map_err(|e| fail(format!("config: {e}")))?;
+        let (spec, scalars) = config.read().map_err(&fail)?;
+        spec.model.check().map_err(|e| fail(format!("config: {e}")))?;
+
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| fail(format!("not a safetensors file: {e}")))?;
+        let (mut reals, mut integers) = (BTreeMap::new(), BTreeMap::new());
+        for (name, view) in tensors.tensors() {
+            let data = view.data();
+            match view.dtype() {
+                Dtype::F32 => reals.insert(name, floats(data, |b: [u8; 4]| f64::from(f32::from_le_bytes(b)))),
+                Dtype::F64 => reals.insert(name, floats(data, f64::from_le_bytes)),
+                Dtype::I64 => {
+                    integers.insert(name, floats(data, i64::from_le_bytes));
+                    None
+                }
+                Dtype::U8 => {
+                    integers.insert(name, data.iter().map(|b| i64::from(*b)).collect());
+                    None
+                }
+                other => return Err(fail(format!("tensor {name} has type {other:?}"))),
+            };
+        }
+        let golden = Golden { spec, scalars, reals, integers };
+        golden.check().map_err(fail)?;
+        Ok(golden)
+    }
+
+    /// Every tensor is there, has its length, and labels lie within the classes.
+    fn check(&self) -> std::result::Result<(), String> {
+        let (k, m, classes) = (self.spec.batch, self.spec.branches, self.spec.model.classes);
+        let real = |name: String, len: usize| match self.reals.get(&name) {
+            Some(v) if v.len() == len => Ok(()),
+            Some(v) => Err(format!("tensor {name} has {} values, expected {len}", v.len())),
+            None => Err(format!("tensor {name} is missing")),
+        };
+        for (name, len, limit) in [("y", k, classes), ("y_syn", m * k, classes), ("keep", k, 2)] {
+            let values = self.integers.get(&format!("in.{name}")).ok_or(format!("tensor in.{name} is missing"))?;
+            if values.len() != len {
+                return Err(format!("tensor in.{name} has {} values, expected {len}", values.len()));
+            }
+            if let Some(v) = values.iter().find(|v| !(0..limit as i64).contains(*v)) {
+                return Err(format!("tensor in.{name} holds {v}, expected 0..{limit}"));
+            }
+        }
+        if self.integers["in.keep"].iter().all(|v| *v == 0) {
+            return Err("tensor in.keep keeps no sample".into());
+        }
+        let [h, w] = self.spec.model.size;
+        real("in.x".into(), k * self.spec.model.in_channels * h * w)?;
+        for (name, len) in self.state_list() {
+            real(format!("in.{name}"), len)?;
+        }
+        for (group, name, len) in self.expected() {
+            real(wanted_name(&group, &name), len)?;
+        }
+        Ok(())
+    }
+
+    /// Names and lengths of the states before the step.
+    fn state_list(&self) -> Vec<(String, usize)> {
+        let model = &self.spec.model;
+        let owners: &[&str] = if self.spec.mentor { &["", "teacher.", "mentor."] } else { &["", "teacher."] };
+        let mut list = Vec::new();
+        for owner in owners {
+            for p in model.params() {
+                list.push((format!("{owner}param.{}", p.name), p.meta.len()));
+                if owner.is_empty() {
+                    list.push((format!("momentum.{}", p.name), p.meta.len()));
+                }
+            }
+            list.extend(model.buffers().into_iter().map(|(name, len)| (format!("{owner}buffer.{name}"), len)));
+        }
+        list
+    }
+
+    /// `(group, tensor, length)` of everything that must come out.
+    fn expected(&self) -> Vec<(String, String, usize)> {
+        let (k, m, model) = (self.spec.batch, self.spec.branches, &self.spec.model);
+        let mut list = Vec::new();
+        for group in GROUPS {
+            let mut push = |name: String, len: usize| list.push((group.to_string(), name, len));
+            match group {
+                "logits" | "target" => push(String::new(), k * model.classes),
+                "inner_loss" | "consistency" => push(String::new(), m),
+                "class_loss" => push(String::new(), 1),
+                "buffer" | "teacher.buffer" => model.buffers().into_iter().for_each(|(n, len)| push(n, len)),
+                _ => {
+                    let copies = if group == "inner_grad" { m } else { 1 };
+                    model.params().into_iter().for_each(|p| push(p.name, p.meta.len() * copies));
+                }
+            }
+        }
+        list
+    }
+
+    /// Runs the step on `device`, which must be fresh.
+    ///
+    /// # Errors
+    /// When the device refuses the plan.
+    pub fn run(&self, device: &mut dyn Device, options: &PlanOptions) -> Result<StepResult> {
+        let tape = record_step(&self.spec, Report::Everything)?;
+        let plan = Plan::build(&tape, options)?;
+        let scalars = self.scalars.in_order(&plan.scalars);
+        let outputs: Vec<String> = plan.outputs.iter().map(|o| o.name.clone()).collect();
+        let id = device.load(plan)?;
+        for (name, _) in self.state_list() {
+            device.write_state(&name, HostSlice::F64(&self.reals[&format!("in.{name}")]))?;
+        }
+        let labels = |name: &str| -> Vec<i32> { self.integers[name].iter().map(|v| *v as i32).collect() };
+        let keep = &self.integers["in.keep"];
+        let kept: i64 = keep.iter().sum();
+        let weights: Vec<f64> = keep.iter().map(|v| *v as f64 / kept as f64).collect();
+        device.write_input(id, "x", HostSlice::F64(&self.reals["in.x"]))?;
+        device.write_input(id, "y", HostSlice::I32(&labels("in.y")))?;
+        device.write_input(id, "y_syn", HostSlice::I32(&labels("in.y_syn")))?;
+        device.write_input(id, "class_weight", HostSlice::F64(&weights))?;
+        device.run(id, &scalars)?;
+
+        let mut result = StepResult::default();
+        for (group, name, _) in self.expected() {
+            let full = if name.is_empty() { group.clone() } else { format!("{group}.{name}") };
+            let values = match group.as_str() {
+                "param" | "momentum" | "buffer" | "teacher.param" | "teacher.buffer" => device.read_state(&full)?,
+                _ => device.read_output(id, &full)?,
+            };
+            result.groups.entry(group).or_default().insert(name, values.to_f64());
+        }
+        for name in outputs.iter().filter(|n| n.starts_with("relu.")) {
+            result.relus.insert(name.clone(), device.read_output(id, name)?.to_f64());
+        }
+        Ok(result)
+    }
+
+    /// Compares a result with what the file says must come out, group by group.
+    pub fn compare(&self, result: &StepResult) -> BTreeMap<String, Deviation> {
+        let mut sums: BTreeMap<String, [f64; 4]> = BTreeMap::new();
+        for (group, name, _) in self.expected() {
+            let want = &self.reals[&wanted_name(&group, &name)];
+            let have = &result.groups[&group][&name];
+            let sum = sums.entry(group).or_default();
+            for (h, w) in have.iter().zip(want) {
+                sum[0] += (h - w).powi(2);
+                sum[1] += w * w;
+                sum[2] += h * h;
+                sum[3] += h * w;
+            }
+        }
+        let deviation = |[diff, want, have, dot]: [f64; 4]| Deviation {
+            rel: if diff == 0.0 { 0.0 } else { (diff / want).sqrt() },
+            cos: if diff == 0.0 { 1.0 } else { dot / (want * have).sqrt() },
+        };
+        sums.into_iter().map(|(group, s)| (group, deviation(s))).collect()
+    }
+}
+
+impl StepResult {
+    /// Number of ReLU decisions in which two runs differ, and how many there are.
+    pub fn mask_differences(&self, other: &StepResult) -> (usize, usize) {
+        let mut count = (0, 0);
+        for (name, ours) in &self.relus {
+            let Some(theirs) = other.relus.get(name) else { continue };
+            count.0 += ours.iter().zip(theirs).filter(|(a, b)| (**a > 0.0) != (**b > 0.0)).count();
+            count.1 += ours.len();
+        }
+        count
+    }
+}
+
+impl Config {
+    fn read(self) -> std::result::Result<(StepSpec, StepScalars), String> {
+        if self.format != "mlnt-step-1" {
+            return Err(format!("format is {:?}, expected \"mlnt-step-1\"", self.format));
+        }
+        let recipe = match self.update.as_str() {
+            "sequential" => Recipe::Sequential,
+            "joint" => Recipe::Joint,
+            other => return Err(format!("update is {other:?}, expected \"sequential\" or \"joint\"")),
+        };
+        let kl = match self.kl.as_str() {
+            "batchmean" => KlScale::BatchMean,
+            "mean" => KlScale::Mean,
+            other => return Err(format!("kl is {other:?}, expected \"batchmean\" or \"mean\"")),
+        };
+        if self.batch == 0 || self.branches == 0 {
+            return Err(format!("batch {} and branches {} must be at least 1", self.batch, self.branches));
+        }
+        let model = ModelSpec {
+            arch: self.arch,
+            in_channels: self.in_channels,
+            size: self.size,
+            classes: self.classes,
+            widths: self.widths,
+            blocks: self.blocks,
+        };
+        let spec = StepSpec {
+            model,
+            batch: self.batch,
+            branches: self.branches,
+            recipe,
+            kl,
+            alpha: self.alpha,
+            momentum: self.momentum,
+            weight_decay: self.weight_decay,
+            mentor: self.mentor,
+            first_order: false,
+        };
+        Ok((spec, StepScalars { lr: self.lr, eta: self.eta, gamma: self.gamma, lambda: self.lambda }))
+    }
+}
+
+fn wanted_name(group: &str, name: &str) -> String {
+    if name.is_empty() { format!("out.{group}") } else { format!("out.{group}.{name}") }
+}
+
+/// Little-endian values of `N` bytes each.
+fn floats<const N: usize, V>(data: &[u8], read: impl Fn([u8; N]) -> V) -> Vec<V> {
+    data.as_chunks::<N>().0.iter().map(|b| read(*b)).collect()
+}

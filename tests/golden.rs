@@ -1,0 +1,33 @@
+//! Golden steps: the engine against whole training steps computed in float64 by another framework.
+
+use mlnt::device::Device;
+use mlnt::device::cpu::Cpu;
+use mlnt::mlnt::golden::Golden;
+use mlnt::plan::PlanOptions;
+use std::path::Path;
+
+const FILES: [&str; 4] = ["step_sequential", "step_joint", "step_mentor", "step_bottleneck"];
+
+fn golden(name: &str) -> Golden {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(format!("{name}.safetensors"));
+    Golden::read(&path).unwrap()
+}
+
+fn worst(name: &str, device: &mut dyn Device, fuse: bool) -> (f64, String) {
+    let golden = golden(name);
+    let result = golden.run(device, &PlanOptions { fuse }).unwrap();
+    let groups = golden.compare(&result);
+    assert_eq!(groups.len(), 13);
+    groups.into_iter().map(|(g, d)| (d.rel, g)).fold((0.0, String::new()), |a, b| if b.0 > a.0 { b } else { a })
+}
+
+#[test]
+fn every_group_matches_in_double_precision() {
+    for name in FILES {
+        for fuse in [false, true] {
+            let (rel, group) = worst(name, &mut Cpu::<f64>::new(2).unwrap(), fuse);
+            println!("{name} fuse={fuse}: worst {group} {rel:.2e}");
+            assert!(rel <= 1e-10, "{name} (fused: {fuse}): {group} is off by {rel:.3e}");
+        }
+    }
+}
