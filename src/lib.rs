@@ -6,7 +6,10 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod data;
 pub mod error;
+pub mod fs;
+pub mod train;
 
 pub use error::{Error, Result};
