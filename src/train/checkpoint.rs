@@ -157,7 +157,9 @@ pub fn match_tensors(path: &Path, tensors: Vec<NamedTensor>, expected: &[TensorS
             return Err(foreign(format!("tensor {name} has shape {:?}, the network needs {shape:?}", tensor.shape)));
         }
         if has != *dtype {
-            return Err(foreign(format!("tensor {name} of shape {shape:?} has dtype {has}, the network needs {dtype}")));
+            return Err(foreign(format!(
+                "tensor {name} of shape {shape:?} has dtype {has}, the network needs {dtype}"
+            )));
         }
         matched.push(tensor);
     }

@@ -218,8 +218,7 @@ impl Config {
 
     /// The table behind [`Config::fingerprint`].
     fn deciding(&self) -> Result<toml::Table> {
-        let mut table =
-            toml::Table::try_from(self).map_err(|error| Error::usage(format_args!("settings: {error}")))?;
+        let mut table = toml::Table::try_from(self).map_err(|error| Error::usage(format_args!("settings: {error}")))?;
         for key in FREE_ON_RESUME {
             table.remove(key);
         }

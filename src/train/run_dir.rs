@@ -139,7 +139,10 @@ impl JsonLines {
             Error::file(&path, format_args!("cut short: {} bytes, the checkpoint counts {len}", bytes.len()))
         })?;
         if kept.last().is_some_and(|&byte| byte != b'\n') {
-            return Err(Error::file(&path, format_args!("changed: no line ends at byte {len}, the checkpoint's count")));
+            return Err(Error::file(
+                &path,
+                format_args!("changed: no line ends at byte {len}, the checkpoint's count"),
+            ));
         }
         let mut file = OpenOptions::new().write(true).open(&path).map_err(Error::io(&path))?;
         file.set_len(len).map_err(Error::io(&path))?;

@@ -54,6 +54,9 @@ fn part(flag: &str, value: f64, high: f64) -> Result<()> {
 
 /// Numbers separated by commas.
 fn list(values: &[usize]) -> String {
+    if values.is_empty() {
+        return "(empty)".into();
+    }
     values.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
 }
 
