@@ -208,3 +208,20 @@ fn a_resumed_run_may_change_threads_and_place_only() {
     ];
     assert_eq!(run.diff(&other).unwrap(), expected);
 }
+
+#[test]
+fn resume_refuses_flags_that_ask_for_another_run() {
+    let run = train("--epochs 12").unwrap();
+    let resumed = |flags: &str| {
+        let words = ["mlnt", "train", "--resume", "runs/a"].into_iter().chain(flags.split_whitespace());
+        match Cli::try_parse_from(words).expect("the line is well-formed").command {
+            Command::Train(args) => args.resumed(&run),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(resumed("").unwrap(), run);
+    assert_eq!(resumed("--threads 2 --epochs 12").unwrap().threads, 2);
+    let error = resumed("--epochs 13").unwrap_err();
+    let expected = "--resume continues a run as it began; epochs: 12 in the run, 13 asked for";
+    assert_eq!((error.to_string().as_str(), error.exit_code()), (expected, 2));
+}

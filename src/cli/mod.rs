@@ -40,14 +40,19 @@ Start here, no data needed:
 #[derive(Clone, Debug, PartialEq, Subcommand)]
 pub enum Command {
     /// Train cross entropy, then MLNT on the same noisy labels, and compare them.
+    #[command(long_about = train::LONG_ABOUT)]
     Train(Box<train::TrainArgs>),
     /// Accuracy of a trained network on a data set.
+    #[command(long_about = eval::LONG_ABOUT)]
     Eval(eval::EvalArgs),
     /// Class probabilities of every image, as CSV.
+    #[command(long_about = predict::LONG_ABOUT)]
     Predict(predict::PredictArgs),
     /// Check the engine against golden training steps.
+    #[command(long_about = verify::LONG_ABOUT)]
     Verify(verify::VerifyArgs),
     /// What one training step costs, without running it.
+    #[command(long_about = plan::LONG_ABOUT)]
     Plan(plan::PlanArgs),
 }
 
@@ -166,7 +171,10 @@ mod tests {
         let train = command.find_subcommand_mut("train").unwrap().render_long_help().to_string();
         assert!(train.contains("[default: 64; cifar10: 128]"), "{train}");
         assert!(train.contains("[default: 16,32,64; cifar10: 32,64,128]"), "{train}");
-        assert!(train.contains("--noise-rate"), "{train}");
+        for sub in command.get_subcommands_mut() {
+            let help = sub.render_long_help().to_string();
+            assert!(help.contains("Examples:") && help.lines().nth(2).is_some_and(|line| line.len() > 40), "{help}");
+        }
     }
 
     #[test]

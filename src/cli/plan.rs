@@ -7,6 +7,13 @@ use crate::train::choice::{Precision, Recipe};
 use crate::train::config::{Config, Overrides};
 use crate::train::preset::{InputShape, Preset};
 
+/// The help above the arguments.
+pub(super) const LONG_ABOUT: &str = "\
+What one training step costs, without running it.
+
+Prints the floating-point operations by phase and in units of one forward pass of the batch, the launches, the \
+bytes moved and the memory of the arena. Nothing is allocated, so a step may be larger than this machine.";
+
 /// The help below the arguments.
 const EXAMPLES: &str = "\
 Examples:
@@ -14,10 +21,7 @@ Examples:
   mlnt plan --preset cifar10 --recipe released      the joint update: (9M+4) forward passes
   mlnt plan --preset cifar10 --branches 4 --batch 256 --json";
 
-/// What one training step costs, without running it.
-///
-/// Prints the floating-point operations by phase and in units of one forward pass of the batch, the launches, the bytes
-/// moved and the memory of the arena. Nothing is allocated, so a step may be larger than this machine.
+/// The arguments of `mlnt plan`.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct PlanArgs {
@@ -39,6 +43,9 @@ pub struct PlanArgs {
     /// Floating-point type of the computation; it decides the bytes.
     #[arg(long, value_name = "TYPE")]
     pub precision: Option<Precision>,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub json: bool,
     /// The network.
     #[command(flatten)]
     pub model: ModelArgs,
@@ -51,9 +58,6 @@ pub struct PlanArgs {
     /// Number of classes, at least 2 [default: the preset's data]
     #[arg(long, value_name = "N", value_parser = classes, help_heading = "Network")]
     pub classes: Option<usize>,
-    /// Print one JSON object instead of a table.
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// The shape of the network.

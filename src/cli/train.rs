@@ -2,31 +2,36 @@
 
 use std::path::PathBuf;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::train::config::{Config, Overrides};
+
+/// The help above the arguments.
+pub(super) const LONG_ABOUT: &str = "\
+Train cross entropy, then MLNT on the same noisy labels, and compare them.
+
+Both start from the same weights and see the same noisy labels. Each epoch reports losses and the accuracy of \
+student and teacher on validation and test images; a table at the end sets best and last test accuracy side by \
+side. Without arguments this runs within minutes on two cores, on images that come with the program.";
 
 /// The help below the arguments.
 const EXAMPLES: &str = "\
 Examples:
-  mlnt train                                             the embedded sample, half of its labels replaced
+  mlnt train                                          the embedded sample, half its labels noisy
   mlnt train --noise asymmetric --noise-rate 0.4 --seed 2
-  mlnt train --preset cifar10 --data cifar-10-batches-bin   the paper's setting
-  mlnt train --config mine.toml --epochs 10              flags go before the file, the file before the preset
-  mlnt train --resume runs/sample-symmetric-0.5-s1       go on where Ctrl-C stopped, bit for bit
+  mlnt train --preset cifar10 --data DIR              the paper's setting
+  mlnt train --config mine.toml --epochs 10           flags before file before preset
+  mlnt train --resume runs/sample-symmetric-0.5-s1    go on where Ctrl-C stopped, bit for bit
 
 A TOML file has the flags' names as keys, e.g.
   preset = \"cifar10\"
   noise-rate = 0.2
   widths = [16, 32, 64]
 
-The run directory receives config.toml (every setting), labels.csv (the noisy labels), metrics.jsonl (one line per
-epoch), student.safetensors and teacher.safetensors (PyTorch's names), checkpoint.safetensors, summary.txt.";
+The run directory receives config.toml (every setting), labels.csv (the noisy labels), metrics.jsonl \
+(one line per epoch), student.safetensors and teacher.safetensors (PyTorch's names), \
+checkpoint.safetensors, summary.txt.";
 
-/// Train cross entropy, then MLNT on the same noisy labels, and compare them.
-///
-/// Both start from the same weights and see the same noisy labels. Each epoch reports losses and the accuracy of
-/// student and teacher on validation and test images; a table at the end sets best and last test accuracy side by side.
-/// Without arguments this runs within minutes on two cores, on images that come with the program.
+/// The arguments of `mlnt train`.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct TrainArgs {
@@ -48,5 +53,21 @@ impl TrainArgs {
     /// Those of [`Config::resolve`].
     pub fn config(&self) -> Result<Config> {
         Config::resolve(self.config.as_deref(), &self.settings)
+    }
+
+    /// The settings with which a run of settings `run` is continued: its own, but for those that change no result.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when flags ask for another run than `run`, with the settings that differ; and those of
+    /// [`Config::validate`].
+    pub fn resumed(&self, run: &Config) -> Result<Config> {
+        let mut config = run.clone();
+        self.settings.apply(&mut config);
+        config.validate()?;
+        let differing = run.diff(&config)?;
+        if differing.is_empty() {
+            return Ok(config);
+        }
+        Err(Error::usage(format_args!("--resume continues a run as it began; {}", differing.join("; "))))
     }
 }

@@ -4,6 +4,15 @@ use std::path::PathBuf;
 
 use crate::train::choice::{DeviceKind, Precision};
 
+/// The help above the arguments.
+pub(super) const LONG_ABOUT: &str = "\
+Check the engine against golden training steps.
+
+A golden step is a whole training step, inputs and outputs, computed in float64 by an independent \
+implementation. For each group of outputs this prints the relative L2 error and the cosine over the group as one \
+vector. Tolerance: 1e-10 in f64, 1e-4 in f32; in f32 a ReLU may fall on its other side, which is then reported \
+with how many did.";
+
 /// The help below the arguments.
 const EXAMPLES: &str = "\
 Examples:
@@ -13,11 +22,7 @@ Examples:
 Exit status: 0 when every group of every file is within tolerance, 1 when one is not, 2 for a file that is no golden
 step.";
 
-/// Check the engine against golden training steps.
-///
-/// A golden step is a whole training step, inputs and outputs, computed in float64 by an independent implementation.
-/// For each group of outputs this prints the relative L2 error and the cosine over the group as one vector. Tolerance:
-/// 1e-10 in f64, 1e-4 in f32; in f32 a ReLU may fall on its other side, which is then reported with how many did.
+/// The arguments of `mlnt verify`.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct VerifyArgs {
