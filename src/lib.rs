@@ -6,14 +6,17 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
-pub mod model;
+pub mod fs;
 pub mod mlnt;
+pub mod model;
 pub mod ops;
 pub mod plan;
 pub mod rng;
 pub mod tape;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -1,0 +1,173 @@
+//! `mlnt plan`.
+
+use std::str::FromStr;
+
+use crate::error::Result;
+use crate::train::choice::{Precision, Recipe};
+use crate::train::config::{Config, Overrides};
+use crate::train::preset::{InputShape, Preset};
+
+/// The help above the arguments.
+pub(super) const LONG_ABOUT: &str = "\
+What one training step costs, without running it.
+
+Prints the floating-point operations by phase and in units of one forward pass of the batch, the launches, the \
+bytes moved and the memory of the arena. Nothing is allocated, so a step may be larger than this machine.";
+
+/// The help below the arguments.
+const EXAMPLES: &str = "\
+Examples:
+  mlnt plan                                         a step of the default run
+  mlnt plan --preset cifar10 --recipe released      the joint update: (9M+4) forward passes
+  mlnt plan --preset cifar10 --branches 4 --batch 256 --json";
+
+/// The arguments of `mlnt plan`.
+#[derive(Clone, Debug, PartialEq, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct PlanArgs {
+    /// Set of values to start from; the flags then change them.
+    #[arg(long, value_name = "NAME", default_value = "small")]
+    pub preset: Preset,
+    /// Images per step, the paper's k.
+    #[arg(long, value_name = "K")]
+    pub batch: Option<usize>,
+    /// Sets of synthetic labels per step, the paper's M.
+    #[arg(long, value_name = "M")]
+    pub branches: Option<usize>,
+    /// Two updates in turn (paper) or one with both gradients (released).
+    #[arg(long, value_name = "NAME")]
+    pub recipe: Option<Recipe>,
+    /// Drop the second-order term of the meta gradient.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub first_order: Option<bool>,
+    /// Floating-point type of the computation; it decides the bytes.
+    #[arg(long, value_name = "TYPE")]
+    pub precision: Option<Precision>,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub json: bool,
+    /// The network.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Image channels [default: the preset's data]
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Network")]
+    pub in_channels: Option<usize>,
+    /// Image height and width in pixels, e.g. 32x32; any size, odd ones too [default: the preset's data]
+    #[arg(long, value_name = "HxW", help_heading = "Network")]
+    pub image_size: Option<ImageSize>,
+    /// Number of classes, at least 2 [default: the preset's data]
+    #[arg(long, value_name = "N", value_parser = classes, help_heading = "Network")]
+    pub classes: Option<usize>,
+}
+
+/// The shape of the network.
+#[derive(Clone, Debug, Default, PartialEq, clap::Args)]
+#[command(next_help_heading = "Network")]
+pub struct ModelArgs {
+    /// Channels of each stage of the PreAct ResNet, e.g. 16,32,64; every stage but the first halves the image.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub widths: Option<Vec<usize>>,
+    /// Residual blocks of each stage, e.g. 5,5,5.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub blocks: Option<Vec<usize>>,
+}
+
+impl PlanArgs {
+    /// The settings of the step: the preset, changed by the flags. Where the preset has more neighbours than the batch
+    /// has images, as many as it has: they cost nothing that is counted.
+    ///
+    /// # Errors
+    /// Those of [`Config::validate`].
+    pub fn config(&self) -> Result<Config> {
+        let neighbours = self.preset.config().neighbours;
+        let fitting = self.batch.map(|batch| neighbours.min(batch.saturating_sub(1)));
+        let flags = Overrides {
+            preset: Some(self.preset),
+            batch: self.batch,
+            neighbours: fitting,
+            branches: self.branches,
+            recipe: self.recipe,
+            first_order: self.first_order,
+            precision: self.precision,
+            widths: self.model.widths.clone(),
+            blocks: self.model.blocks.clone(),
+            ..Overrides::default()
+        };
+        Config::resolve(None, &flags)
+    }
+
+    /// The shape of the data: the preset's, changed by the flags.
+    pub fn input(&self) -> InputShape {
+        let preset = self.preset.input();
+        InputShape {
+            channels: self.in_channels.unwrap_or(preset.channels),
+            height: self.image_size.map_or(preset.height, |size| size.height),
+            width: self.image_size.map_or(preset.width, |size| size.width),
+            classes: self.classes.unwrap_or(preset.classes),
+        }
+    }
+}
+
+/// Height and width of an image in pixels, written `HxW`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageSize {
+    /// Height.
+    pub height: usize,
+    /// Width.
+    pub width: usize,
+}
+
+impl FromStr for ImageSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let takes = "takes height x width in pixels from 1 to 65536, e.g. 32x32";
+        let (height, width) = text.split_once(['x', 'X']).ok_or(takes)?;
+        let extent = |text: &str| super::whole(text, 1, 65_536).map_err(|_| takes.to_string());
+        Ok(ImageSize { height: extent(height)?, width: extent(width)? })
+    }
+}
+
+/// A number of channels from 1 to 65,536.
+fn positive(text: &str) -> std::result::Result<usize, String> {
+    super::whole(text, 1, 65_536)
+}
+
+/// A number of classes from 2 to 65,536.
+fn classes(text: &str) -> std::result::Result<usize, String> {
+    super::whole(text, 2, 65_536)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::{InputShape, PlanArgs};
+    use crate::cli::{Cli, Command};
+
+    fn plan(line: &str) -> PlanArgs {
+        match Cli::parse_from(line.split_whitespace()).command {
+            Command::Plan(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn plan_takes_the_preset_and_its_changes() {
+        let args =
+            plan("mlnt plan --preset cifar10 --batch 8 --branches 4 --image-size 15x11 --widths 4,8 --blocks 1,2");
+        let config = args.config().unwrap();
+        assert_eq!((config.batch, config.branches, config.neighbours), (8, 4, 7));
+        assert_eq!((config.widths, config.blocks), (vec![4, 8], vec![1, 2]));
+        assert_eq!(args.input(), InputShape { channels: 3, height: 15, width: 11, classes: 10 });
+    }
+
+    #[test]
+    fn plan_refuses_what_training_refuses() {
+        for line in
+            ["mlnt plan --branches 0", "mlnt plan --batch 1", "mlnt plan --widths 0,1,2", "mlnt plan --blocks 1"]
+        {
+            assert!(plan(line).config().is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! A run directory: its files, its name, and line files that a resumed run continues byte for byte.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::choice::NoiseKind;
+use super::config::Config;
+use crate::error::{Error, Result};
+use crate::fs::{create_run_dir, write_atomic};
+
+/// The directory of one run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunDir {
+    path: PathBuf,
+}
+
+impl RunDir {
+    /// Creates the directory for a run: `config.out`, or else a free name below `runs/`; and `config.toml` in it.
+    ///
+    /// # Errors
+    /// [`Error::File`] when `config.out` exists, [`Error::Io`] when the directory cannot be made.
+    pub fn create(config: &Config) -> Result<Self> {
+        let path = config.out.clone().unwrap_or_else(|| free_name(Path::new("runs"), config));
+        create_run_dir(&path)?;
+        let run = RunDir { path };
+        write_atomic(run.config(), config.to_toml()?.as_bytes())?;
+        Ok(run)
+    }
+
+    /// Opens the directory of an earlier run.
+    ///
+    /// # Errors
+    /// [`Error::File`] when `path` is no folder or has no `config.toml`.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
+        let run = RunDir { path: path.into() };
+        if !run.path.is_dir() {
+            return Err(Error::file(&run.path, "no such run directory"));
+        }
+        if !run.config().is_file() {
+            return Err(Error::file(&run.path, "not a run directory: it has no config.toml"));
+        }
+        Ok(run)
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The complete settings.
+    pub fn config(&self) -> PathBuf {
+        self.path.join("config.toml")
+    }
+
+    /// One [`EpochRecord`](super::metrics::EpochRecord) per line; the same for the same seed.
+    pub fn metrics(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    /// One [`TimingRecord`](super::metrics::TimingRecord) per line.
+    pub fn timing(&self) -> PathBuf {
+        self.path.join("timing.jsonl")
+    }
+
+    /// Given and true label of every training image.
+    pub fn labels(&self) -> PathBuf {
+        self.path.join("labels.csv")
+    }
+
+    /// The student network.
+    pub fn student(&self) -> PathBuf {
+        self.path.join("student.safetensors")
+    }
+
+    /// The teacher network.
+    pub fn teacher(&self) -> PathBuf {
+        self.path.join("teacher.safetensors")
+    }
+
+    /// The state from which `--resume` continues.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.path.join("checkpoint.safetensors")
+    }
+
+    /// The final table, for people.
+    pub fn summary_text(&self) -> PathBuf {
+        self.path.join("summary.txt")
+    }
+
+    /// The final table, for programs.
+    pub fn summary_json(&self) -> PathBuf {
+        self.path.join("summary.json")
+    }
+}
+
+/// A name below `base` that no file has: `DATA-NOISE-RATE-sSEED`, with `-2`, `-3` … when it is taken.
+pub fn free_name(base: &Path, config: &Config) -> PathBuf {
+    let data = Path::new(&config.data).file_name().map_or("data".into(), |name| name.to_string_lossy());
+    let noise = match config.noise {
+        NoiseKind::None => "none".to_string(),
+        kind => format!("{kind}-{}", config.noise_rate),
+    };
+    let name = format!("{data}-{noise}-s{}", config.seed);
+    let numbered = (2u64..).map(|number| base.join(format!("{name}-{number}")));
+    std::iter::once(base.join(&name)).chain(numbered).find(|path| !path.exists()).unwrap_or_else(|| base.join(&name))
+}
+
+/// A file of JSON lines that only grows, and that a checkpoint can be tied to by its length.
+#[derive(Debug)]
+pub struct JsonLines {
+    path: PathBuf,
+    file: File,
+    len: u64,
+}
+
+impl JsonLines {
+    /// A new, empty file.
+    ///
+    /// # Errors
+    /// [`Error::Io`], also when the file exists.
+    pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(Error::io(&path))?;
+        Ok(JsonLines { path, file, len: 0 })
+    }
+
+    /// Opens a file and drops what was written after its first `len` bytes, so that a resumed run's file equals that
+    /// of an uninterrupted one.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::File`] when the file is shorter than `len` or `len` is within a line.
+    pub fn resume(path: impl Into<PathBuf>, len: u64) -> Result<Self> {
+        let path = path.into();
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let kept = usize::try_from(len).ok().and_then(|len| bytes.get(..len)).ok_or_else(|| {
+            Error::file(&path, format_args!("cut short: {} bytes, the checkpoint counts {len}", bytes.len()))
+        })?;
+        if kept.last().is_some_and(|&byte| byte != b'\n') {
+            return Err(Error::file(
+                &path,
+                format_args!("changed: no line ends at byte {len}, the checkpoint's count"),
+            ));
+        }
+        let mut file = OpenOptions::new().write(true).open(&path).map_err(Error::io(&path))?;
+        file.set_len(len).map_err(Error::io(&path))?;
+        file.seek(SeekFrom::Start(len)).map_err(Error::io(&path))?;
+        Ok(JsonLines { path, file, len })
+    }
+
+    /// Appends one record as one line, in one write.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::File`] for a record that has no form in JSON.
+    pub fn append(&mut self, record: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(record).map_err(|error| Error::file(&self.path, error))?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(Error::io(&self.path))?;
+        self.len += line.len() as u64;
+        Ok(())
+    }
+
+    /// Makes every line so far last and gives the file's length in bytes, for the checkpoint that follows.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn sync(&mut self) -> Result<u64> {
+        self.file.sync_data().map_err(Error::io(&self.path))?;
+        Ok(self.len)
+    }
+}

@@ -1,0 +1,227 @@
+//! Settings: precedence of preset, file and flags, and one clear line for everything that cannot work.
+
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use mlnt::cli::{Cli, Command};
+use mlnt::train::choice::{NoiseKind, Recipe};
+use mlnt::train::config::{Config, Overrides};
+use mlnt::train::preset::Preset;
+use tempfile::TempDir;
+
+/// The settings of `mlnt train ARGS`.
+fn train(args: &str) -> mlnt::Result<Config> {
+    let words = ["mlnt", "train"].into_iter().chain(args.split_whitespace());
+    match Cli::try_parse_from(words).expect("the line is well-formed").command {
+        Command::Train(args) => args.config(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A file with `text` in a folder that lives as long as the first value.
+fn toml(text: &str) -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("mine.toml");
+    std::fs::write(&path, text).expect("a file is written");
+    (folder, path)
+}
+
+/// The error of a file with `text`, without the file's path, which must stand in front.
+fn file_error(text: &str) -> String {
+    let (_folder, path) = toml(text);
+    let error = Config::resolve(Some(&path), &Overrides::default()).expect_err(text);
+    assert_eq!(error.exit_code(), 2, "{error}");
+    let line = error.to_string();
+    assert!(!line.contains('\n'), "one line: {line}");
+    line.strip_prefix(&format!("{}: ", path.display())).unwrap_or_else(|| panic!("names the file: {line}")).to_string()
+}
+
+#[test]
+fn presets_are_valid() {
+    for preset in [Preset::Small, Preset::Cifar10] {
+        preset.config().validate().unwrap();
+    }
+    assert_eq!(train("").unwrap(), Preset::Small.config());
+}
+
+#[test]
+fn cifar10_has_the_papers_values() {
+    let config = train("--preset cifar10").unwrap();
+    assert_eq!((config.widths.as_slice(), config.blocks.as_slice()), (&[32, 64, 128][..], &[5, 5, 5][..]));
+    assert_eq!((config.batch, config.branches, config.neighbours, config.rho), (128, 10, 10, 0.5));
+    assert_eq!((config.alpha, config.eta, config.eta_ramp), (0.2, 0.4, 20.0));
+    assert_eq!((config.lr, config.lr_drop_epochs.as_slice(), config.epochs), (0.2, &[80][..], 120));
+    assert_eq!((config.momentum, config.weight_decay, config.recipe), (0.9, 1e-4, Recipe::Paper));
+}
+
+#[test]
+fn flags_go_before_the_file_and_the_file_before_the_preset() {
+    let (_folder, path) = toml("preset = 'cifar10'\nrho = 0.25\nbatch = 32\nnoise = 'pair'\nout = 'there'\n");
+    let config = train(&format!("--config {} --batch 16", path.display())).unwrap();
+    assert_eq!(config.epochs, 120, "the preset of the file");
+    assert_eq!((config.rho, config.noise), (0.25, NoiseKind::Pair), "the file");
+    assert_eq!(config.batch, 16, "the flag");
+    assert_eq!(config.out.as_deref(), Some(Path::new("there")));
+
+    let config = train(&format!("--config {} --preset small", path.display())).unwrap();
+    assert_eq!((config.widths.as_slice(), config.batch), (&[16, 32, 64][..], 32), "the flag's preset, then the file");
+}
+
+#[test]
+fn drops_of_the_preset_follow_the_number_of_epochs() {
+    assert_eq!(train("--preset cifar10 --epochs 60").unwrap().lr_drop_epochs, [40]);
+    assert_eq!(train("--epochs 1").unwrap().lr_drop_epochs, [0; 0]);
+    assert_eq!(train("--epochs 9 --lr-drop-epochs 3,8").unwrap().lr_drop_epochs, [3, 8]);
+}
+
+#[test]
+fn the_written_configuration_comes_back_bit_for_bit() {
+    let mut config = train("--preset cifar10 --rho 0.1 --weight-decay 1e-300 --lr 0.30000000000000004").unwrap();
+    config.eta = 1.0 / 3.0;
+    let text = config.to_toml().unwrap();
+    let (_folder, path) = toml(&text);
+    assert_eq!(Config::load(&path).unwrap(), config);
+    assert_eq!(Config::resolve(Some(&path), &Overrides::default()).unwrap(), config, "also as --config");
+    assert_eq!(text.lines().count(), mlnt::train::config::keys().len());
+}
+
+#[test]
+fn a_run_configuration_must_be_complete_and_in_range() {
+    let text = Preset::Small.config().to_toml().unwrap();
+    let load = |text: &str| {
+        let (_folder, path) = toml(text);
+        Config::load(&path).unwrap_err().to_string()
+    };
+    let without_rho: String = text.lines().filter(|line| !line.starts_with("rho")).map(|l| format!("{l}\n")).collect();
+    assert!(load(&without_rho).ends_with("missing field `rho`"), "{}", load(&without_rho));
+    let out_of_range = text.replace("rho = 0.5", "rho = 1.5");
+    assert!(load(&out_of_range).contains("mine.toml: --rho 1.5: takes"), "{}", load(&out_of_range));
+    assert!(load(&format!("{text}preset = 'small'\n")).contains("unknown key `preset`"));
+}
+
+#[test]
+fn unknown_keys_are_named_with_near_matches() {
+    assert_eq!(
+        file_error("rho = 0.5\nnoise_rate = 0.1\n"),
+        "line 2: unknown key `noise_rate`; did you mean `noise-rate`?"
+    );
+    assert!(file_error("neighbors = 3").starts_with("line 1: unknown key `neighbors`; did you mean `neighbours`"));
+    assert_eq!(file_error("quantum = 1"), "line 1: unknown key `quantum`; `mlnt train --help` lists the names");
+    assert!(file_error("\n[model]\nwidths = [1]").starts_with("line 2: unknown key `model`"));
+}
+
+#[test]
+fn wrong_types_are_named_with_line_and_key() {
+    let cases = [
+        ("epochs = 3\nrho = 'half'", "line 2: `rho`: invalid type: string \"half\", expected f64"),
+        ("batch = 1.5", "line 1: `batch`: invalid type: floating point `1.5`, expected usize"),
+        ("batch = -1", "line 1: `batch`: invalid value: integer `-1`, expected usize"),
+        ("first-order = 1", "line 1: `first-order`: invalid type: integer `1`, expected a boolean"),
+        ("widths = [\n  8,\n  'x',\n]", "line 1: `widths`: invalid type: string \"x\", expected usize"),
+        ("seed = 99999999999999999999", "line 1: "),
+        ("noise = 'loud'", "line 1: `noise`: unknown variant `loud`, expected one of `symmetric`"),
+        ("rho = ", "line 1: "),
+        ("rho = 0.1\nrho = 0.2", "line 2: duplicate key"),
+        ("preset = 'large'", "line 1: `preset`: unknown variant `large`"),
+    ];
+    for (text, expected) in cases {
+        let error = file_error(text);
+        assert!(error.starts_with(expected), "{text}\n  gives    {error}\n  expected {expected}");
+    }
+}
+
+#[test]
+fn a_file_that_is_not_there_or_not_text_is_named() {
+    let error = Config::resolve(Some(Path::new("/no/such.toml")), &Overrides::default()).unwrap_err();
+    assert!(error.to_string().starts_with("/no/such.toml: "), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bytes.toml");
+    std::fs::write(&path, [0xff, 0xfe, 0]).unwrap();
+    let error = Config::resolve(Some(&path), &Overrides::default()).unwrap_err();
+    assert!(error.to_string().ends_with("not a TOML file: the text is not UTF-8"), "{error}");
+}
+
+#[test]
+fn values_out_of_range_name_the_flag_and_what_it_takes() {
+    let cases = [
+        ("--rho 1.5", "--rho 1.5: takes a number greater than 0 and at most 1"),
+        ("--rho 0", "--rho 0: takes a number greater than 0 and at most 1"),
+        ("--rho NaN", "--rho NaN: takes a number greater than 0 and at most 1"),
+        ("--branches 0", "--branches 0: takes a whole number from 1 to 10000"),
+        ("--neighbours 0", "--neighbours 0: takes a whole number from 1 to 63 (less than --batch)"),
+        ("--neighbours 64", "--neighbours 64: takes a whole number from 1 to 63 (less than --batch)"),
+        ("--batch 1", "--batch 1: takes a whole number from 2 to 1000000"),
+        ("--epochs 0", "--epochs 0: takes a whole number from 1 to 1000000"),
+        ("--noise-rate 1.01", "--noise-rate 1.01: takes a number from 0 to 1"),
+        ("--noise-rate -0.1", "--noise-rate -0.1: takes a number from 0 to 1"),
+        ("--alpha -1", "--alpha -1: takes a number of at least 0"),
+        ("--eta inf", "--eta inf: takes a number of at least 0"),
+        ("--eta-ramp -2", "--eta-ramp -2: takes a number of at least 0"),
+        ("--lr 0", "--lr 0: takes a number greater than 0"),
+        ("--lr inf", "--lr inf: takes a number greater than 0"),
+        ("--lr-drop-epochs 30", "--lr-drop-epochs 30: takes growing numbers from 1, less than --epochs (30)"),
+        ("--lr-drop-epochs 9,9", "--lr-drop-epochs 9,9: takes growing numbers from 1, less than --epochs (30)"),
+        ("--lr-drop-factor 0", "--lr-drop-factor 0: takes a number greater than 0 and at most 1"),
+        ("--momentum 1", "--momentum 1: takes a number of at least 0 and less than 1"),
+        ("--gamma 1", "--gamma 1: takes a number of at least 0 and less than 1"),
+        ("--gamma-late -0.5", "--gamma-late -0.5: takes a number of at least 0 and less than 1"),
+        ("--weight-decay=-1e-4", "--weight-decay -0.0001: takes a number of at least 0"),
+        ("--feature-lr 0", "--feature-lr 0: takes a number greater than 0"),
+        ("--widths 0,1,2", "--widths 0,1,2: takes 1 to 16 numbers of channels from 1 to 65536"),
+        ("--widths 8,16", "--blocks 1,1,1: takes 2 numbers from 1 to 1000, one for each of --widths"),
+        ("--blocks 1,0,1", "--blocks 1,0,1: takes 3 numbers from 1 to 1000, one for each of --widths"),
+        ("--val-fraction 0.6", "--val-fraction 0.6: takes a number greater than 0 and at most 0.5"),
+        ("--val-fraction 0", "--val-fraction 0: takes a number greater than 0 and at most 0.5"),
+        ("--pad 1000", "--pad 1000: takes a whole number from 0 to 256"),
+        ("--threads 5000", "--threads 5000: takes a whole number from 0 to 1024"),
+        ("--seed 18446744073709551615", "--seed 18446744073709551615: takes a whole number up to 9223372036854775807"),
+    ];
+    for (flags, expected) in cases {
+        let error = train(flags).expect_err(flags);
+        assert_eq!((error.to_string().as_str(), error.exit_code()), (expected, 2));
+    }
+    let (_folder, path) = toml("widths = []");
+    let error = Config::resolve(Some(&path), &Overrides::default()).unwrap_err();
+    assert!(error.to_string().starts_with("--widths (empty): takes 1 to 16"), "{error}");
+}
+
+#[test]
+fn a_batch_larger_than_the_data_is_refused() {
+    let config = train("--batch 100").unwrap();
+    config.check_against_data(100).unwrap();
+    let error = config.check_against_data(99).unwrap_err().to_string();
+    assert_eq!(error, "--batch 100: takes at most the number of training images, 99 without the validation images");
+}
+
+#[test]
+fn a_resumed_run_may_change_threads_and_place_only() {
+    let run = train("--out a --threads 1").unwrap();
+    let same = train("--out b --threads 2").unwrap();
+    assert_eq!(run.fingerprint().unwrap(), same.fingerprint().unwrap());
+    assert_eq!(run.diff(&same).unwrap(), [""; 0]);
+    let other = train("--rho 0.25 --noise pair --widths 8,16,32").unwrap();
+    assert_ne!(run.fingerprint().unwrap(), other.fingerprint().unwrap());
+    let expected = [
+        "noise: \"symmetric\" in the run, \"pair\" asked for",
+        "rho: 0.5 in the run, 0.25 asked for",
+        "widths: [16, 32, 64] in the run, [8, 16, 32] asked for",
+    ];
+    assert_eq!(run.diff(&other).unwrap(), expected);
+}
+
+#[test]
+fn resume_refuses_flags_that_ask_for_another_run() {
+    let run = train("--epochs 12").unwrap();
+    let resumed = |flags: &str| {
+        let words = ["mlnt", "train", "--resume", "runs/a"].into_iter().chain(flags.split_whitespace());
+        match Cli::try_parse_from(words).expect("the line is well-formed").command {
+            Command::Train(args) => args.resumed(&run),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(resumed("").unwrap(), run);
+    assert_eq!(resumed("--threads 2 --epochs 12").unwrap().threads, 2);
+    let error = resumed("--epochs 13").unwrap_err();
+    let expected = "--resume continues a run as it began; epochs: 12 in the run, 13 asked for";
+    assert_eq!((error.to_string().as_str(), error.exit_code()), (expected, 2));
+}
