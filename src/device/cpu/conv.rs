@@ -173,7 +173,7 @@ fn product<T: Real>(
             let all_branches = if summed { 0..branches } else { m..m + 1 };
             for (i, branch) in (if depth == 0 { 0..0 } else { all_branches }).enumerate() {
                 if i == 0 || src.branched() {
-                    patches.fill(src.branch(branch), tile, SLACK, planes);
+                    simd::wide(|| patches.fill(src.branch(branch), tile, SLACK, planes));
                 }
                 let matrix = if copies == 1 { 0 } else { branch };
                 T::product(Product {
@@ -188,7 +188,7 @@ fn product<T: Real>(
                 });
             }
             let base = if stacked { 0 } else { m * out.len };
-            place_tile(patches, place, tile, &result[..out_rows * stride], stride, start, out, base);
+            simd::wide(|| place_tile(patches, place, tile, &result[..out_rows * stride], stride, start, out, base));
         });
     });
 }
@@ -217,6 +217,7 @@ impl TileOffsets {
 }
 
 /// Writes a tile of results, `[rows, stride]`, to the pixels it belongs to.
+#[inline(always)]
 #[allow(clippy::too_many_arguments)]
 fn place_tile<T: Real>(
     patches: &Patches,
@@ -228,32 +229,44 @@ fn place_tile<T: Real>(
     out: Out<'_, T>,
     base: usize,
 ) {
-    let width = patches.grid.1;
+    let (lines, width) = (tile.lines.clone(), patches.grid.1);
+    let first = (place.origin.0 + lines.start * place.stride) * place.width;
+    // From the first to the last line of the tile in an image of the result.
+    let span = ((lines.len() - 1) * place.stride + 1) * place.width;
+    let step = place.stride * place.width;
     for (row, values) in result.chunks_exact(stride).enumerate() {
         for (n, sample) in tile.images.clone().enumerate() {
-            for (l, line) in tile.lines.clone().enumerate() {
-                let from = patches.column(tile, n, l);
-                let values = &values[from..from + width];
-                let r = (row * patches.samples + sample) * place.height + place.origin.0 + line * place.stride;
-                let at = base + r * place.width;
-                // SAFETY: pixels of this residue class in this line belong to the calling task alone, and no other
-                // task holds a slice of it: the classes run one after the other.
-                let dst = unsafe { out.part(at, place.width) };
-                let dst = &mut dst[place.origin.1..];
-                match (start, place.stride) {
-                    (Start::Zero, 1) => dst.copy_from_slice(values),
-                    (Start::InPlace, 1) => dst.iter_mut().zip(values).for_each(|(o, v)| *o += *v),
-                    (Start::Zero, step) => dst.iter_mut().step_by(step).zip(values).for_each(|(o, v)| *o = *v),
-                    (Start::InPlace, step) => dst.iter_mut().step_by(step).zip(values).for_each(|(o, v)| *o += *v),
-                    (Start::From(view), step) => {
-                        let source = &view.branch(at / out.len)[at % out.len + place.origin.1..][..dst.len()];
-                        let pixels = dst.iter_mut().zip(source).step_by(step);
-                        pixels.zip(values).for_each(|((o, s), v)| *o = *s + *v);
-                    }
+            let at = base + (row * patches.samples + sample) * place.height * place.width + first;
+            // SAFETY: pixels of this residue class in these lines belong to the calling task alone, and no other task
+            // holds a slice of the lines: the classes run one after the other.
+            let dst = unsafe { out.part(at, span) };
+            let sources = (0..lines.len()).map(|l| &values[patches.column(tile, n, l)..][..width]);
+            let targets = dst.chunks_mut(step).map(|line| &mut line[place.origin.1..place.width]);
+            match (start, place.stride) {
+                (Start::Zero, 1) => targets.zip(sources).for_each(|(o, v)| simd::copy_line(o, v)),
+                (Start::InPlace, 1) => targets.zip(sources).for_each(|(o, v)| add_line(o, v)),
+                (Start::Zero, step) => targets.zip(sources).for_each(|(o, v)| {
+                    o.iter_mut().step_by(step).zip(v).for_each(|(o, v)| *o = *v);
+                }),
+                (Start::InPlace, step) => targets.zip(sources).for_each(|(o, v)| {
+                    o.iter_mut().step_by(step).zip(v).for_each(|(o, v)| *o += *v);
+                }),
+                (Start::From(view), stride) => {
+                    let before = &view.branch(at / out.len)[at % out.len..][..span];
+                    let before = before.chunks(step).map(|line| &line[place.origin.1..place.width]);
+                    targets.zip(before).zip(sources).for_each(|((o, b), v)| {
+                        let pixels = o.iter_mut().zip(b).step_by(stride).zip(v);
+                        pixels.for_each(|((o, b), v)| *o = *b + *v);
+                    });
                 }
             }
         }
     }
+}
+
+#[inline(always)]
+fn add_line<T: Real>(out: &mut [T], values: &[T]) {
+    out.iter_mut().zip(values).for_each(|(o, v)| *o += *v);
 }
 
 /// A product whose patch matrix is the images themselves.
@@ -402,10 +415,10 @@ fn wgrad<T: Real>(
                     let (planes, a) = scratch.split_at_mut(planes_len);
                     for (i, branch) in live(m).enumerate() {
                         if i == 0 || x.branched() {
-                            patches.fill(x.branch(branch), tile, SLACK, planes);
+                            simd::wide(|| patches.fill(x.branch(branch), tile, SLACK, planes));
                         }
                         if i == 0 || dy.branched() {
-                            patches.fill_columns(rows_of(branch), tile, stride, a);
+                            simd::wide(|| patches.fill_columns(rows_of(branch), tile, stride, a));
                         }
                         let offsets = groups.of(tile);
                         let dst = &mut *partial;

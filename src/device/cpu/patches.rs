@@ -6,6 +6,7 @@
 //! per residue of the pixel's position. Columns that fall between rows are computed and thrown away.
 
 use super::real::Real;
+use super::simd::copy_line;
 use std::ops::Range;
 
 /// How columns are taken from images `[C, N, H, W]`: column (n, i, j), row (c, tap) is the pixel at
@@ -158,6 +159,7 @@ impl Patches {
     }
 
     /// Copies the tile's images into `planes`.
+    #[inline(always)]
     pub fn fill<T: Real>(&self, src: &[T], tile: &Tile, slack: usize, planes: &mut [T]) {
         planes.fill(T::zero());
         let (plane_len, stride, step) = (self.plane_len(tile, slack), self.line_stride(), self.step);
@@ -181,7 +183,7 @@ impl Patches {
                     let source = &image[(u * step + a) * self.width + b..(u * step + a + 1) * self.width];
                     let target = &mut plane[at..at + width];
                     match step {
-                        1 => target.copy_from_slice(&source[..width]),
+                        1 => copy_line(target, source),
                         _ => target.iter_mut().zip(source.iter().step_by(step)).for_each(|(t, s)| *t = *s),
                     }
                 }
@@ -189,6 +191,7 @@ impl Patches {
         }
     }
 
+    #[inline(always)]
     /// Copies the tile's columns of images `[rows, N, grid]` into rows of `columns` elements each, zeros between.
     pub fn fill_columns<T: Real>(&self, src: &[T], tile: &Tile, columns: usize, out: &mut [T]) {
         let (lines, width) = self.grid;
@@ -202,7 +205,7 @@ impl Patches {
                 for (l, line) in tile.lines.clone().enumerate() {
                     let at = self.column(tile, n, l);
                     let from = (sample * lines + line) * width;
-                    out[at..at + width].copy_from_slice(&source[from..from + width]);
+                    copy_line(&mut out[at..at + width], &source[from..from + width]);
                 }
             }
         }
