@@ -1,0 +1,251 @@
+//! Rules of the house that the compiler does not check: where `unsafe` may stand, and which layer may know which.
+
+use std::path::{Path, PathBuf};
+
+/// The layers, and those that each of them must not import.
+const MUST_NOT_KNOW: [(&str, &[&str]); 12] = [
+    ("error", &["cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
+    ("fs", &["cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
+    ("rng", &["cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
+    ("tape", &["cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
+    ("ops", &["cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
+    ("plan", &["cli", "data", "device", "fs", "mlnt", "model", "train"]),
+    ("device", &["cli", "data", "mlnt", "model", "train"]),
+    ("model", &["cli", "data", "device", "mlnt", "plan", "train"]),
+    ("data", &["cli", "device", "mlnt", "model", "ops", "plan", "tape", "train"]),
+    ("mlnt", &["cli", "train"]),
+    ("train", &["cli"]),
+    ("cli", &[]),
+];
+
+/// Where `unsafe` may stand: launchers and drivers, and the memory map of data files.
+fn may_be_unsafe(path: &str) -> bool {
+    path.starts_with("src/device/") || path == "src/data/map.rs"
+}
+
+/// `source` with comments, strings and characters replaced by spaces; lines stay where they are.
+fn code_only(source: &str) -> String {
+    let text: Vec<char> = source.chars().collect();
+    let mut code = String::with_capacity(source.len());
+    let at = |i: usize| text.get(i).copied().unwrap_or('\0');
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut i = 0;
+    while i < text.len() {
+        let before = if i == 0 { ' ' } else { text[i - 1] };
+        let hashes = |from: usize| (from..).take_while(|&j| at(j) == '#').count();
+        let raw_prefix = match (at(i), at(i + 1)) {
+            _ if word(before) => None,
+            ('r', '"' | '#') => Some(1),
+            ('b' | 'c', 'r') => Some(2),
+            _ => None,
+        };
+        let raw = raw_prefix.map(|n| (n, hashes(i + n))).filter(|(n, h)| at(i + n + h) == '"');
+        let end = if at(i) == '/' && at(i + 1) == '/' {
+            (i..).find(|&j| j == text.len() || at(j) == '\n').unwrap_or(text.len())
+        } else if at(i) == '/' && at(i + 1) == '*' {
+            let (mut depth, mut j) = (1, i + 2);
+            while depth > 0 && j < text.len() {
+                let step = match (at(j), at(j + 1)) {
+                    ('/', '*') => 1,
+                    ('*', '/') => -1,
+                    _ => 0,
+                };
+                depth += step;
+                j += if step == 0 { 1 } else { 2 };
+            }
+            j
+        } else if let Some((n, h)) = raw {
+            let closes = |&j: &usize| at(j) == '"' && hashes(j + 1) >= h;
+            (i + n + h + 1..text.len()).find(closes).map_or(text.len(), |j| j + 1 + h)
+        } else if at(i) == '"' || (at(i) == '\'' && (at(i + 1) == '\\' || at(i + 2) == '\'')) {
+            let quote = at(i);
+            let mut j = i + 1;
+            while j < text.len() && at(j) != quote {
+                j += if at(j) == '\\' { 2 } else { 1 };
+            }
+            j + 1
+        } else {
+            code.push(at(i));
+            i += 1;
+            continue;
+        };
+        code.extend((i..end.min(text.len())).map(|j| if at(j) == '\n' { '\n' } else { ' ' }));
+        i = end;
+    }
+    code
+}
+
+/// One word, number or other character of Rust, and the line it stands on.
+fn tokens(code: &str) -> Vec<(usize, String)> {
+    let mut list: Vec<(usize, String)> = Vec::new();
+    for (number, line) in code.lines().enumerate() {
+        let mut open = false;
+        for c in line.chars() {
+            let word = c.is_alphanumeric() || c == '_';
+            match list.last_mut() {
+                Some((_, last)) if word && open => last.push(c),
+                _ if c.is_whitespace() => {}
+                _ => list.push((number + 1, c.to_string())),
+            }
+            open = word;
+        }
+    }
+    list
+}
+
+/// The uses of `unsafe` in a file: the keyword, and attributes that allow it.
+fn unsafe_lines(source: &str) -> Vec<usize> {
+    let found = tokens(&code_only(source));
+    let keyword = found.iter().filter(|(_, t)| t == "unsafe").map(|(line, _)| *line);
+    let allow = ["allow", "(", "unsafe_code"];
+    let allowed = found.windows(3).filter(|w| w.iter().map(|(_, t)| t).eq(allow)).map(|w| w[0].0);
+    keyword.chain(allowed).collect()
+}
+
+/// The layers that a file at `path` below `src/` names, with the line: paths from `crate`, or from `super` up to it.
+fn layers_named(path: &str, source: &str) -> Vec<(usize, String)> {
+    // Modules from the root down to the file's own.
+    let inner = path.trim_start_matches("src/").trim_end_matches(".rs");
+    let depth = inner.split('/').filter(|part| *part != "mod").count();
+    let all = tokens(&code_only(source));
+    let is = |i: usize, text: &str| all.get(i).is_some_and(|(_, t)| t == text);
+    let colons = |i: usize| is(i, ":") && is(i + 1, ":");
+    let mut named = Vec::new();
+    for start in 0..all.len() {
+        // The token behind `crate::` or behind as many `super::` as lead to the root.
+        let mut at = start;
+        if is(start, "crate") && colons(start + 1) {
+            at = start + 3;
+        } else if is(start, "super") && !(start > 2 && is(start - 3, "super") && colons(start - 2)) {
+            let mut ups = 0;
+            while is(at, "super") && colons(at + 1) {
+                (ups, at) = (ups + 1, at + 3);
+            }
+            if ups < depth {
+                continue;
+            }
+        } else {
+            continue;
+        }
+        if !is(at, "{") {
+            named.extend(all.get(at).cloned());
+            continue;
+        }
+        // The first name of each item between the braces.
+        let (mut nesting, mut first) = (1, true);
+        for (line, token) in &all[at + 1..] {
+            match token.as_str() {
+                "{" => nesting += 1,
+                "}" => nesting -= 1,
+                "," if nesting == 1 => first = true,
+                name if nesting == 1 && first => {
+                    named.push((*line, name.to_string()));
+                    first = false;
+                }
+                _ => {}
+            }
+            if nesting == 0 {
+                break;
+            }
+        }
+    }
+    named
+}
+
+/// The imports of a file that its layer must not have.
+fn forbidden_imports(path: &str, source: &str) -> Vec<(usize, String)> {
+    let layer = path.trim_start_matches("src/").split(['/', '.']).next().unwrap_or_default();
+    let Some((_, forbidden)) = MUST_NOT_KNOW.iter().find(|(name, _)| *name == layer) else { return Vec::new() };
+    layers_named(path, source).into_iter().filter(|(_, name)| forbidden.contains(&name.as_str())).collect()
+}
+
+/// All Rust files below `src/`, as paths from the project's root with their text.
+fn sources() -> Vec<(String, String)> {
+    fn walk(folder: &Path, list: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => walk(&path, list),
+                false => list.push(path),
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut paths = Vec::new();
+    walk(&root.join("src"), &mut paths);
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    paths.sort();
+    assert!(paths.len() > 40, "{} files", paths.len());
+    let name = |path: &Path| path.strip_prefix(root).unwrap().to_str().unwrap().replace('\\', "/");
+    paths.iter().map(|path| (name(path), std::fs::read_to_string(path).unwrap())).collect()
+}
+
+#[test]
+fn unsafe_stands_with_launchers_drivers_and_the_memory_map_only() {
+    let mut inside = 0;
+    for (path, source) in sources() {
+        let lines = unsafe_lines(&source);
+        inside += lines.len();
+        assert!(lines.is_empty() || may_be_unsafe(&path), "{path}: `unsafe` in lines {lines:?}");
+    }
+    assert!(inside > 0, "the scan finds what is there");
+}
+
+#[test]
+fn no_layer_knows_a_higher_one() {
+    let mut named = 0;
+    for (path, source) in sources() {
+        named += layers_named(&path, &source).len();
+        let bad = forbidden_imports(&path, &source);
+        assert!(bad.is_empty(), "{path}: (line, layer) {bad:?}");
+    }
+    assert!(named > 100, "the scan finds what is there: {named}");
+}
+
+#[test]
+fn every_layer_has_its_rule() {
+    for (path, _) in sources() {
+        let layer = path.trim_start_matches("src/").split(['/', '.']).next().unwrap().to_string();
+        let known = MUST_NOT_KNOW.iter().any(|(name, _)| *name == layer);
+        assert!(known || ["main", "lib"].contains(&layer.as_str()), "{path}: a layer without a rule");
+    }
+}
+
+#[test]
+fn the_scan_for_unsafe_finds_planted_ones_and_passes_over_text() {
+    assert_eq!(unsafe_lines("fn f() {\n    unsafe { g() }\n}"), [2]);
+    assert_eq!(unsafe_lines("unsafe impl Send for A {}"), [1]);
+    assert_eq!(unsafe_lines("#[allow( unsafe_code )]\nfn f() {}"), [1]);
+    assert_eq!(unsafe_lines("#![allow(unsafe_code)]"), [1]);
+    assert_eq!(unsafe_lines("let c = '\"'; unsafe { f() } // \""), [1]);
+    assert_eq!(unsafe_lines("fn f<'a>(x: &'a str) { unsafe { g(x) } }"), [1]);
+    assert_eq!(unsafe_lines("let r = r#\"quote \" \"#; unsafe { f() }"), [1]);
+    assert_eq!(unsafe_lines("let q = b'\\''; unsafe { f() }"), [1]);
+    let text = "// unsafe\n/* unsafe /* unsafe */ unsafe */\n#![deny(unsafe_code)]\nlet s = \"unsafe \\\" unsafe\";\n\
+                let r = r##\"unsafe \"# unsafe\"##;\nlet unsafer = not_unsafe;\n/// unsafe\n";
+    assert_eq!(unsafe_lines(text), [0usize; 0]);
+    assert!(may_be_unsafe("src/device/cpu/conv.rs") && may_be_unsafe("src/data/map.rs"));
+    assert!(!may_be_unsafe("src/data/idx.rs") && !may_be_unsafe("src/devices.rs"));
+}
+
+#[test]
+fn the_scan_of_layers_finds_planted_imports() {
+    let found = |path: &str, source: &str| -> Vec<String> {
+        forbidden_imports(path, source).into_iter().map(|(line, name)| format!("{line} {name}")).collect()
+    };
+    assert_eq!(found("src/ops/conv.rs", "use crate::error::Error;\nuse crate::plan::Plan;"), ["2 plan"]);
+    assert_eq!(found("src/ops/conv.rs", "use super::super::plan::Plan;"), ["1 plan"]);
+    assert_eq!(found("src/ops/conv.rs", "use super::plan::Plan;"), [""; 0]);
+    assert_eq!(found("src/tape/mod.rs", "use super::device;"), ["1 device"]);
+    assert_eq!(found("src/rng.rs", "use super::{data, error::Error};"), ["1 data"]);
+    let braces = "use crate::{\n    error::{Error, Result},\n    ops::Op,\n    model,\n    data::{self, map},\n};";
+    assert_eq!(found("src/plan/mod.rs", braces), ["4 model", "5 data"]);
+    assert_eq!(found("src/device/cpu/mod.rs", "fn f(x: crate::mlnt::StepSpec) {}"), ["1 mlnt"]);
+    assert_eq!(found("src/model/mod.rs", "pub(crate) use crate :: train :: run;"), ["1 train"]);
+    assert_eq!(found("src/train/run.rs", "use crate::cli::Cli;\nuse crate::data::open;"), ["1 cli"]);
+    assert_eq!(found("src/data/mod.rs", "use crate::mlnt::Neighbours;"), ["1 mlnt"]);
+    assert_eq!(found("src/mlnt/golden.rs", "use crate::train::config::Config;"), ["1 train"]);
+    assert_eq!(found("src/fs.rs", "use crate::rng;\nuse crate::error::Result;"), ["1 rng"]);
+    let text = "// use crate::cli;\n/// [`crate::cli`]\nlet s = \"use crate::cli\";";
+    assert_eq!(found("src/train/run.rs", text), [""; 0]);
+}
