@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use super::console::say;
 use super::plan::PlanArgs;
 use crate::device::HostSlice;
 use crate::error::Result;
@@ -88,20 +89,17 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     }
     if args.by_operation {
         for (name, launches, time) in device.profile(id, &scalars)? {
-            println!("{:>10.3} ms {launches:>5} x {name}", 1e3 * time);
+            say(format_args!("{:>10.3} ms {launches:>5} x {name}", 1e3 * time))?;
         }
     }
     seconds.sort_by(f64::total_cmp);
     let (median, min, max) = (seconds[seconds.len() / 2], seconds[0], seconds[seconds.len() - 1]);
     match args.plan.json {
-        true => println!(
-            "{}",
-            json!({ "seconds_per_step": median, "min": min, "max": max, "steps": seconds.len(),
-                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "device": device.describe() })
-        ),
+        true => say(json!({ "seconds_per_step": median, "min": min, "max": max, "steps": seconds.len(),
+                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "device": device.describe() }))?,
         false => {
             let memory = peak_rss().map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6));
-            println!("{why}\n{median:.4} s per step (least {min:.4}, most {max:.4}), peak memory {memory}");
+            say(format_args!("{why}\n{median:.4} s per step (least {min:.4}, most {max:.4}), peak memory {memory}"))?;
         }
     }
     Ok(0)

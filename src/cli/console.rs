@@ -1,12 +1,33 @@
-//! Progress of a run on the terminal.
+//! What the program says: lines on standard output, and the progress of a run on the terminal.
+
+use std::fmt::Display;
+use std::io::{ErrorKind, Write};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::error::{Error, Result};
 use crate::train::engine::StepOutcome;
 use crate::train::metrics::{EpochRecord, Phase};
 use crate::train::run::Observer;
+
+/// Prints a line on standard output. A reader such as `head` that has seen enough and closed it is no error.
+///
+/// # Errors
+/// [`Error::Io`] for anything else, a full disk for instance.
+pub(super) fn say(line: impl Display) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{line}").and_then(|()| out.flush()) {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(Error::io("standard output")(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Prints a line on standard error, if anybody reads it.
+pub(super) fn note(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
 /// A progress bar with rate and time left, and one line per epoch.
 pub(super) struct Console {
@@ -22,7 +43,8 @@ impl Console {
     }
 
     fn line(&self, text: &str) {
-        self.bar.suspend(|| println!("{text}"));
+        // Training does not stop because nobody reads its lines: metrics.jsonl has them.
+        self.bar.suspend(|| say(text).ok());
     }
 }
 

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::console::say;
 use super::network::{self, Trained};
 use super::{ModelKind, NetworkArgs};
 use crate::error::Result;
@@ -56,17 +57,14 @@ pub(super) fn run(args: &EvalArgs) -> Result<u8> {
         let (accuracy, loss) = (correct as f64 / n, loss / n);
         let data = &trained.set.images.name;
         match args.json {
-            true => println!(
-                "{}",
-                json!({ "network": path.display().to_string(), "data": data, "images": labels.len(),
-                        "accuracy": accuracy, "cross_entropy": loss })
-            ),
-            false => println!(
+            true => say(json!({ "network": path.display().to_string(), "data": data, "images": labels.len(),
+                        "accuracy": accuracy, "cross_entropy": loss }))?,
+            false => say(format_args!(
                 "{}: accuracy {:.2} %, cross entropy {loss:.4} on {} images of {data}",
                 path.display(),
                 100.0 * accuracy,
                 labels.len()
-            ),
+            ))?,
         }
     }
     Ok(0)

@@ -14,8 +14,10 @@ pub mod verify;
 
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use crate::error::Error;
 use crate::train::preset::Preset;
 
 /// Train image classifiers on noisy labels.
@@ -131,9 +133,29 @@ fn whole(text: &str, low: usize, high: usize) -> Result<usize, String> {
     text.parse().ok().filter(|number| (low..=high).contains(number)).ok_or_else(takes)
 }
 
-/// The command line of this process. Help and version are printed, and wrong usage ends the process with status 2.
-pub fn parse() -> Cli {
-    Cli::from_arg_matches(&command().get_matches()).unwrap_or_else(|error| error.exit())
+/// The command line of this process. Help and version are printed and end it.
+///
+/// # Errors
+/// [`Error::Usage`] for wrong usage, in one line.
+pub fn parse() -> crate::Result<Cli> {
+    let matches = command().try_get_matches();
+    matches.and_then(|matches| Cli::from_arg_matches(&matches)).map_err(|error| match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            error.exit()
+        }
+        _ => Error::usage(one_line(&error.to_string())),
+    })
+}
+
+/// What clap says is wrong, and its tips, without the usage below them.
+fn one_line(message: &str) -> String {
+    let said = message.lines().map(str::trim).take_while(|line| {
+        let below = ["Usage:", "For more information"];
+        !below.iter().any(|start| line.starts_with(start))
+    });
+    let parts: Vec<&str> = said.filter(|line| !line.is_empty()).collect();
+    let line = parts.join(" ").replace(" tip: ", "; ");
+    line.strip_prefix("error: ").unwrap_or(&line).to_string()
 }
 
 /// The definition of the command line, with the presets' values in the help of `train` and `plan`.

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 use serde_json::json;
 
+use super::console::say;
 use crate::error::Result;
 use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
@@ -161,12 +162,12 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             "state_bytes": states,
             "phases": cost.phases,
         });
-        println!("{object}");
+        say(object)?;
         return Ok(0);
     }
     let order = if config.first_order { "first order" } else { "exact" };
     let (k, m) = (config.batch, config.branches);
-    println!(
+    say(format_args!(
         "One MLNT step: {} recipe, {order}, batch {k}, {m} branches, {}; PreAct ResNet, widths {:?}, blocks {:?}, \
          {} parameters, images {}x{}x{}, {} classes\n",
         config.recipe,
@@ -178,14 +179,14 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         input.height,
         input.width,
         input.classes,
-    );
-    println!("{}\n", phase_table(&cost, forward));
-    println!("one forward pass    {:.3} GFLOP", forward as f64 / 1e9);
-    println!("whole step          {:.3} GFLOP = {ratio:.2} forward passes", cost.flops() as f64 / 1e9);
-    println!("launches            {}", cost.launches());
-    println!("bytes moved         {:.3} GB", cost.bytes_moved() as f64 / 1e9);
-    println!("arena               {:.3} GB", arena as f64 / 1e9);
-    println!("states              {:.3} GB", states as f64 / 1e9);
+    ))?;
+    say(format_args!("{}\n", phase_table(&cost, forward)))?;
+    say(format_args!("one forward pass    {:.3} GFLOP", forward as f64 / 1e9))?;
+    say(format_args!("whole step          {:.3} GFLOP = {ratio:.2} forward passes", cost.flops() as f64 / 1e9))?;
+    say(format_args!("launches            {}", cost.launches()))?;
+    say(format_args!("bytes moved         {:.3} GB", cost.bytes_moved() as f64 / 1e9))?;
+    say(format_args!("arena               {:.3} GB", arena as f64 / 1e9))?;
+    say(format_args!("states              {:.3} GB", states as f64 / 1e9))?;
     Ok(0)
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::console::Console;
+use super::console::{Console, say};
 use crate::error::{Error, Result};
 use crate::train::config::{Config, Overrides};
 use crate::train::engine::{Engine, open_device};
@@ -106,11 +106,11 @@ pub(super) fn run(args: &TrainArgs) -> Result<u8> {
     let dir = run.dir().path().display();
     match ending {
         Ending::Complete(rows) => {
-            println!("\n{}\n\nrun directory: {dir}", summary_table(&rows));
+            say(format_args!("\n{}\n\nrun directory: {dir}", summary_table(&rows)))?;
             Ok(0)
         }
         Ending::Stopped => {
-            println!("\nstopped and saved; continue with: mlnt train --resume {dir}");
+            say(format_args!("\nstopped and saved; continue with: mlnt train --resume {dir}"))?;
             Ok(INTERRUPTED)
         }
     }
@@ -123,7 +123,7 @@ fn create(args: &TrainArgs) -> Result<Run> {
     }
     let (data, engine) = start(&config)?;
     let run = Run::create(config, data, engine)?;
-    println!("run directory: {}", run.dir().path().display());
+    say(format_args!("run directory: {}", run.dir().path().display()))?;
     Ok(run)
 }
 
@@ -137,16 +137,25 @@ fn resume(args: &TrainArgs, path: &Path) -> Result<Run> {
 /// Opens the device and reads the data; nothing is written yet.
 fn start(config: &Config) -> Result<(Prepared, Engine)> {
     let (device, why) = open_device(config.device, config.precision, config.threads)?;
-    println!("{why}");
+    say(why)?;
     let data = Prepared::new(config)?;
     let (train, val, test) = (data.train.len(), data.validation.len(), data.test.len());
     let images = data.train.images.shape();
-    println!("data: {}: {train} training, {val} validation, {test} test images of {images}", data.train.images.name);
+    say(format_args!(
+        "data: {}: {train} training, {val} validation, {test} test images of {images}",
+        data.train.images.name
+    ))?;
     let (nominal, realised) = (100.0 * config.noise_rate, 100.0 * data.realised_noise);
-    println!("noise: {}, nominal rate {nominal:.1} %, realised {realised:.1} % of the labels are wrong", config.noise);
+    say(format_args!(
+        "noise: {}, nominal rate {nominal:.1} %, realised {realised:.1} % of the labels are wrong",
+        config.noise
+    ))?;
     let model = data.model(config)?;
     let (widths, blocks) = (&config.widths, &config.blocks);
-    println!("network: PreAct ResNet, widths {widths:?}, blocks {blocks:?}, {} parameters", model.param_count());
+    say(format_args!(
+        "network: PreAct ResNet, widths {widths:?}, blocks {blocks:?}, {} parameters",
+        model.param_count()
+    ))?;
     let engine = Engine::new(device, config, model)?;
     Ok((data, engine))
 }
