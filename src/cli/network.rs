@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::console::note;
 use super::{ModelKind, NetworkArgs, Split};
-use crate::data::{Normalise, open};
+use crate::data::{Augment, Batcher, Normalise, open};
 use crate::device::{Device, HostSlice, PlanId};
 use crate::error::{Error, Result};
 use crate::mlnt::{StateKind, record_eval, state_name};
@@ -84,19 +85,6 @@ impl Trained {
 
         let precision = if dtype == Dtype::F64 { Precision::F64 } else { Precision::F32 };
         let (mut device, why) = open_device(DeviceKind::Auto, precision, args.threads)?;
-        eprintln!("{why}");
-        let plan = Plan::build(&record_eval(&meta.model, args.batch, "")?, &PlanOptions::default())?;
-        let plan = device.load(plan)?;
-        let kinds = params.iter().map(|_| StateKind::Param).chain(buffers.iter().map(|_| StateKind::Buffer));
-        for (tensor, kind) in tensors.iter().zip(kinds) {
-            let name = state_name("", kind, &tensor.name);
-            match &tensor.data {
-                TensorData::F32(v) => device.write_state(&name, HostSlice::F32(v))?,
-                TensorData::F64(v) => device.write_state(&name, HostSlice::F64(v))?,
-                _ => return Err(Error::file(path, format!("tensor {} holds no reals", tensor.name))),
-            }
-        }
-
         let pair = open(args.data.as_deref().unwrap_or(&meta.data))?;
         let images = if args.split == Split::Train { pair.train } else { pair.test };
         let shape = [images.channels, images.height, images.width, images.classes];
@@ -107,12 +95,28 @@ impl Trained {
             let (have, want) = (text(shape), text(takes));
             return Err(Error::usage(format_args!("{} holds images {have}, the network takes {want}", images.name)));
         }
-        let normalise = Normalise::new(meta.mean, meta.std).map_err(|e| Error::file(path, e))?;
-        let (batch, class_names) = (args.batch, meta.class_names);
-        if class_names.len() != takes[3] {
-            return Err(Error::file(path, format!("{} class names for {} classes", class_names.len(), takes[3])));
+        if meta.class_names.len() != takes[3] {
+            let (names, classes) = (meta.class_names.len(), takes[3]);
+            return Err(Error::file(path, format!("{names} class names for {classes} classes")));
         }
-        Ok(Trained { device, plan, batch, normalise, set: LabelledSet::clean(images), class_names })
+        let normalise = Normalise::new(meta.mean, meta.std).map_err(|e| Error::file(path, e))?;
+        Batcher::new(&images, &normalise, Augment::NONE, 0).map_err(|e| Error::file(path, e))?;
+
+        let batch = args.batch.min(images.len());
+        let plan = Plan::build(&record_eval(&meta.model, batch, "")?, &PlanOptions::default())?;
+        let plan = device.load(plan)?;
+        let kinds = params.iter().map(|_| StateKind::Param).chain(buffers.iter().map(|_| StateKind::Buffer));
+        for (tensor, kind) in tensors.iter().zip(kinds) {
+            let name = state_name("", kind, &tensor.name);
+            match &tensor.data {
+                TensorData::F32(v) => device.write_state(&name, HostSlice::F32(v))?,
+                TensorData::F64(v) => device.write_state(&name, HostSlice::F64(v))?,
+                _ => return Err(Error::file(path, format!("tensor {} holds no reals", tensor.name))),
+            }
+        }
+        note(why);
+        let (set, class_names) = (LabelledSet::clean(images), meta.class_names);
+        Ok(Trained { device, plan, batch, normalise, set, class_names })
     }
 
     /// Class probabilities of all images, batch by batch.
