@@ -115,24 +115,30 @@ impl Golden {
                 other => return Err(fail(format!("tensor {name} has type {other:?}"))),
             };
         }
+        let shapes = tensors.iter().map(|(name, view)| (name.to_string(), view.shape().to_vec())).collect();
         let golden = Golden { spec, scalars, reals, integers };
-        golden.check().map_err(fail)?;
+        golden.check(&shapes).map_err(fail)?;
         Ok(golden)
     }
 
-    /// Every tensor is there, has its length, and labels lie within the classes.
-    fn check(&self) -> std::result::Result<(), String> {
+    /// Every tensor is there, has its shape, and labels lie within the classes.
+    fn check(&self, shapes: &BTreeMap<String, Vec<usize>>) -> std::result::Result<(), String> {
         let (k, m, classes) = (self.spec.batch, self.spec.branches, self.spec.model.classes);
-        let real = |name: String, len: usize| match self.reals.get(&name) {
-            Some(v) if v.len() == len => Ok(()),
-            Some(v) => Err(format!("tensor {name} has {} values, expected {len}", v.len())),
+        // Extents of 1 say nothing: a single number may be `[1]` or `[]`.
+        let squeezed = |shape: &[usize]| -> Vec<usize> { shape.iter().copied().filter(|n| *n != 1).collect() };
+        let shape = |name: &str, want: &[usize]| match shapes.get(name) {
+            Some(have) if squeezed(have) == squeezed(want) => Ok(()),
+            Some(have) => Err(format!("tensor {name} has shape {have:?}, expected {want:?}")),
             None => Err(format!("tensor {name} is missing")),
         };
-        for (name, len, limit) in [("y", k, classes), ("y_syn", m * k, classes), ("keep", k, 2)] {
-            let values = self.integers.get(&format!("in.{name}")).ok_or(format!("tensor in.{name} is missing"))?;
-            if values.len() != len {
-                return Err(format!("tensor in.{name} has {} values, expected {len}", values.len()));
-            }
+        let real = |name: String, want: &[usize]| {
+            shape(&name, want)?;
+            if self.reals.contains_key(&name) { Ok(()) } else { Err(format!("tensor {name} does not hold reals")) }
+        };
+        for (name, want, limit) in [("y", vec![k], classes), ("y_syn", vec![m, k], classes), ("keep", vec![k], 2)] {
+            shape(&format!("in.{name}"), &want)?;
+            let values = self.integers.get(&format!("in.{name}"));
+            let values = values.ok_or(format!("tensor in.{name} does not hold whole numbers"))?;
             if let Some(v) = values.iter().find(|v| !(0..limit as i64).contains(*v)) {
                 return Err(format!("tensor in.{name} holds {v}, expected 0..{limit}"));
             }
@@ -141,48 +147,46 @@ impl Golden {
             return Err("tensor in.keep keeps no sample".into());
         }
         let [h, w] = self.spec.model.size;
-        real("in.x".into(), k * self.spec.model.in_channels * h * w)?;
-        for (name, len) in self.state_list() {
-            real(format!("in.{name}"), len)?;
+        real("in.x".into(), &[k, self.spec.model.in_channels, h, w])?;
+        for (name, shape) in self.state_list() {
+            real(format!("in.{name}"), &shape)?;
         }
-        for (group, name, len) in self.expected() {
-            real(wanted_name(&group, &name), len)?;
+        for (group, name, shape) in self.expected() {
+            real(wanted_name(&group, &name), &shape)?;
         }
         Ok(())
     }
 
-    /// Names and lengths of the states before the step.
-    fn state_list(&self) -> Vec<(String, usize)> {
+    /// Names and shapes of the states before the step.
+    fn state_list(&self) -> Vec<(String, Vec<usize>)> {
         let model = &self.spec.model;
         let owners: &[&str] = if self.spec.mentor { &["", "teacher.", "mentor."] } else { &["", "teacher."] };
         let mut list = Vec::new();
         for owner in owners {
             for p in model.params() {
-                list.push((format!("{owner}param.{}", p.name), p.meta.len()));
+                list.push((format!("{owner}param.{}", p.name), p.shape.clone()));
                 if owner.is_empty() {
-                    list.push((format!("momentum.{}", p.name), p.meta.len()));
+                    list.push((format!("momentum.{}", p.name), p.shape));
                 }
             }
-            list.extend(model.buffers().into_iter().map(|(name, len)| (format!("{owner}buffer.{name}"), len)));
+            list.extend(model.buffers().into_iter().map(|(name, len)| (format!("{owner}buffer.{name}"), vec![len])));
         }
         list
     }
 
-    /// `(group, tensor, length)` of everything that must come out.
-    fn expected(&self) -> Vec<(String, String, usize)> {
+    /// `(group, tensor, shape)` of everything that must come out.
+    fn expected(&self) -> Vec<(String, String, Vec<usize>)> {
         let (k, m, model) = (self.spec.batch, self.spec.branches, &self.spec.model);
         let mut list = Vec::new();
         for group in GROUPS {
-            let mut push = |name: String, len: usize| list.push((group.to_string(), name, len));
+            let mut push = |name: String, shape: Vec<usize>| list.push((group.to_string(), name, shape));
             match group {
-                "logits" | "target" => push(String::new(), k * model.classes),
-                "inner_loss" | "consistency" => push(String::new(), m),
-                "class_loss" => push(String::new(), 1),
-                "buffer" | "teacher.buffer" => model.buffers().into_iter().for_each(|(n, len)| push(n, len)),
-                _ => {
-                    let copies = if group == "inner_grad" { m } else { 1 };
-                    model.params().into_iter().for_each(|p| push(p.name, p.meta.len() * copies));
-                }
+                "logits" | "target" => push(String::new(), vec![k, model.classes]),
+                "inner_loss" | "consistency" => push(String::new(), vec![m]),
+                "class_loss" => push(String::new(), vec![1]),
+                "buffer" | "teacher.buffer" => model.buffers().into_iter().for_each(|(n, len)| push(n, vec![len])),
+                "inner_grad" => model.params().into_iter().for_each(|p| push(p.name, [vec![m], p.shape].concat())),
+                _ => model.params().into_iter().for_each(|p| push(p.name, p.shape)),
             }
         }
         list
