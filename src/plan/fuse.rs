@@ -3,6 +3,7 @@
 use super::graph::Graph;
 use crate::ops::{BnBackward, BnDoubleBackward, BnEval, BnForward, LinComb, Op};
 use crate::tape::{Coef, Meta, Node, Tensor};
+use std::collections::{HashMap, HashSet};
 
 /// Batch norm followed by ReLU becomes one operation, and so do the masks in its backward and double backward.
 pub(super) fn batch_norm_relu(graph: &mut Graph) {
@@ -158,26 +159,29 @@ pub(super) fn accumulate(graph: &mut Graph) {
 pub(super) fn group_lin_combs(graph: &Graph) -> Vec<Vec<usize>> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     // The state that a node's result is written into: nobody else in the same launch may read it.
-    let written = |node: &Node| {
-        let assign = graph.assigns.iter().find(|a| a.1 == node.outputs[0]);
-        assign.map(|a| graph.states[a.0 as usize].tensor)
-    };
-    let clash = |a: &Node, b: &Node| {
-        let reads = |node: &Node, t: Option<Tensor>| t.is_some_and(|t| node.inputs.contains(&t));
-        b.inputs.contains(&a.outputs[0]) || reads(b, written(a)) || reads(a, written(b))
-    };
+    let written_into: HashMap<Tensor, Tensor> =
+        graph.assigns.iter().map(|(state, value)| (*value, graph.states[*state as usize].tensor)).collect();
+    // What the last group reads, and what it writes.
+    let (mut reads, mut writes): (HashSet<Tensor>, HashSet<Tensor>) = (HashSet::new(), HashSet::new());
     for (n, node) in graph.nodes.iter().enumerate() {
+        let written = written_into.get(&node.outputs[0]);
         let joins = groups.last().is_some_and(|group| {
             let head = &graph.nodes[group[0]];
             matches!(node.op, Op::LinComb(_))
                 && node.op == head.op
                 && node.phase == head.phase
-                && !group.iter().any(|&g| clash(&graph.nodes[g], node))
+                && !node.inputs.iter().any(|t| writes.contains(t))
+                && !written.is_some_and(|t| reads.contains(t))
         });
         match groups.last_mut() {
             Some(group) if joins => group.push(n),
-            _ => groups.push(vec![n]),
+            _ => {
+                groups.push(vec![n]);
+                (reads, writes) = (HashSet::new(), HashSet::new());
+            }
         }
+        reads.extend(&node.inputs);
+        writes.extend(written.into_iter().chain([&node.outputs[0]]));
     }
     groups
 }
