@@ -171,6 +171,24 @@ impl Engine {
         &mut *self.device
     }
 
+    /// The name of a state that holds a value which is not finite, if there is one.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn not_finite(&self) -> Result<Option<String>> {
+        for (name, _) in self.device.states() {
+            let finite = match self.device.read_state(&name)? {
+                HostVec::F32(v) => v.iter().all(|x| x.is_finite()),
+                HostVec::F64(v) => v.iter().all(|x| x.is_finite()),
+                HostVec::I32(_) => true,
+            };
+            if !finite {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+
     /// One SGD step on cross entropy; images `[k, C, H, W]`.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use super::choice;
 use super::config::Config;
 use crate::data::noise::{NoisyLabels, corrupt};
 use crate::data::split::{balanced_subset, validation_split};
-use crate::data::{Augment, ClassMap, Dataset, Normalise, ValidationLabels, labels, open};
+use crate::data::{Augment, Batcher, ClassMap, Dataset, Normalise, ValidationLabels, labels, open};
 use crate::error::{Error, Result};
 use crate::model::{Arch, ModelSpec};
 
@@ -47,14 +47,17 @@ impl Prepared {
         let all = match config.train_size {
             0 => pair.train,
             n => {
-                let chosen = balanced_subset(pair.train.labels(), classes, n, config.seed)?;
+                let flag = |e| Error::usage(format_args!("--train-size {n}: {e}"));
+                let chosen = balanced_subset(pair.train.labels(), classes, n, config.seed).map_err(flag)?;
                 pair.train.subset(&chosen)?
             }
         };
         let map = ClassMap::of(&all);
-        let noisy = corrupt(all.labels(), classes, config.noise, config.noise_rate, config.seed, &map)?;
+        let flag = |e| Error::usage(format_args!("--noise {} --noise-rate {}: {e}", config.noise, config.noise_rate));
+        let noisy = corrupt(all.labels(), classes, config.noise, config.noise_rate, config.seed, &map).map_err(flag)?;
         let label_file = labels::to_csv(&all, &noisy)?;
-        let split = validation_split(&noisy.labels, classes, config.val_fraction, config.seed)?;
+        let flag = |e| Error::usage(format_args!("--val-fraction {}: {e}", config.val_fraction));
+        let split = validation_split(&noisy.labels, classes, config.val_fraction, config.seed).map_err(flag)?;
         let train = LabelledSet::given(&all, &noisy, &split.train)?;
         let validation = match config.val_labels {
             ValidationLabels::Noisy => LabelledSet::given(&all, &noisy, &split.validation)?,
@@ -65,8 +68,11 @@ impl Prepared {
             choice::Augment::None => Augment::NONE,
             choice::Augment::PadCropFlip => Augment { pad: config.pad, flip: true },
         };
+        let normalise = Normalise::measure(&train.images)?;
+        let flag = |e| Error::usage(format_args!("--pad {}: {e}", config.pad));
+        Batcher::new(&train.images, &normalise, augment, config.seed).map_err(flag)?;
         Ok(Prepared {
-            normalise: Normalise::measure(&train.images)?,
+            normalise,
             train,
             validation,
             test: LabelledSet::clean(pair.test),

@@ -56,11 +56,16 @@ impl Run {
     /// As [`RunDir::create`].
     pub fn create(config: Config, data: Prepared, engine: Engine) -> Result<Self> {
         let dir = RunDir::create(&config)?;
-        write_atomic(dir.labels(), &data.label_file)?;
-        let (metrics, timing) = (JsonLines::create(dir.metrics())?, JsonLines::create(dir.timing())?);
-        let mut run = Run { config, data, engine, dir, metrics, timing, position: Position::START };
-        run.save()?;
-        Ok(run)
+        let path = dir.path().to_path_buf();
+        let begin = move || -> Result<Self> {
+            write_atomic(dir.labels(), &data.label_file)?;
+            let (metrics, timing) = (JsonLines::create(dir.metrics())?, JsonLines::create(dir.timing())?);
+            let mut run = Run { config, data, engine, dir, metrics, timing, position: Position::START };
+            run.save()?;
+            Ok(run)
+        };
+        // A directory without a checkpoint is no run: it goes again. The error to tell is the first one.
+        begin().inspect_err(|_| std::fs::remove_dir_all(&path).unwrap_or_default())
     }
 
     /// The run of an existing directory, as its checkpoint left it.
@@ -143,9 +148,11 @@ impl Run {
             self.position.step += 1;
             observer.step(&outcome);
             if observer.wants_stop() && self.position.step < steps {
+                self.check_networks(phase)?;
                 return Ok(false);
             }
         }
+        self.check_networks(phase)?;
         let trained = start.elapsed().as_secs_f64();
         let record = self.evaluate(phase, steps)?;
         let times = TimingRecord {
@@ -167,15 +174,31 @@ impl Run {
         if outcome.loss.is_finite() && meta.is_finite() {
             return Ok(());
         }
-        let rate = if phase == Phase::Features { "--feature-lr" } else { "--lr, --alpha or --eta" };
-        Err(Error::Diverged(format!(
-            "the loss is not a number any more (epoch {}, step {}: loss {}, meta loss {meta}); the last good checkpoint \
-             is {}; start again with a smaller {rate}",
-            self.position.epoch + 1,
-            step + 1,
-            outcome.loss,
-            self.dir.checkpoint().display(),
-        )))
+        let what = format!("the loss is not a number any more (loss {}, meta loss {meta})", outcome.loss);
+        Err(self.diverged(phase, step + 1, &what))
+    }
+
+    /// A step whose loss is still finite may leave weights that are not; they must reach neither the checkpoint nor
+    /// the results.
+    fn check_networks(&self, phase: Phase) -> Result<()> {
+        match self.engine.not_finite()? {
+            None => Ok(()),
+            Some(name) => Err(self.diverged(phase, self.position.step, &format!("{name} is not finite any more"))),
+        }
+    }
+
+    fn diverged(&self, phase: Phase, step: usize, what: &str) -> Error {
+        let (part, rate) = match phase {
+            Phase::CrossEntropy => ("cross entropy", "--lr"),
+            Phase::Features => ("the feature network", "--feature-lr"),
+            Phase::Mlnt => ("MLNT", "--lr, --alpha or --eta"),
+        };
+        let (epoch, checkpoint) = (self.position.epoch + 1, self.dir.checkpoint());
+        Error::Diverged(format!(
+            "{what} in epoch {epoch}, step {step} of {part}; the last good checkpoint is {}; start again with a smaller \
+             {rate}",
+            checkpoint.display(),
+        ))
     }
 
     fn evaluate(&mut self, phase: Phase, steps: usize) -> Result<EpochRecord> {

@@ -26,7 +26,8 @@ impl RunDir {
         let path = config.out.clone().unwrap_or_else(|| free_name(Path::new("runs"), config));
         create_run_dir(&path)?;
         let run = RunDir { path };
-        write_atomic(run.config(), config.to_toml()?.as_bytes())?;
+        let written = config.to_toml().and_then(|text| write_atomic(run.config(), text.as_bytes()));
+        written.inspect_err(|_| std::fs::remove_dir_all(&run.path).unwrap_or_default())?;
         Ok(run)
     }
 
