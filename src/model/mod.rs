@@ -67,8 +67,15 @@ pub enum Init {
     Zero,
 }
 
+/// Largest number of channels, classes, and pixels on a side of an image.
+const MAX_EXTENT: usize = 65_536;
+/// Largest number of stages: each but the first halves the image.
+const MAX_STAGES: usize = 16;
+/// Largest number of blocks in all stages together.
+const MAX_BLOCKS: usize = 1000;
+
 impl ModelSpec {
-    /// Refuses what cannot be a network.
+    /// Refuses what cannot be a network, and what is so large that its sizes could not be counted.
     ///
     /// # Errors
     /// [`Error::Usage`] naming the field.
@@ -81,6 +88,18 @@ impl ModelSpec {
         if self.in_channels == 0 || self.classes < 2 || self.size.contains(&0) {
             let (c, size, k) = (self.in_channels, self.size, self.classes);
             return Err(Error::usage(format!("images of {c} channels and size {size:?} in {k} classes: no network")));
+        }
+        let largest =
+            [self.in_channels, self.classes, self.size[0], self.size[1]].into_iter().chain(self.widths.clone());
+        if let Some(extent) = largest.max().filter(|extent| *extent > MAX_EXTENT) {
+            return Err(Error::usage(format!("a network with an extent of {extent}; the largest is {MAX_EXTENT}")));
+        }
+        let blocks = self.blocks.iter().fold(0usize, |sum, count| sum.saturating_add(*count));
+        if self.blocks.len() > MAX_STAGES || blocks > MAX_BLOCKS {
+            let stages = self.blocks.len();
+            return Err(Error::usage(format!(
+                "a network of {stages} stages with {blocks} blocks; the most are {MAX_STAGES} and {MAX_BLOCKS}"
+            )));
         }
         Ok(())
     }

@@ -91,8 +91,14 @@ impl Graph {
     /// True when tensor `value` may be written straight into `state`: it is made by a linear combination (which
     /// works in place) or by something that does not read the state, after every other reader, and nothing else
     /// claims it.
-    fn writes_through(&self, state: Tensor, value: Tensor, uses: &[Vec<(usize, usize)>]) -> bool {
-        let Some(n) = self.nodes.iter().position(|node| node.outputs.contains(&value)) else { return false };
+    fn writes_through(
+        &self,
+        state: Tensor,
+        value: Tensor,
+        uses: &[Vec<(usize, usize)>],
+        producers: &[Option<usize>],
+    ) -> bool {
+        let Some(n) = producers[value.index()] else { return false };
         let claims = self.assigns.iter().filter(|a| a.1 == value).count();
         let read_as_output = self.outputs.iter().any(|o| o.tensor == state);
         let in_place = matches!(self.nodes[n].op, Op::LinComb(_));
@@ -102,11 +108,11 @@ impl Graph {
 
     /// Ends the run with copies of those new state values that cannot be written straight into the state.
     pub fn copy_pending_assigns(&mut self) {
-        let uses = self.uses();
+        let (uses, producers) = (self.uses(), self.producers());
         for i in 0..self.assigns.len() {
             let (id, value) = self.assigns[i];
             let state = self.states[id as usize].tensor;
-            if self.writes_through(state, value, &uses) {
+            if self.writes_through(state, value, &uses, &producers) {
                 continue;
             }
             let copy = self.tensor(self.metas[value.index()]);
@@ -129,6 +135,22 @@ impl Graph {
             if outs.len() != node.outputs.len() || !outs.iter().zip(&node.outputs).all(fits) {
                 return Err(crate::Error::shape(node.op.name(), "a planner pass changed the shape of a result"));
             }
+        }
+        Ok(())
+    }
+
+    /// Refuses work that cannot be counted in 64 bits.
+    pub fn check_size(&self) -> Result<()> {
+        let (mut flops, mut bytes) = (0u128, 0u128);
+        for node in &self.nodes {
+            let metas = |tensors: &[Tensor]| -> Vec<Meta> { tensors.iter().map(|t| self.metas[t.index()]).collect() };
+            let (inputs, outputs) = (metas(&node.inputs), metas(&node.outputs));
+            flops += u128::from(node.op.flops(&inputs, &outputs, self.branches));
+            bytes += inputs.iter().chain(&outputs).map(|m| 8 * m.total(self.branches) as u128).sum::<u128>();
+        }
+        if flops.max(bytes) > u128::from(u64::MAX) {
+            let what = format!("a step of {flops} operations on {bytes} bytes is too large to plan");
+            return Err(crate::Error::usage(what));
         }
         Ok(())
     }

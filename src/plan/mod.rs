@@ -105,7 +105,8 @@ impl Plan {
     /// Builds the plan of everything that the tape's outputs and assignments need.
     ///
     /// # Errors
-    /// When a fused operation does not accept its operands: a defect of a planner pass.
+    /// When a fused operation does not accept its operands: a defect of a planner pass. [`Error::Usage`](crate::Error::Usage) when the work
+    /// or the bytes it moves exceed 64 bits.
     pub fn build(tape: &Tape, options: &PlanOptions) -> Result<Plan> {
         let mut graph = Graph::new(tape);
         if options.fuse {
@@ -115,6 +116,7 @@ impl Plan {
         graph.remove_dead();
         graph.copy_pending_assigns();
         graph.check()?;
+        graph.check_size()?;
         let groups = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
         Ok(assemble(graph, groups))
     }

@@ -88,6 +88,9 @@ pub struct Node {
     pub phase: &'static str,
 }
 
+/// Elements of the largest tensor, over branches: it keeps all sizes, bytes and operations within 64 bits.
+const MAX_ELEMENTS: u128 = 1 << 40;
+
 /// The record. See the [module documentation](self).
 #[derive(Clone, Debug)]
 pub struct Tape {
@@ -170,16 +173,22 @@ impl Tape {
         }
     }
 
-    fn tensor(&mut self, meta: Meta, source: Source) -> Tensor {
+    fn tensor(&mut self, meta: Meta, source: Source) -> Result<Tensor> {
+        let extents = meta.dims.into_iter().chain(meta.per_branch.then_some(self.branches));
+        let elements = extents.fold(1u128, |product, n| product.saturating_mul(n as u128));
+        if elements > MAX_ELEMENTS {
+            let branches = if meta.per_branch { format!(" with M = {}", self.branches) } else { String::new() };
+            return Err(Error::usage(format!("{meta}{branches} has more than 2^40 elements: too large to plan")));
+        }
         self.metas.push(meta);
         self.sources.push(source);
-        Tensor(self.metas.len() as u32 - 1)
+        Ok(Tensor(self.metas.len() as u32 - 1))
     }
 
     /// A tensor that outlives a run. Asking again for the same name gives the same tensor.
     ///
     /// # Errors
-    /// When the name is taken by a tensor of another shape.
+    /// When the name is taken by a tensor of another shape, or the tensor is too large to plan.
     pub fn state(&mut self, name: &str, meta: Meta) -> Result<Tensor> {
         if let Some(s) = self.states.iter().find(|s| s.name == name) {
             let have = self.meta(s.tensor);
@@ -189,7 +198,7 @@ impl Tape {
                 Err(Error::shape("state", format!("{name} is {have} and was asked for as {meta}")))
             };
         }
-        let t = self.tensor(meta, Source::State(self.states.len() as u32));
+        let t = self.tensor(meta, Source::State(self.states.len() as u32))?;
         self.states.push(Named { name: name.to_string(), tensor: t });
         Ok(t)
     }
@@ -197,12 +206,12 @@ impl Tape {
     /// A tensor the host writes before each run.
     ///
     /// # Errors
-    /// When the name is taken.
+    /// When the name is taken, or the tensor is too large to plan.
     pub fn input(&mut self, name: &str, meta: Meta) -> Result<Tensor> {
         if self.inputs.iter().any(|i| i.name == name) {
             return Err(Error::shape("input", format!("{name} is recorded twice")));
         }
-        let t = self.tensor(meta, Source::Input(self.inputs.len() as u32));
+        let t = self.tensor(meta, Source::Input(self.inputs.len() as u32))?;
         self.inputs.push(Named { name: name.to_string(), tensor: t });
         Ok(t)
     }
@@ -242,7 +251,7 @@ impl Tape {
     /// Records `op` on `inputs`; `sum[i]` asks for output `i` summed over the branches (missing: not summed).
     ///
     /// # Errors
-    /// When the operation's shape rule refuses the operands.
+    /// When the operation's shape rule refuses the operands, or a result is too large to plan.
     pub fn record(&mut self, op: impl Into<Op>, inputs: &[Tensor], sum: &[bool]) -> Result<Vec<Tensor>> {
         let op = op.into();
         let metas: Vec<Meta> = inputs.iter().map(|t| *self.meta(*t)).collect();
@@ -251,7 +260,8 @@ impl Tape {
             meta.per_branch = false;
         }
         let node = self.nodes.len() as u32;
-        let outputs: Vec<Tensor> = outs.into_iter().map(|m| self.tensor(m, Source::Node(node))).collect();
+        let tensors: Result<Vec<Tensor>> = outs.into_iter().map(|m| self.tensor(m, Source::Node(node))).collect();
+        let outputs = tensors?;
         self.nodes.push(Node { op, inputs: inputs.to_vec(), outputs: outputs.clone(), phase: self.phase });
         Ok(outputs)
     }
