@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::real::Real;
+use crate::error::{Error, Result};
 use crate::plan::{Buffer, Place};
 use crate::tape::Meta;
 
@@ -95,9 +96,26 @@ pub(super) struct Block<E> {
 struct Line([u64; 8]);
 
 impl<E: bytemuck::Pod> Block<E> {
-    pub fn new(len: usize) -> Self {
-        let lines = (len * size_of::<E>()).div_ceil(64);
-        Block { words: vec![Line([0; 8]); lines], len, element: std::marker::PhantomData }
+    /// # Errors
+    /// When the machine does not have the memory.
+    pub fn new(len: usize) -> Result<Self> {
+        let bytes = len.saturating_mul(size_of::<E>());
+        let lines = bytes.div_ceil(64);
+        let mut words = Vec::new();
+        if available().is_some_and(|free| bytes > free) || words.try_reserve_exact(lines).is_err() {
+            let free = available().map_or(String::new(), |free| format!(", {:.1} GB are free", free as f64 / 1e9));
+            return Err(Error::usage(format_args!(
+                "device cpu: not enough memory: a block of {:.1} GB{free}; smaller --batch, --branches, --widths or \
+                 --blocks need less (mlnt plan shows how much)",
+                bytes as f64 / 1e9
+            )));
+        }
+        words.resize(lines, Line([0; 8]));
+        Ok(Block { words, len, element: std::marker::PhantomData })
+    }
+    /// A block without elements.
+    pub fn empty() -> Self {
+        Block { words: Vec::new(), len: 0, element: std::marker::PhantomData }
     }
     pub fn len(&self) -> usize {
         self.len
@@ -108,6 +126,13 @@ impl<E: bytemuck::Pod> Block<E> {
     pub fn slice_mut(&mut self) -> &mut [E] {
         &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len]
     }
+}
+
+/// Memory that can be had without swapping, bytes; `None` where the system does not tell.
+fn available() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<usize>().ok()?.checked_mul(1024)
 }
 
 /// Everything one plan can touch while it runs.
