@@ -12,7 +12,13 @@ use crate::error::{Error, Result};
 /// [`Error::Io`] for `path`; its old content then still stands and the temporary file is gone.
 pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     let path = path.as_ref();
-    write_synced(path, bytes).map_err(Error::io(path))
+    write_synced(path, bytes).map_err(|error| Error::io(path)(without_path(error)))
+}
+
+/// The system's error inside one of `tempfile`, which adds the temporary name that nobody asked for.
+fn without_path(error: std::io::Error) -> std::io::Error {
+    let inner = error.get_ref().and_then(|e| e.source()).and_then(|e| e.downcast_ref::<std::io::Error>());
+    inner.and_then(std::io::Error::raw_os_error).map_or(error, std::io::Error::from_raw_os_error)
 }
 
 /// [`write_atomic`] with the system's own error.

@@ -66,6 +66,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<u8> {
                 labels.len()
             ))?,
         }
+        trained.note_device();
     }
     Ok(0)
 }

@@ -53,6 +53,7 @@ struct Metadata {
 /// A network on a device, and images with their true labels.
 pub(super) struct Trained {
     device: Box<dyn Device>,
+    why: String,
     plan: PlanId,
     batch: usize,
     normalise: Normalise,
@@ -114,9 +115,13 @@ impl Trained {
                 _ => return Err(Error::file(path, format!("tensor {} holds no reals", tensor.name))),
             }
         }
-        note(why);
         let (set, class_names) = (LabelledSet::clean(images), meta.class_names);
-        Ok(Trained { device, plan, batch, normalise, set, class_names })
+        Ok(Trained { device, why, plan, batch, normalise, set, class_names })
+    }
+
+    /// Says on standard error where the work was done, once it is done: an error is one line without others.
+    pub fn note_device(&self) {
+        note(&self.why);
     }
 
     /// Class probabilities of all images, batch by batch.

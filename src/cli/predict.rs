@@ -66,5 +66,6 @@ pub(super) fn run(args: &PredictArgs) -> Result<u8> {
             other => other.map_err(Error::io(target))?,
         },
     }
+    trained.note_device();
     Ok(0)
 }

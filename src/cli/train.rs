@@ -131,7 +131,11 @@ fn resume(args: &TrainArgs, path: &Path) -> Result<Run> {
     let dir = RunDir::open(path)?;
     let config = args.resumed(&Config::load(&dir.config())?)?;
     let (data, engine) = start(&config)?;
-    Run::resume(config, data, engine, dir)
+    let run = Run::resume(config, data, engine, dir)?;
+    if run.is_complete() {
+        say("the run is complete")?;
+    }
+    Ok(run)
 }
 
 /// Opens the device and reads the data; nothing is written yet.

@@ -88,6 +88,11 @@ impl Run {
         &self.dir
     }
 
+    /// True when no step is left.
+    pub fn is_complete(&self) -> bool {
+        self.position.phase >= phases(&self.config).len()
+    }
+
     /// Trains from where the run stands to its end.
     ///
     /// # Errors

@@ -1,0 +1,137 @@
+//! Interrupted runs: they end with the bytes of a run that nobody interrupted.
+#![cfg(unix)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use common::*;
+
+/// Settings with many short steps per epoch, so that a signal finds a run in the middle of one.
+const SETTINGS: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 2\nwidths = [4, 6]\nblocks = [1, 1]\nbatch = 4\n\
+                        neighbours = 2\nbranches = 2\naugment = \"pad-crop-flip\"\npad = 1\n";
+/// Training images: 540 steps per epoch.
+const IMAGES: usize = 2400;
+
+const RESULTS: [&str; 5] =
+    ["student.safetensors", "teacher.safetensors", "metrics.jsonl", "labels.csv", "summary.json"];
+
+fn results(run: &Path) -> Vec<Vec<u8>> {
+    RESULTS.iter().map(|name| fs::read(run.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))).collect()
+}
+
+/// A run in the background.
+fn start(line: &str) -> Child {
+    program(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn signal(child: &Child, name: &str) {
+    let status = std::process::Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+/// Waits until the run has written `lines` lines of metrics and a little more.
+fn wait_for(child: &mut Child, run: &Path, lines: usize) {
+    let begin = Instant::now();
+    let count = || fs::read(run.join("metrics.jsonl")).map_or(0, |b| b.iter().filter(|b| **b == b'\n').count());
+    while !run.join("checkpoint.safetensors").exists() || count() < lines {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{lines} lines in {}", run.display());
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it was interrupted");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    std::thread::sleep(Duration::from_millis(15));
+}
+
+/// Runs `line` and interrupts it once it has `lines` lines of metrics; checks what it says.
+/// Returns phase, epoch and step at which its checkpoint stands.
+fn interrupt(line: &str, run: &Path, lines: usize) -> [u64; 3] {
+    let mut child = start(line);
+    wait_for(&mut child, run, lines);
+    signal(&child, "-INT");
+    let output = child.wait_with_output().unwrap();
+    let (said, error) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert_eq!((output.status.code(), error.as_str()), (Some(130), ""), "{said}");
+    let how = format!("mlnt train --resume {}", run.display());
+    assert!(said.trim_end().ends_with(&how), "{said}");
+    assert!(!run.join("student.safetensors").exists());
+    position(run)
+}
+
+fn position(run: &Path) -> [u64; 3] {
+    let meta = checkpoint(run).meta;
+    ["phase", "epoch", "step"].map(|key| meta[key].as_u64().unwrap())
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_bytes() {
+    let folder = Folder::new();
+    let data = folder.idx_sized("tiny", IMAGES);
+    let line = |out: &Path| folder.train(SETTINGS, &data, out);
+    let whole = folder.path("whole");
+    let said = mlnt(&format!("{} --threads 1", line(&whole)));
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    let expected = results(&whole);
+    assert_eq!(metrics(&whole).len(), 6);
+
+    // Interrupted in the middle of each phase, and twice within MLNT, each time continued on other threads.
+    let run = folder.path("interrupted");
+    let resume = format!("train --resume {}", run.display());
+    let first = interrupt(&format!("{} --threads 2", line(&run)), &run, 1);
+    let mut stops = vec![first];
+    for (lines, threads) in [(2, 1), (3, 2), (4, 1), (5, 2)] {
+        stops.push(interrupt(&format!("{resume} --threads {threads}"), &run, lines));
+    }
+    let phases: Vec<[u64; 2]> = stops.iter().map(|[phase, epoch, _]| [*phase, *epoch]).collect();
+    assert_eq!(phases, [[0, 1], [1, 0], [1, 1], [2, 0], [2, 1]], "{stops:?}");
+    assert!(stops.iter().all(|[_, _, step]| *step > 0), "in the middle of an epoch: {stops:?}");
+    let end = mlnt(&format!("{resume} --threads 2"));
+    assert_eq!((end.status, end.stderr.as_str()), (Some(0), ""));
+    assert!(end.stdout.contains("MLNT teacher"));
+    assert_eq!(results(&run), expected);
+
+    // And once more: it is complete.
+    let again = mlnt(&resume);
+    assert_eq!((again.status, again.stderr.as_str()), (Some(0), ""));
+    assert_eq!(results(&run), expected);
+}
+
+#[test]
+fn a_killed_run_continues_from_its_last_epoch() {
+    let folder = Folder::new();
+    let data = folder.idx_sized("tiny", IMAGES);
+    let line = |out: &Path| format!("{} --no-baseline --feature-epochs 1", folder.train(SETTINGS, &data, out));
+    let whole = folder.path("whole");
+    assert_eq!(mlnt(&line(&whole)).status, Some(0));
+
+    let run = folder.path("killed");
+    let mut child = start(&format!("{} --threads 1", line(&run)));
+    wait_for(&mut child, &run, 2);
+    signal(&child, "-KILL");
+    assert_eq!(child.wait().unwrap().code(), None);
+    assert_eq!(position(&run), [1, 1, 0]);
+    // What a machine that stops may leave: a line that no checkpoint counts, the temporary file of a write.
+    let lines = fs::read(run.join("metrics.jsonl")).unwrap();
+    fs::write(run.join("metrics.jsonl"), [&lines[..], b"{\"phase\":\"ml"].concat()).unwrap();
+    fs::write(run.join(".mlnt-abc.tmp"), "half a checkpoint").unwrap();
+    let said = mlnt(&format!("train --resume {}", run.display()));
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    assert_eq!(results(&run), results(&whole));
+}
+
+#[test]
+fn a_run_interrupted_before_its_first_step_continues() {
+    let folder = Folder::new();
+    let data = folder.idx_sized("tiny", IMAGES);
+    let flags = "--no-baseline --feature-epochs 0 --epochs 1";
+    let line = |out: &Path| format!("{} {flags}", folder.train(SETTINGS, &data, out));
+    let whole = folder.path("whole");
+    assert_eq!(mlnt(&line(&whole)).status, Some(0));
+    let run = folder.path("run");
+    let [phase, epoch, _] = interrupt(&line(&run), &run, 0);
+    assert_eq!([phase, epoch], [1, 0]);
+    assert_eq!(mlnt(&format!("train --resume {}", run.display())).status, Some(0));
+    assert_eq!(results(&run), results(&whole));
+}
