@@ -345,7 +345,8 @@ fn bad_toml_is_named_with_its_line() {
         assert!(what.starts_with("--") || error.contains(file.to_str().unwrap()), "{error}");
         assert!(!out.exists());
     }
-    fs::write(&file, format!("train-size = 0\nepochs = 1\nwidths = [4]\nblocks = [1]\ndata = {:?}\n", folder.idx())).unwrap();
+    fs::write(&file, format!("train-size = 0\nepochs = 1\nwidths = [4]\nblocks = [1]\ndata = {:?}\n", folder.idx()))
+        .unwrap();
     let out = folder.path("run");
     let flags = "--batch 12 --neighbours 3 --feature-epochs 0";
     let said = mlnt(&format!("train --config {} --out {} {flags}", file.display(), out.display()));
