@@ -173,7 +173,10 @@ fn product<T: Real>(
             let all_branches = if summed { 0..branches } else { m..m + 1 };
             for (i, branch) in (if depth == 0 { 0..0 } else { all_branches }).enumerate() {
                 if i == 0 || src.branched() {
-                    simd::wide(|| patches.fill(src.branch(branch), tile, SLACK, planes));
+                    simd::wide(
+                        #[inline(always)]
+                        || patches.fill(src.branch(branch), tile, SLACK, planes),
+                    );
                 }
                 let matrix = if copies == 1 { 0 } else { branch };
                 T::product(Product {
@@ -188,7 +191,10 @@ fn product<T: Real>(
                 });
             }
             let base = if stacked { 0 } else { m * out.len };
-            simd::wide(|| place_tile(patches, place, tile, &result[..out_rows * stride], stride, start, out, base));
+            simd::wide(
+                #[inline(always)]
+                || place_tile(patches, place, tile, &result[..out_rows * stride], stride, start, out, base),
+            );
         });
     });
 }
@@ -415,10 +421,16 @@ fn wgrad<T: Real>(
                     let (planes, a) = scratch.split_at_mut(planes_len);
                     for (i, branch) in live(m).enumerate() {
                         if i == 0 || x.branched() {
-                            simd::wide(|| patches.fill(x.branch(branch), tile, SLACK, planes));
+                            simd::wide(
+                                #[inline(always)]
+                                || patches.fill(x.branch(branch), tile, SLACK, planes),
+                            );
                         }
                         if i == 0 || dy.branched() {
-                            simd::wide(|| patches.fill_columns(rows_of(branch), tile, stride, a));
+                            simd::wide(
+                                #[inline(always)]
+                                || patches.fill_columns(rows_of(branch), tile, stride, a),
+                            );
                         }
                         let offsets = groups.of(tile);
                         let dst = &mut *partial;
@@ -435,17 +447,22 @@ fn wgrad<T: Real>(
     let all = unsafe { out.all() };
     all.par_chunks_mut(4096).enumerate().for_each(|(i, part)| {
         let from = i * 4096;
-        simd::wide(|| {
-            match start {
-                Start::InPlace => {}
-                Start::Zero => part.fill(T::zero()),
-                Start::From(view) => {
-                    part.iter_mut().enumerate().for_each(|(j, v)| *v = view.branch((from + j) / len)[(from + j) % len]);
+        simd::wide(
+            #[inline(always)]
+            || {
+                match start {
+                    Start::InPlace => {}
+                    Start::Zero => part.fill(T::zero()),
+                    Start::From(view) => {
+                        part.iter_mut()
+                            .enumerate()
+                            .for_each(|(j, v)| *v = view.branch((from + j) / len)[(from + j) % len]);
+                    }
                 }
-            }
-            for chunk in partials.chunks_exact(units) {
-                simd::update(part, [&chunk[from..from + part.len()]], |o, [p]| o + p);
-            }
-        });
+                for chunk in partials.chunks_exact(units) {
+                    simd::update(part, [&chunk[from..from + part.len()]], |o, [p]| o + p);
+                }
+            },
+        );
     });
 }
