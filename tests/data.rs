@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use mlnt::data::cifar::{CIFAR_10, CIFAR_100, Layout};
 use mlnt::data::dataset::{Family, Source};
 use mlnt::data::idx::{self, Files};
-use mlnt::rng::{Purpose, Stream, below, stream};
 use mlnt::data::{DataPair, Dataset, NoiseKind, Normalise, epoch_order, noise, open};
+use mlnt::rng::{Purpose, Stream, below, stream};
 
 // ---------------------------------------------------------------- files made by the tests
 

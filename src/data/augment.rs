@@ -3,8 +3,8 @@
 use rayon::prelude::*;
 
 use super::dataset::{Dataset, ImageShape};
-use crate::rng::{Purpose, below, stream};
 use crate::error::{Error, Result};
+use crate::rng::{Purpose, below, stream};
 
 /// Per-channel normalisation `(v/255 − mean) / std` of a pixel `v`.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,8 +4,8 @@ use rayon::prelude::*;
 
 use super::augment::{Augment, Normalise};
 use super::dataset::Dataset;
-use crate::rng::{Purpose, permutation, stream};
 use crate::error::{Error, Result};
+use crate::rng::{Purpose, permutation, stream};
 
 /// The order in which epoch `epoch` visits `n` samples: a permutation of `0..n`.
 pub fn epoch_order(n: usize, seed: u64, epoch: u64) -> Vec<u32> {
@@ -74,9 +74,9 @@ impl<'a> Batcher<'a> {
 mod tests {
     use super::super::augment::Placement;
     use super::super::dataset::{Family, ImageShape, Segment};
-    use crate::rng::below;
     use super::super::sample;
     use super::*;
+    use crate::rng::below;
 
     /// `n` images of random pixels, labelled 0, 1, 0, …
     fn random(n: usize, shape: ImageShape) -> Dataset {

@@ -164,8 +164,8 @@ fn provenance(path: &Path, text: &str) -> Result<Option<Provenance>> {
 mod tests {
     use super::super::noise::{ClassMap, corrupt};
     use super::super::sample;
-    use crate::rng;
     use super::*;
+    use crate::rng;
 
     fn small() -> Dataset {
         sample::load().unwrap().test.subset(&(0..20).collect::<Vec<u32>>()).unwrap()

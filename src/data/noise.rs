@@ -10,8 +10,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::dataset::{Dataset, Family};
-use crate::rng::{Purpose, below, permutation, stream};
 use crate::error::{Error, Result};
+use crate::rng::{Purpose, below, permutation, stream};
 
 /// The rule by which a chosen sample gets its new label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::rng::{Purpose, permutation, stream};
 use crate::error::{Error, Result};
+use crate::rng::{Purpose, permutation, stream};
 
 /// Which labels the validation part is scored against. The split itself is the same for both.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]

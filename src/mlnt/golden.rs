@@ -89,7 +89,8 @@ impl Golden {
     pub fn read(path: &Path) -> Result<Golden> {
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
         let fail = |what: String| Error::file(path, what);
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| fail(format!("not a safetensors file: {e}")))?;
+        let (_, header) =
+            SafeTensors::read_metadata(&bytes).map_err(|e| fail(format!("not a safetensors file: {e}")))?;
         let config = header.metadata().as_ref().and_then(|m| m.get("config"));
         let config = config.ok_or_else(|| fail("no `config` in its metadata: not a golden step".into()))?;
         let config: Config = serde_json::from_str(config).map_err(|e| fail(format!("config: {e}")))?;

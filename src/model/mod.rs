@@ -101,7 +101,8 @@ impl ModelSpec {
 
     /// Names and lengths of the running statistics.
     pub fn buffers(&self) -> Vec<(String, usize)> {
-        let both = |(name, c): (String, usize)| [(format!("{name}.running_mean"), c), (format!("{name}.running_var"), c)];
+        let both =
+            |(name, c): (String, usize)| [(format!("{name}.running_mean"), c), (format!("{name}.running_var"), c)];
         self.batch_norms().into_iter().flat_map(both).collect()
     }
 
@@ -144,12 +145,8 @@ fn conv_param(name: String, k: usize, c: usize, r: usize) -> ParamSpec {
 
 /// Gain and bias of a batch norm.
 fn bn_params(name: &str, c: usize) -> [ParamSpec; 2] {
-    let param = |field: &str, init| ParamSpec {
-        name: format!("{name}.{field}"),
-        shape: vec![c],
-        meta: Meta::vector(c),
-        init,
-    };
+    let param =
+        |field: &str, init| ParamSpec { name: format!("{name}.{field}"), shape: vec![c], meta: Meta::vector(c), init };
     [param("weight", Init::One), param("bias", Init::Zero)]
 }
 

@@ -100,8 +100,28 @@ macro_rules! operations {
 }
 
 operations!(
-    Conv, BnForward, BnBackward, BnDoubleBackward, BnEval, Relu, Mask, MaxPoolIndex, PoolGather, PoolScatter, AvgPool,
-    AvgPoolBackward, ChannelSum, ChannelBroadcast, LinComb, Fill, Softmax, SoftmaxJvp, CeLoss, CeGrad, KlLoss, KlGrad,
+    Conv,
+    BnForward,
+    BnBackward,
+    BnDoubleBackward,
+    BnEval,
+    Relu,
+    Mask,
+    MaxPoolIndex,
+    PoolGather,
+    PoolScatter,
+    AvgPool,
+    AvgPoolBackward,
+    ChannelSum,
+    ChannelBroadcast,
+    LinComb,
+    Fill,
+    Softmax,
+    SoftmaxJvp,
+    CeLoss,
+    CeGrad,
+    KlLoss,
+    KlGrad,
 );
 
 impl Operation for Op {

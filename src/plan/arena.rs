@@ -68,7 +68,9 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
                 let meta = &graph.metas[t.index()];
                 let handed_on = in_place_operands(&node.op, &node.inputs).iter().copied().find(|&i| {
                     let same = graph.metas[i.index()] == *meta;
-                    same && reads[&i] == 1 && last[i.index()] == g && block_of[i.index()].is_some_and(|b| blocks[b].last == g)
+                    same && reads[&i] == 1
+                        && last[i.index()] == g
+                        && block_of[i.index()].is_some_and(|b| blocks[b].last == g)
                 });
                 match handed_on.and_then(|i| block_of[i.index()]) {
                     Some(b) => {

@@ -114,9 +114,8 @@ pub(super) fn accumulate(graph: &mut Graph) {
         }
         terms.sort_by_key(|t| producers[t.index()]);
         let fusable = |t: &Tensor| {
-            let conv = producers[t.index()].is_some_and(|p| {
-                matches!(graph.nodes[p].op, Op::Conv(_)) && graph.nodes[p].inputs.len() == 2
-            });
+            let conv = producers[t.index()]
+                .is_some_and(|p| matches!(graph.nodes[p].op, Op::Conv(_)) && graph.nodes[p].inputs.len() == 2);
             conv && uses[t.index()].len() == 1 && !escapes[t.index()]
         };
         let tail = terms.iter().skip(1).rev().take_while(|t| fusable(t)).count();

@@ -188,8 +188,7 @@ impl<T: Real> Second<T> {
         let hat = self.stats.hat(x);
         let hat_dot = self.stats.r * dot - self.hat * hat - self.shift;
         let y_dot = self.gain * hat_dot + self.gain_dot * hat + self.bias_dot;
-        let x_bar =
-            self.a * (dy - self.mean_dy - hat * self.s1) - self.b * (hat_dot * self.s1 + hat * self.s2);
+        let x_bar = self.a * (dy - self.mean_dy - hat * self.s1) - self.b * (hat_dot * self.s1 + hat * self.s2);
         (y_dot, x_bar)
     }
 }
@@ -251,10 +250,7 @@ pub(super) fn double_backward<T: Real>(
                 let strip = from..(from + STRIP).min(len);
                 // SAFETY: these rows belong to this task, and the two results are different buffers.
                 let (y_dot_row, x_bar_row) = unsafe {
-                    (
-                        y_dot.part(at(y_dot, m) + from, strip.len()),
-                        x_bar.part(at(x_bar, m) + from, strip.len()),
-                    )
+                    (y_dot.part(at(y_dot, m) + from, strip.len()), x_bar.part(at(x_bar, m) + from, strip.len()))
                 };
                 let ins = [&dot[strip.clone()], &dy[strip.clone()], &x[strip.clone()]];
                 let y = y.map(|y| &y[strip]);

@@ -66,7 +66,13 @@ pub(super) fn gather<T: Real>(window: &Window, x: View<'_, T>, index: View<'_, i
 }
 
 /// `out[position] += x`; summed over `sum_over` branches.
-pub(super) fn scatter<T: Real>(window: &Window, x: View<'_, T>, index: View<'_, i32>, sum_over: usize, out: Out<'_, T>) {
+pub(super) fn scatter<T: Real>(
+    window: &Window,
+    x: View<'_, T>,
+    index: View<'_, i32>,
+    sum_over: usize,
+    out: Out<'_, T>,
+) {
     let (image, pooled) = areas(window);
     (0..out.total() / image).into_par_iter().for_each(|i| {
         let images = out.len / image;
