@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Runner, derivative, deviation, dot, moved, normals, small_model, start_values};
+use common::{Runner, derivative, deviation, dot, moved, normals, on_two_threads, small_model, start_values};
 use mlnt::Error;
 use mlnt::cases::{Case, Operand, Recorded, all};
 use mlnt::device::HostVec;
@@ -13,7 +13,6 @@ use mlnt::model::{Arch, Scope};
 use mlnt::ops::{BnBackward, BnForward, Op, Operation};
 use mlnt::plan::PlanOptions;
 use mlnt::tape::{Coef, DType, Fan, Meta, Tape, Tensor};
-use rayon::prelude::*;
 use std::collections::HashMap;
 
 /// Half width of the narrower central difference.
@@ -97,8 +96,8 @@ fn real(values: &[HostVec], i: usize) -> &[f64] {
 }
 
 /// Runs `check` on every case and collects what it finds.
-fn check_all(cases: Vec<Case>, check: impl Fn(&Case) -> Vec<String> + Sync + Send) {
-    let failures: Vec<String> = cases.par_iter().flat_map(check).collect();
+fn check_all(cases: Vec<Case>, check: impl Fn(&Case) -> Vec<String> + Sync) {
+    let failures = on_two_threads(&cases, check);
     let shown = failures.iter().take(60).map(String::as_str).collect::<Vec<_>>().join("\n");
     assert!(failures.is_empty(), "{} failures in {} cases:\n{shown}", failures.len(), cases.len());
 }

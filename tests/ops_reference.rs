@@ -2,12 +2,11 @@
 
 mod common;
 
-use common::{Runner, deviation};
+use common::{Runner, deviation, on_two_threads};
 use mlnt::cases::{Case, all};
 use mlnt::device::HostVec;
 use mlnt::ops::{BN_EPS, Conv, ConvKind, Op, Window};
 use mlnt::tape::Meta;
-use rayon::prelude::*;
 
 /// One branch of one operand.
 type Slice<'a> = &'a [f64];
@@ -264,21 +263,20 @@ fn reference(case: &Case, metas: &[Meta], values: &[HostVec]) -> Vec<Vec<f64>> {
 #[test]
 fn double_precision_is_the_formula_and_single_is_close() {
     let cases = all();
-    let failures: Vec<String> = cases
-        .par_iter()
-        .filter_map(|case| {
-            let recorded = case.record().unwrap();
-            let values = case.values(1);
-            let want = reference(case, &case.results().unwrap(), &values);
-            let double = Runner::<f64>::unfused(&recorded.tape).run(&recorded.tape, &values);
-            let single = Runner::<f32>::unfused(&recorded.tape).run(&recorded.tape, &values);
-            let wrong = (0..want.len()).find_map(|o| {
-                let (d, s) = (deviation(&double[o], &want[o]), deviation(&single[o], &double[o]));
-                let right = d <= 1e-12 && s <= case.tolerance;
-                (!right).then(|| format!("{}: result {o} is off by {d:.1e} in f64, {s:.1e} in f32", case.name))
-            });
-            wrong
-        })
-        .collect();
+    let failures = on_two_threads(&cases, |case| {
+        let recorded = case.record().unwrap();
+        let values = case.values(1);
+        let want = reference(case, &case.results().unwrap(), &values);
+        let double = Runner::<f64>::unfused(&recorded.tape).run(&recorded.tape, &values);
+        let single = Runner::<f32>::unfused(&recorded.tape).run(&recorded.tape, &values);
+        let mut wrong = Vec::new();
+        for o in 0..want.len() {
+            let (d, s) = (deviation(&double[o], &want[o]), deviation(&single[o], &double[o]));
+            if !(d <= 1e-12 && s <= case.tolerance) {
+                wrong.push(format!("{}: result {o} is off by {d:.1e} in f64, {s:.1e} in f32", case.name));
+            }
+        }
+        wrong
+    });
     assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), cases.len(), failures.join("\n"));
 }

@@ -8,6 +8,7 @@ use mlnt::model::{Arch, ModelSpec};
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::rng::{Purpose, below, normal, stream};
 use mlnt::tape::Tape;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A tape's plan on a CPU device of its own.
 pub struct Runner<T> {
@@ -41,12 +42,13 @@ impl<T: Real + Default> Runner<T> {
     }
 }
 
-/// `‖a − b‖ / ‖b‖`, or `‖a‖` where b is zero.
+/// `‖a − b‖ / ‖b‖`, or `‖a‖` where b is zero; infinite where a number is none.
 pub fn deviation(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
     let (difference, size) = (norm(&mut a.iter().zip(b).map(|(a, b)| a - b)), norm(&mut b.iter().copied()));
-    if size == 0.0 { difference } else { difference / size }
+    let relative = if size == 0.0 { difference } else { difference / size };
+    if relative.is_nan() { f64::INFINITY } else { relative }
 }
 
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -143,4 +145,20 @@ impl<T: Real + Default> LoadedStep<T> {
         let names = self.device.states().into_iter().map(|(name, _)| name);
         names.map(|name| (name.clone(), self.device.read_state(&name).unwrap())).collect()
     }
+}
+
+/// What `check` finds wrong with each of `items`, on two threads. (Threads of another pool that wait for a device
+/// would start further items on top of the one at hand.)
+pub fn on_two_threads<I: Sync>(items: &[I], check: impl Fn(&I) -> Vec<String> + Sync) -> Vec<String> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let rest = std::iter::from_fn(|| items.get(next.fetch_add(1, Ordering::Relaxed)));
+        rest.flat_map(&check).collect::<Vec<String>>()
+    };
+    std::thread::scope(|s| {
+        let other = s.spawn(work);
+        let mut found = work();
+        found.extend(other.join().unwrap());
+        found
+    })
 }
