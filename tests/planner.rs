@@ -44,7 +44,7 @@ fn fused_plans_compute_the_same_in_fewer_launches() {
         for recipe in RECIPES {
             for first_order in [false, true] {
                 let spec = step_spec(small_model(arch), 4, 3, recipe, first_order);
-                let mut run = |fuse: bool| {
+                let run = |fuse: bool| {
                     let mut step = load_step::<f64>(&spec, Report::Losses, fuse, 2);
                     step.run();
                     (step.states(), step.launches)
@@ -308,7 +308,7 @@ fn sums_of_convolutions_start_where_the_last_one_ended() {
     let v = tape.input("v", Meta::weight(3, 3, 3, 3).branched()).unwrap();
     let mut conv = |a, b| tape.conv2d(a, b, 1, 1).unwrap();
     let (shared, one, two, three) = (conv(x, w), conv(xm, w), conv(x, v), conv(xm, v));
-    let mut sum = |tape: &mut Tape, name: &str, parts: &[mlnt::tape::Tensor]| {
+    let sum = |tape: &mut Tape, name: &str, parts: &[mlnt::tape::Tensor]| {
         let terms: Vec<_> = parts.iter().map(|t| (Coef::ONE, *t)).collect();
         let t = tape.lin_comb(&terms).unwrap();
         tape.output(name, t);
