@@ -84,7 +84,7 @@ impl Error {
     /// The process exit status: 2 for input a user can correct, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Usage(_) | Error::File { .. } | Error::Io { .. } => 2,
+            Error::Usage(_) | Error::File { .. } | Error::Io { .. } | Error::Diverged(_) => 2,
             _ => 1,
         }
     }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use mlnt::cli::{Cli, Command};
-use mlnt::train::choice::{NoiseKind, Recipe};
+use mlnt::data::NoiseKind;
+use mlnt::train::choice::Recipe;
 use mlnt::train::config::{Config, Overrides};
 use mlnt::train::preset::Preset;
 use tempfile::TempDir;

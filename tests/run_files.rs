@@ -125,7 +125,7 @@ fn names_of_runs_are_free_names() {
     assert_eq!(next(&config), "sample-symmetric-0.5-s1-2");
     assert_eq!(next(&config), "sample-symmetric-0.5-s1-3");
     config.data = "/data/cifar-10.bin/".into();
-    config.noise = mlnt::train::choice::NoiseKind::None;
+    config.noise = mlnt::data::NoiseKind::None;
     config.seed = 7;
     assert_eq!(next(&config), "cifar-10.bin-none-s7");
     config.data = "..".into();

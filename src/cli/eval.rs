@@ -1,6 +1,11 @@
 //! `mlnt eval`.
 
+use serde_json::json;
+
+use super::network::{self, Trained};
 use super::{ModelKind, NetworkArgs};
+use crate::error::Result;
+use crate::train::engine::argmax;
 
 /// The help above the arguments.
 pub(super) const LONG_ABOUT: &str = "\
@@ -29,4 +34,40 @@ pub struct EvalArgs {
     /// Print one JSON object instead of text.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Runs `mlnt eval`.
+///
+/// # Errors
+/// For a network or data that cannot be read or do not fit one another.
+pub(super) fn run(args: &EvalArgs) -> Result<u8> {
+    for path in network::files(&args.network.network, args.model, &[ModelKind::Student, ModelKind::Teacher])? {
+        let mut trained = Trained::open(&path, &args.network)?;
+        let (mut correct, mut loss) = (0usize, 0.0);
+        let labels = trained.set.labels.clone();
+        trained.probabilities(|range, rows| {
+            for (p, label) in rows.chunks_exact(rows.len() / range.len()).zip(&labels[range]) {
+                correct += usize::from(argmax(p) == *label as usize);
+                loss -= p[*label as usize].max(f64::MIN_POSITIVE).ln();
+            }
+            Ok(())
+        })?;
+        let n = labels.len() as f64;
+        let (accuracy, loss) = (correct as f64 / n, loss / n);
+        let data = &trained.set.images.name;
+        match args.json {
+            true => println!(
+                "{}",
+                json!({ "network": path.display().to_string(), "data": data, "images": labels.len(),
+                        "accuracy": accuracy, "cross_entropy": loss })
+            ),
+            false => println!(
+                "{}: accuracy {:.2} %, cross entropy {loss:.4} on {} images of {data}",
+                path.display(),
+                100.0 * accuracy,
+                labels.len()
+            ),
+        }
+    }
+    Ok(0)
 }

@@ -3,7 +3,10 @@
 //! One file per subcommand holds its arguments. The value that each preset gives to a setting is written into the help
 //! from the presets themselves.
 
+pub mod bench_step;
+mod console;
 pub mod eval;
+mod network;
 pub mod plan;
 pub mod predict;
 pub mod train;
@@ -54,6 +57,24 @@ pub enum Command {
     /// What one training step costs, without running it.
     #[command(long_about = plan::LONG_ABOUT)]
     Plan(plan::PlanArgs),
+    /// Time one training step on random data (used by the benchmarks).
+    #[command(hide = true)]
+    BenchStep(bench_step::BenchStepArgs),
+}
+
+/// Does what the command line asks for; returns the exit status.
+///
+/// # Errors
+/// Whatever the subcommand meets; [`Error::exit_code`](crate::Error::exit_code) gives the status then.
+pub fn run(cli: &Cli) -> crate::Result<u8> {
+    match &cli.command {
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Predict(args) => predict::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::BenchStep(args) => bench_step::run(args),
+    }
 }
 
 /// Which of the two networks of a run.
@@ -171,7 +192,7 @@ mod tests {
         let train = command.find_subcommand_mut("train").unwrap().render_long_help().to_string();
         assert!(train.contains("[default: 64; cifar10: 128]"), "{train}");
         assert!(train.contains("[default: 16,32,64; cifar10: 32,64,128]"), "{train}");
-        for sub in command.get_subcommands_mut() {
+        for sub in command.get_subcommands_mut().filter(|sub| !sub.is_hide_set()) {
             let help = sub.render_long_help().to_string();
             assert!(help.contains("Examples:") && help.lines().nth(2).is_some_and(|line| line.len() > 40), "{help}");
         }

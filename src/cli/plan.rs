@@ -2,9 +2,16 @@
 
 use std::str::FromStr;
 
+use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
+use serde_json::json;
+
 use crate::error::Result;
+use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
+use crate::model::{Arch, ModelSpec};
+use crate::plan::{Cost, Plan, PlanOptions};
 use crate::train::choice::{Precision, Recipe};
 use crate::train::config::{Config, Overrides};
+use crate::train::engine::step_spec;
 use crate::train::preset::{InputShape, Preset};
 
 /// The help above the arguments.
@@ -106,6 +113,99 @@ impl PlanArgs {
             classes: self.classes.unwrap_or(preset.classes),
         }
     }
+}
+
+/// Runs `mlnt plan`.
+///
+/// # Errors
+/// For settings that are no step.
+pub(super) fn run(args: &PlanArgs) -> Result<u8> {
+    let config = args.config()?;
+    let input = args.input();
+    let model = ModelSpec {
+        arch: Arch::PreactResnet,
+        in_channels: input.channels,
+        size: [input.height, input.width],
+        classes: input.classes,
+        widths: config.widths.clone(),
+        blocks: config.blocks.clone(),
+    };
+    let real_bytes = if config.precision == Precision::F64 { 8 } else { 4 };
+    let options = PlanOptions::default();
+    let ce = CeSpec {
+        model: model.clone(),
+        batch: config.batch,
+        momentum: config.momentum,
+        weight_decay: config.weight_decay,
+    };
+    let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &options)?.cost(real_bytes);
+    let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);
+    let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &options)?;
+    let cost = plan.cost(real_bytes);
+    let ratio = cost.flops() as f64 / forward as f64;
+    let (arena, states) = (plan.arena_bytes(real_bytes), plan.state_bytes(real_bytes));
+    if args.json {
+        let object = json!({
+            "batch": config.batch,
+            "branches": config.branches,
+            "recipe": config.recipe.to_string(),
+            "first_order": config.first_order,
+            "precision": config.precision.to_string(),
+            "parameters": model.param_count(),
+            "flops": cost.flops(),
+            "forward_flops": forward,
+            "ratio": ratio,
+            "launches": cost.launches(),
+            "bytes_moved": cost.bytes_moved(),
+            "arena_bytes": arena,
+            "state_bytes": states,
+            "phases": cost.phases,
+        });
+        println!("{object}");
+        return Ok(0);
+    }
+    let order = if config.first_order { "first order" } else { "exact" };
+    let (k, m) = (config.batch, config.branches);
+    println!(
+        "One MLNT step: {} recipe, {order}, batch {k}, {m} branches, {}; PreAct ResNet, widths {:?}, blocks {:?}, \
+         {} parameters, images {}x{}x{}, {} classes\n",
+        config.recipe,
+        config.precision,
+        config.widths,
+        config.blocks,
+        model.param_count(),
+        input.channels,
+        input.height,
+        input.width,
+        input.classes,
+    );
+    println!("{}\n", phase_table(&cost, forward));
+    println!("one forward pass    {:.3} GFLOP", forward as f64 / 1e9);
+    println!("whole step          {:.3} GFLOP = {ratio:.2} forward passes", cost.flops() as f64 / 1e9);
+    println!("launches            {}", cost.launches());
+    println!("bytes moved         {:.3} GB", cost.bytes_moved() as f64 / 1e9);
+    println!("arena               {:.3} GB", arena as f64 / 1e9);
+    println!("states              {:.3} GB", states as f64 / 1e9);
+    Ok(0)
+}
+
+fn phase_table(cost: &Cost, forward: u64) -> Table {
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN);
+    table.set_header(["phase", "GFLOP", "forward passes", "launches", "GB moved"]);
+    for p in &cost.phases {
+        table.add_row([
+            p.phase.clone(),
+            format!("{:.3}", p.flops as f64 / 1e9),
+            format!("{:.2}", p.flops as f64 / forward as f64),
+            p.launches.to_string(),
+            format!("{:.3}", p.bytes_moved as f64 / 1e9),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }
 
 /// Height and width of an image in pixels, written `HxW`.

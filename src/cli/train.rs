@@ -1,9 +1,17 @@
 //! `mlnt train`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::console::Console;
 use crate::error::{Error, Result};
 use crate::train::config::{Config, Overrides};
+use crate::train::engine::{Engine, open_device};
+use crate::train::prepare::Prepared;
+use crate::train::run::{Ending, Run};
+use crate::train::run_dir::RunDir;
+use crate::train::table::summary_table;
 
 /// The help above the arguments.
 pub(super) const LONG_ABOUT: &str = "\
@@ -70,4 +78,75 @@ impl TrainArgs {
         }
         Err(Error::usage(format_args!("--resume continues a run as it began; {}", differing.join("; "))))
     }
+}
+
+/// Exit status of a run that was interrupted: 128 + SIGINT, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// Runs `mlnt train`; returns the exit status.
+///
+/// # Errors
+/// Everything that can be wrong with settings, data, files and device.
+pub(super) fn run(args: &TrainArgs) -> Result<u8> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let handler = Arc::clone(&stop);
+    let pressed = move || {
+        if handler.swap(true, Ordering::Relaxed) {
+            // A second Ctrl-C does not wait; the last checkpoint is whole, for files are renamed into place.
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+    };
+    ctrlc::set_handler(pressed).map_err(|e| Error::usage(format_args!("cannot catch Ctrl-C: {e}")))?;
+
+    let mut run = match &args.resume {
+        Some(path) => resume(args, path)?,
+        None => create(args)?,
+    };
+    let ending = run.train(&mut Console::new(stop))?;
+    let dir = run.dir().path().display();
+    match ending {
+        Ending::Complete(rows) => {
+            println!("\n{}\n\nrun directory: {dir}", summary_table(&rows));
+            Ok(0)
+        }
+        Ending::Stopped => {
+            println!("\nstopped and saved; continue with: mlnt train --resume {dir}");
+            Ok(INTERRUPTED)
+        }
+    }
+}
+
+fn create(args: &TrainArgs) -> Result<Run> {
+    let config = args.config()?;
+    if let Some(out) = config.out.as_ref().filter(|out| out.exists()) {
+        return Err(Error::file(out, "the run directory exists; choose another --out, or continue it with --resume"));
+    }
+    let (data, engine) = start(&config)?;
+    let run = Run::create(config, data, engine)?;
+    println!("run directory: {}", run.dir().path().display());
+    Ok(run)
+}
+
+fn resume(args: &TrainArgs, path: &Path) -> Result<Run> {
+    let dir = RunDir::open(path)?;
+    let config = args.resumed(&Config::load(&dir.config())?)?;
+    let (data, engine) = start(&config)?;
+    Run::resume(config, data, engine, dir)
+}
+
+/// Opens the device and reads the data; nothing is written yet.
+fn start(config: &Config) -> Result<(Prepared, Engine)> {
+    let (device, why) = open_device(config.device, config.precision, config.threads)?;
+    println!("{why}");
+    let data = Prepared::new(config)?;
+    let (train, val, test) = (data.train.len(), data.validation.len(), data.test.len());
+    let images = data.train.images.shape();
+    println!("data: {}: {train} training, {val} validation, {test} test images of {images}", data.train.images.name);
+    let (nominal, realised) = (100.0 * config.noise_rate, 100.0 * data.realised_noise);
+    println!("noise: {}, nominal rate {nominal:.1} %, realised {realised:.1} % of the labels are wrong", config.noise);
+    let model = data.model(config)?;
+    let (widths, blocks) = (&config.widths, &config.blocks);
+    println!("network: PreAct ResNet, widths {widths:?}, blocks {blocks:?}, {} parameters", model.param_count());
+    let engine = Engine::new(device, config, model)?;
+    Ok((data, engine))
 }

@@ -1,8 +1,15 @@
 //! `mlnt verify`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
+use serde_json::json;
+
+use crate::error::Result;
+use crate::mlnt::golden::{Deviation, GROUPS, Golden};
+use crate::plan::PlanOptions;
 use crate::train::choice::{DeviceKind, Precision};
+use crate::train::engine::open_device;
 
 /// The help above the arguments.
 pub(super) const LONG_ABOUT: &str = "\
@@ -38,4 +45,91 @@ pub struct VerifyArgs {
     /// Print one JSON object per file instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Largest relative error of a group in double precision.
+const TOLERANCE_F64: f64 = 1e-10;
+/// Largest relative error of a group in single precision when every ReLU falls on the same side.
+const TOLERANCE_F32: f64 = 1e-4;
+
+/// One file's verdict.
+struct Verdict {
+    deviations: Vec<(&'static str, Deviation)>,
+    /// ReLU decisions that differ from the double-precision run, and how many there are.
+    masks: Option<(usize, usize)>,
+    pass: bool,
+}
+
+/// Runs `mlnt verify`; status 1 when a tolerance is exceeded.
+///
+/// # Errors
+/// For a file that is no golden step.
+pub(super) fn run(args: &VerifyArgs) -> Result<u8> {
+    let mut all_pass = true;
+    for path in &args.files {
+        let (verdict, device) = check(args, path)?;
+        all_pass &= verdict.pass;
+        match args.json {
+            true => print_json(args, path, &verdict),
+            false => print_table(args, path, &verdict, &device),
+        }
+    }
+    Ok(if all_pass { 0 } else { 1 })
+}
+
+fn check(args: &VerifyArgs, path: &Path) -> Result<(Verdict, String)> {
+    let golden = Golden::read(path)?;
+    let (mut device, why) = open_device(args.device, args.precision, 0)?;
+    let result = golden.run(&mut *device, &PlanOptions::default())?;
+    let groups = golden.compare(&result);
+    let deviations: Vec<_> = GROUPS.iter().filter_map(|g| Some((*g, *groups.get(*g)?))).collect();
+    let masks = match args.precision {
+        Precision::F64 => None,
+        Precision::F32 => {
+            let (mut reference, _) = open_device(DeviceKind::Cpu, Precision::F64, 0)?;
+            let reference = golden.run(&mut *reference, &PlanOptions::default())?;
+            Some(result.mask_differences(&reference))
+        }
+    };
+    let tolerance = if args.precision == Precision::F64 { TOLERANCE_F64 } else { TOLERANCE_F32 };
+    // A NaN is not within tolerance. Where ReLUs fell on the other side, the function itself is another one there.
+    let within = deviations.iter().all(|(_, d)| d.rel <= tolerance);
+    let masks_differ = masks.is_some_and(|(differ, _)| differ > 0);
+    let finite = deviations.iter().all(|(_, d)| d.rel.is_finite());
+    let pass = within || (masks_differ && finite);
+    Ok((Verdict { deviations, masks, pass }, why))
+}
+
+fn print_json(args: &VerifyArgs, path: &Path, verdict: &Verdict) {
+    let groups: serde_json::Map<_, _> =
+        verdict.deviations.iter().map(|(g, d)| (g.to_string(), json!({ "rel": d.rel, "cos": d.cos }))).collect();
+    let mut object = json!({
+        "file": path.display().to_string(),
+        "device": "cpu",
+        "precision": args.precision.to_string(),
+        "groups": groups,
+        "pass": verdict.pass,
+    });
+    if let Some((differ, of)) = verdict.masks {
+        object["relu_masks"] = json!({ "differ": differ, "of": of });
+    }
+    println!("{object}");
+}
+
+fn print_table(args: &VerifyArgs, path: &Path, verdict: &Verdict, device: &str) {
+    println!("{}: {}, {device}", path.display(), args.precision);
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN);
+    table.set_header(["group", "relative L2 error", "1 - cosine"]);
+    for (group, d) in &verdict.deviations {
+        table.add_row([group.to_string(), format!("{:.2e}", d.rel), format!("{:.1e}", 1.0 - d.cos)]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}");
+    if let Some((differ, of)) = verdict.masks {
+        println!("ReLU decisions that differ from double precision: {differ} of {of}");
+    }
+    println!("{}\n", if verdict.pass { "pass" } else { "FAIL" });
 }

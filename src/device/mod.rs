@@ -84,6 +84,13 @@ pub trait Device {
     /// When a launch fails or the number of scalars is wrong.
     fn run(&mut self, plan: PlanId, scalars: &[f64]) -> Result<()>;
 
+    /// Runs a plan once and returns for every operation its name, its launches and the seconds they took, longest
+    /// first.
+    ///
+    /// # Errors
+    /// As [`Device::run`].
+    fn profile(&mut self, plan: PlanId, scalars: &[f64]) -> Result<Vec<(String, usize, f64)>>;
+
     /// Reads an output of the plan that ran last; per-branch outputs come branch by branch.
     ///
     /// # Errors

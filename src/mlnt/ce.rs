@@ -26,7 +26,7 @@ pub(super) fn images(tape: &mut Tape, model: &ModelSpec, batch: usize) -> Result
 
 /// Records one SGD step on cross entropy for the network of `owner`.
 ///
-/// Inputs `x`, `y`; scalar `lr`; output `class_loss`; states as the student's, prefixed with `owner`.
+/// Inputs `x`, `y`; scalar `lr`; outputs `class_loss`, `class_logits`; states as the student's, prefixed with `owner`.
 ///
 /// # Errors
 /// When the description is no network.
@@ -46,7 +46,7 @@ pub fn record_ce_step(spec: &CeSpec, owner: &str) -> Result<Tape> {
     let weights = tape.fill(Meta::vector(spec.batch), Coef::constant(1.0 / spec.batch as f64))?;
     let loss = tape.ce_loss(out.logits, y, weights)?;
     tape.output("class_loss", loss);
-    tape.output("logits", out.logits);
+    tape.output("class_logits", out.logits);
 
     tape.set_phase("backward");
     let one = tape.fill(Meta::vector(1), Coef::ONE)?;

@@ -91,7 +91,8 @@ pub enum Report {
 ///
 /// Inputs: `x` images, `y` labels `[k]`, `y_syn` synthetic labels `[M, k]`, `class_weight` `[k]`: weights of the
 /// classification loss, `keep/Σkeep`. Scalars: [`StepScalars`]. States: the student's `param.*`, `momentum.*`,
-/// `buffer.*`, and `teacher.*`, `mentor.*`. Outputs: `class_loss`, `consistency` (J_m), `inner_loss`; with
+/// `buffer.*`, and `teacher.*`, `mentor.*`. Outputs: `class_loss`, `class_logits` `[k, classes, 1, 1]` of the
+/// classification forward, `consistency` (J_m) `[M]`, `inner_loss` `[M]`; with
 /// [`Report::Everything`] also `logits`, `target`, `inner_grad.*`, `meta_grad.*`, `meta_grad_first_order.*`, `relu.*`.
 ///
 /// # Errors
@@ -315,6 +316,7 @@ impl<'a> Step<'a> {
         let weights = self.tape.input("class_weight", Meta::vector(k))?;
         let loss = self.tape.ce_loss(logits, y, weights)?;
         self.tape.output("class_loss", loss);
+        self.tape.output("class_logits", logits);
         Ok(loss)
     }
 

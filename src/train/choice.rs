@@ -3,32 +3,6 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// The family of label noise injected into the training labels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum NoiseKind {
-    /// New label uniform over all classes, the old one included (the paper's).
-    Symmetric,
-    /// New label uniform over the other classes.
-    SymmetricExclusive,
-    /// New label by the data set's map of look-alike classes.
-    Asymmetric,
-    /// New label is the next class, i to i+1.
-    Pair,
-    /// Labels are left as they are.
-    None,
-}
-
-/// Which labels the validation split carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum ValLabels {
-    /// The noisy ones: no clean label is needed anywhere.
-    Noisy,
-    /// The true ones.
-    Clean,
-}
-
 /// How the meta gradient and the classification gradient share a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -82,4 +56,4 @@ macro_rules! display_by_name {
         }
     )*};
 }
-display_by_name!(NoiseKind, ValLabels, Recipe, Augment, DeviceKind, Precision);
+display_by_name!(Recipe, Augment, DeviceKind, Precision);

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, NoiseKind, Precision, Recipe, ValLabels};
+use super::choice::{Augment, DeviceKind, Precision, Recipe};
 use super::preset::Preset;
 use super::toml_file;
+use crate::data::{NoiseKind, ValidationLabels};
 use crate::error::{Error, Result};
 
 /// From the table below: [`Config`] (all values), [`Overrides`] (those that were given) and the list of keys.
@@ -66,7 +67,7 @@ settings! {
         /// Part of the training images held out for validation, in (0, 0.5].
         [value_name = "F"] val_fraction: f64,
         /// Labels of the validation images.
-        [value_name = "KIND"] val_labels: ValLabels,
+        [value_name = "KIND"] val_labels: ValidationLabels,
         /// Augmentation of the training images.
         [value_name = "KIND"] augment: Augment,
         /// Pixels of zero padding on each side before the random crop of pad-crop-flip.

@@ -1,13 +1,19 @@
-//! Training: what a run is asked to do ([`config`]), what it leaves behind ([`run_dir`], [`checkpoint`],
-//! [`metrics`]) and how it is summed up ([`table`]).
+//! Training: what a run is asked to do ([`config`]), the data it reads ([`prepare`]), the networks on their device
+//! ([`engine`]), the loop ([`run`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`]) and how it is
+//! summed up ([`summary`], [`table`]).
 
 pub mod checkpoint;
 pub mod choice;
 pub mod config;
+pub mod engine;
 pub mod metrics;
+pub mod prepare;
 pub mod preset;
+pub mod progress;
+pub mod run;
 pub mod run_dir;
 pub mod schedule;
+pub mod summary;
 pub mod table;
 mod tensor_file;
 mod toml_file;

@@ -3,8 +3,9 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, NoiseKind, Precision, Recipe, ValLabels};
+use super::choice::{Augment, DeviceKind, Precision, Recipe};
 use super::config::Config;
+use crate::data::{NoiseKind, ValidationLabels};
 
 /// A named set of values for every setting.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
@@ -54,10 +55,10 @@ fn small() -> Config {
         data: "sample".into(),
         train_size: 1500,
         val_fraction: 0.1,
-        val_labels: ValLabels::Noisy,
+        val_labels: ValidationLabels::Noisy,
         augment: Augment::None,
         pad: 0,
-        noise: NoiseKind::Symmetric,
+        noise: NoiseKind::SymmetricInclusive,
         noise_rate: 0.5,
         recipe: Recipe::Released,
         first_order: false,
@@ -96,10 +97,10 @@ fn cifar10() -> Config {
         data: "cifar-10-batches-bin".into(),
         train_size: 0,
         val_fraction: 0.1,
-        val_labels: ValLabels::Noisy,
+        val_labels: ValidationLabels::Noisy,
         augment: Augment::PadCropFlip,
         pad: 4,
-        noise: NoiseKind::Symmetric,
+        noise: NoiseKind::SymmetricInclusive,
         noise_rate: 0.5,
         recipe: Recipe::Paper,
         first_order: false,

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::choice::NoiseKind;
 use super::config::Config;
+use crate::data::NoiseKind;
 use crate::error::{Error, Result};
 use crate::fs::{create_run_dir, write_atomic};
 

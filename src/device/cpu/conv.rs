@@ -1,12 +1,14 @@
-//! Convolutions as matrix products over tiles of gathered patches.
+//! Convolutions over tiles of images.
 //!
-//! Shared and per-branch operands, and sums over branches, cost what they must: patches of a shared image are
-//! gathered once for all branches, whose weights then form the rows of one matrix.
+//! Shared and per-branch operands, and sums over branches, cost what they must: a tile of a shared image is laid out
+//! once for all branches, whose weights then form the rows of one matrix. A convolution that is a plain matrix
+//! product (1×1, stride 1) goes to the `gemm` crate.
 #![allow(unsafe_code)]
 
 use super::gemm::{Mat, gemm};
-use super::im2col::Gather;
 use super::memory::{Out, View};
+use super::microkernel::{Dot, Product, ROWS, SLACK};
+use super::patches::{Patches, Tile};
 use super::real::Real;
 use super::simd;
 use crate::ops::{Conv, ConvGeom, ConvKind};
@@ -34,12 +36,14 @@ pub(super) enum Start<'a, T> {
 
 /// Elements of launch-wide workspace that `conv` needs.
 pub(super) fn workspace<T>(conv: &Conv, inputs: &[Meta], out: &Meta, branches: usize) -> usize {
+    let g = &conv.geom;
+    let copies = if inputs[1].per_branch { branches } else { 1 };
     match conv.kind {
-        ConvKind::Fprop => 0,
-        ConvKind::Dgrad => inputs[1].total(branches),
+        ConvKind::Fprop => copies * g.k.next_multiple_of(ROWS) * g.c * g.r * g.s,
+        ConvKind::Dgrad => copies * g.c.next_multiple_of(ROWS) * g.k * g.r * g.s,
         ConvKind::Wgrad => {
             let units = out.total(branches);
-            units * chunk_count::<T>(&conv.geom, units)
+            units * chunk_count::<T>(&forward_patches(g), units)
         }
     }
 }
@@ -54,29 +58,23 @@ pub(super) fn run<T: Real>(
     out: Out<'_, T>,
     work: &mut [T],
 ) {
+    let g = &conv.geom;
     match conv.kind {
         ConvKind::Fprop => {
-            let gather = forward_gather(&conv.geom);
-            let place = Placement { origin: (0, 0), stride: 1, height: conv.geom.p, width: conv.geom.q };
-            product(&gather, &place, branches, a, b, conv.geom.k, start, out);
+            let patches = forward_patches(g);
+            let place = Placement { origin: (0, 0), stride: 1, height: g.p, width: g.q };
+            let weights = Weights { view: b, rows: g.k, row_step: g.c * g.r * g.s, at: (0..patches.depth()).collect() };
+            product(&patches, &place, branches, a, &weights, start, out, work);
         }
-        ConvKind::Dgrad => dgrad(&conv.geom, branches, a, b, start, out, work),
-        ConvKind::Wgrad => wgrad(&conv.geom, branches, a, b, start, out, work),
+        ConvKind::Dgrad => dgrad(g, branches, a, b, start, out, work),
+        ConvKind::Wgrad => wgrad(g, branches, a, b, start, out, work),
     }
 }
 
-fn forward_gather(g: &ConvGeom) -> Gather {
+fn forward_patches(g: &ConvGeom) -> Patches {
     let pad = g.pad as isize;
     let taps = (0..g.r as isize).flat_map(|r| (0..g.s as isize).map(move |s| (r - pad, s - pad)));
-    Gather {
-        channels: g.c,
-        samples: g.n,
-        height: g.h,
-        width: g.w,
-        grid: (g.p, g.q),
-        step: g.stride,
-        taps: taps.collect(),
-    }
+    Patches::new([g.c, g.n, g.h, g.w], (g.p, g.q), g.stride, taps.collect())
 }
 
 /// Where the columns of a product go in the result's images.
@@ -87,8 +85,31 @@ struct Placement {
     width: usize,
 }
 
+/// The matrix of a product: row r, patch row d is `view[r · row_step + at[d]]` of a branch.
+struct Weights<'a, T> {
+    view: View<'a, T>,
+    rows: usize,
+    row_step: usize,
+    at: Vec<usize>,
+}
+
+impl<T: Real> Weights<'_, T> {
+    /// Packs `count` rows from row `first` of branch `branch` on (rows of later branches follow) as the kernel wants.
+    fn pack(&self, branch: usize, count: usize, packed: &mut [T]) {
+        let depth = self.at.len();
+        packed.fill(T::zero());
+        for r in 0..count {
+            let source = &self.view.branch(branch + r / self.rows)[r % self.rows * self.row_step..];
+            let block = &mut packed[r / ROWS * depth * ROWS..];
+            for (d, at) in self.at.iter().enumerate() {
+                block[d * ROWS + r % ROWS] = source[*at];
+            }
+        }
+    }
+}
+
 thread_local! {
-    /// Patches of a tile and, behind them, a tile of results; grows to what the largest tile needs and stays.
+    /// Planes of a tile and, behind them, a tile of results; grows to what the largest tile needs and stays.
     static SCRATCH: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -102,135 +123,203 @@ fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
     })
 }
 
-/// Lines of a tile for a grid of `width` columns.
-fn tile_lines(width: usize) -> usize {
-    (TILE / width).max(1)
-}
-
-/// `out = start + matrix · patches(src)`, where `matrix` has `rows` rows per branch; summed over the branches when
-/// `out` is shared and an operand is not.
+/// `out = start + weights · patches(src)`; summed over the branches when `out` is shared and an operand is not.
 #[allow(clippy::too_many_arguments)]
 fn product<T: Real>(
-    gather: &Gather,
+    patches: &Patches,
     place: &Placement,
     branches: usize,
     src: View<'_, T>,
-    matrix: View<'_, T>,
-    rows: usize,
+    weights: &Weights<'_, T>,
     start: Start<'_, T>,
     out: Out<'_, T>,
+    work: &mut [T],
 ) {
-    let depth = gather.depth();
-    let (lines, per_tile) = (gather.lines(), tile_lines(gather.grid.1));
-    let tiles = lines.div_ceil(per_tile);
-    let summed = !out.branched() && (src.branched() || matrix.branched());
-    // Patches of a shared image serve all branches in one product, whose rows are (branch, row).
+    let (depth, rows) = (patches.depth(), weights.rows);
+    let tiles = patches.tiles(TILE);
+    let summed = !out.branched() && (src.branched() || weights.view.branched());
+    // A tile of a shared image serves all branches in one product, whose rows are (branch, row).
     let stacked = !src.branched() && out.branched();
     let outer = if out.branched() && !stacked { branches } else { 1 };
     let out_rows = if stacked { rows * branches } else { rows };
-    let channel = gather.samples * place.height * place.width;
-    let direct = place.stride == 1 && (place.height, place.width) == gather.grid;
 
-    (0..outer * tiles).into_par_iter().for_each(|task| {
-        let (m, tile) = (task / tiles, task % tiles);
-        let range = tile * per_tile..((tile + 1) * per_tile).min(lines);
-        let width = range.len() * gather.grid.1;
-        let first = range.start * gather.grid.1;
-        let temp_len = if direct { 0 } else { out_rows * width };
-        let cols_len = if gather.is_identity() { 0 } else { depth * width };
-        with_scratch(cols_len + temp_len, |scratch: &mut [T]| {
-            let (cols, temp) = scratch.split_at_mut(cols_len);
-            let base = if stacked { 0 } else { m * out.len };
+    if patches.is_identity() && place.stride == 1 {
+        let task = PlainProduct { depth, out_rows, pixels: patches.pixels(), summed, stacked, outer, branches };
+        return plain_product(&task, src, weights, start, out);
+    }
+
+    let blocks = out_rows.div_ceil(ROWS);
+    let copies = if weights.view.branched() && !stacked { branches } else { 1 };
+    let packed_len = blocks * depth * ROWS;
+    let packed = &mut work[..copies * packed_len];
+    if packed_len > 0 {
+        let pack = |(m, part): (usize, &mut [T])| weights.pack(m, out_rows, part);
+        packed.par_chunks_mut(packed_len).enumerate().for_each(pack);
+    }
+    let packed = &*packed;
+    let groups = TileOffsets::new(patches, &tiles);
+
+    (0..outer * tiles.len()).into_par_iter().for_each(|task| {
+        let (m, tile) = (task / tiles.len(), &tiles[task % tiles.len()]);
+        let columns = patches.columns(tile);
+        let stride = columns.next_multiple_of(SLACK);
+        let planes_len = patches.planes_len(tile, SLACK) + SLACK;
+        with_scratch(planes_len + blocks * ROWS * stride, |scratch: &mut [T]| {
+            let (planes, result) = scratch.split_at_mut(planes_len);
             if depth == 0 {
                 // No tap of the kernel reaches these pixels.
-                temp.fill(T::zero());
+                result.fill(T::zero());
             }
-            let (dst, dst_stride, mut add) = if direct {
-                (out.address(base + first), channel, begin_tile(start, out, base, out_rows, channel, first, width))
-            } else {
-                (temp.as_mut_ptr(), width, false)
-            };
             let all_branches = if summed { 0..branches } else { m..m + 1 };
-            for branch in if depth == 0 { 0..0 } else { all_branches } {
-                let b = if gather.is_identity() {
-                    Mat { data: &src.branch(branch)[first..], row_stride: gather.pixels(), col_stride: 1 }
-                } else {
-                    if branch == m || src.branched() {
-                        gather.fill(src.branch(branch), range.clone(), cols);
-                    }
-                    Mat { data: cols, row_stride: width, col_stride: 1 }
-                };
-                let data = if stacked { matrix.all() } else { matrix.branch(branch) };
-                // A shared matrix repeats for every branch only when nothing is per-branch, which `stacked` excludes.
-                let a = Mat { data, row_stride: depth, col_stride: 1 };
-                // SAFETY: the tile's columns of these rows belong to this task alone; `temp` is this thread's.
-                unsafe { gemm((out_rows, width, depth), dst, dst_stride, add, a, b) };
-                add = true;
+            for (i, branch) in (if depth == 0 { 0..0 } else { all_branches }).enumerate() {
+                if i == 0 || src.branched() {
+                    simd::wide(|| patches.fill(src.branch(branch), tile, SLACK, planes));
+                }
+                let matrix = if copies == 1 { 0 } else { branch };
+                T::product(Product {
+                    weights: &packed[matrix * packed_len..(matrix + 1) * packed_len],
+                    row_blocks: blocks,
+                    offsets: groups.of(tile),
+                    src: planes,
+                    columns,
+                    dst: result,
+                    stride,
+                    add: i > 0,
+                });
             }
-            if !direct {
-                scatter(gather, place, &range, temp, start, out, base);
-            }
+            let base = if stacked { 0 } else { m * out.len };
+            simd::wide(|| place_tile(patches, place, tile, &result[..out_rows * stride], stride, start, out, base));
         });
     });
 }
 
-/// Puts the start values into a tile; returns whether the product is to be added to them.
-fn begin_tile<T: Real>(
-    start: Start<'_, T>,
-    out: Out<'_, T>,
-    base: usize,
-    rows: usize,
-    channel: usize,
-    first: usize,
-    width: usize,
-) -> bool {
-    match start {
-        Start::Zero => false,
-        Start::InPlace => true,
-        Start::From(from) => {
-            for r in 0..rows {
-                let at = base + r * channel + first;
-                // SAFETY: the tile's columns of this row belong to the calling task alone.
-                let dst = unsafe { out.part(at, width) };
-                let source = from.branch(at / out.len);
-                dst.copy_from_slice(&source[at % out.len..][..width]);
+/// Offsets of patch rows for the shapes of tile that occur: all but the last are alike.
+struct TileOffsets {
+    by_shape: Vec<((usize, usize), Vec<usize>)>,
+}
+
+impl TileOffsets {
+    fn new(patches: &Patches, tiles: &[Tile]) -> Self {
+        let mut by_shape: Vec<((usize, usize), Vec<usize>)> = Vec::new();
+        for tile in tiles {
+            let shape = (tile.images.len(), tile.lines.len());
+            if !by_shape.iter().any(|(s, _)| *s == shape) {
+                by_shape.push((shape, patches.offsets(tile, SLACK)));
             }
-            true
         }
+        TileOffsets { by_shape }
+    }
+
+    fn of(&self, tile: &Tile) -> &[usize] {
+        let shape = (tile.images.len(), tile.lines.len());
+        self.by_shape.iter().find(|(s, _)| *s == shape).map_or(&[], |(_, o)| o)
     }
 }
 
-/// Writes a tile of results to every `stride`-th pixel of the images.
-fn scatter<T: Real>(
-    gather: &Gather,
+/// Writes a tile of results, `[rows, stride]`, to the pixels it belongs to.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn place_tile<T: Real>(
+    patches: &Patches,
     place: &Placement,
-    lines: &std::ops::Range<usize>,
-    tile: &[T],
+    tile: &Tile,
+    result: &[T],
+    stride: usize,
     start: Start<'_, T>,
     out: Out<'_, T>,
     base: usize,
 ) {
-    let width = gather.grid.1;
-    for (row, values) in tile.chunks_exact(lines.len() * width).enumerate() {
-        for (line, values) in lines.clone().zip(values.chunks_exact(width)) {
-            let (sample, i) = (line / gather.grid.0, line % gather.grid.0);
-            let r = (row * gather.samples + sample) * place.height + place.origin.0 + i * place.stride;
-            let at = base + r * place.width;
-            // SAFETY: pixels of this residue class in this line belong to the calling task alone, and no other
-            // task holds a slice of it: the classes run one after the other.
-            let dst = unsafe { out.part(at, place.width) };
-            let pixels = dst.iter_mut().skip(place.origin.1).step_by(place.stride).zip(values);
-            match start {
-                Start::Zero => pixels.for_each(|(o, v)| *o = *v),
-                Start::InPlace => pixels.for_each(|(o, v)| *o += *v),
-                Start::From(from) => {
-                    let source = &from.branch(at / out.len)[at % out.len..][..place.width];
-                    let source = source.iter().skip(place.origin.1).step_by(place.stride);
-                    pixels.zip(source).for_each(|((o, v), s)| *o = *s + *v);
+    let (lines, width) = (tile.lines.clone(), patches.grid.1);
+    let first = (place.origin.0 + lines.start * place.stride) * place.width;
+    // From the first to the last line of the tile in an image of the result.
+    let span = ((lines.len() - 1) * place.stride + 1) * place.width;
+    let step = place.stride * place.width;
+    for (row, values) in result.chunks_exact(stride).enumerate() {
+        for (n, sample) in tile.images.clone().enumerate() {
+            let at = base + (row * patches.samples + sample) * place.height * place.width + first;
+            // SAFETY: pixels of this residue class in these lines belong to the calling task alone, and no other task
+            // holds a slice of the lines: the classes run one after the other.
+            let dst = unsafe { out.part(at, span) };
+            let sources = (0..lines.len()).map(|l| &values[patches.column(tile, n, l)..][..width]);
+            let targets = dst.chunks_mut(step).map(|line| &mut line[place.origin.1..place.width]);
+            match (start, place.stride) {
+                (Start::Zero, 1) => targets.zip(sources).for_each(|(o, v)| simd::copy_line(o, v)),
+                (Start::InPlace, 1) => targets.zip(sources).for_each(|(o, v)| add_line(o, v)),
+                (Start::Zero, step) => targets.zip(sources).for_each(|(o, v)| {
+                    o.iter_mut().step_by(step).zip(v).for_each(|(o, v)| *o = *v);
+                }),
+                (Start::InPlace, step) => targets.zip(sources).for_each(|(o, v)| {
+                    o.iter_mut().step_by(step).zip(v).for_each(|(o, v)| *o += *v);
+                }),
+                (Start::From(view), stride) => {
+                    let before = &view.branch(at / out.len)[at % out.len..][..span];
+                    let before = before.chunks(step).map(|line| &line[place.origin.1..place.width]);
+                    targets.zip(before).zip(sources).for_each(|((o, b), v)| {
+                        let pixels = o.iter_mut().zip(b).step_by(stride).zip(v);
+                        pixels.for_each(|((o, b), v)| *o = *b + *v);
+                    });
                 }
             }
         }
     }
+}
+
+#[inline(always)]
+fn add_line<T: Real>(out: &mut [T], values: &[T]) {
+    out.iter_mut().zip(values).for_each(|(o, v)| *o += *v);
+}
+
+/// A product whose patch matrix is the images themselves.
+struct PlainProduct {
+    depth: usize,
+    out_rows: usize,
+    pixels: usize,
+    summed: bool,
+    stacked: bool,
+    outer: usize,
+    branches: usize,
+}
+
+fn plain_product<T: Real>(
+    p: &PlainProduct,
+    src: View<'_, T>,
+    weights: &Weights<'_, T>,
+    start: Start<'_, T>,
+    out: Out<'_, T>,
+) {
+    let tiles = p.pixels.div_ceil(TILE);
+    let (row_step, col_step) = (weights.row_step, weights.at.get(1).copied().unwrap_or(1));
+    (0..p.outer * tiles).into_par_iter().for_each(|task| {
+        let (m, first) = (task / tiles, task % tiles * TILE);
+        let width = TILE.min(p.pixels - first);
+        let base = if p.stacked { 0 } else { m * out.len };
+        let mut add = match start {
+            Start::Zero => false,
+            Start::InPlace => true,
+            Start::From(from) => {
+                for at in (0..p.out_rows).map(|r| base + r * p.pixels + first) {
+                    // SAFETY: the tile's columns of this row belong to this task alone.
+                    let dst = unsafe { out.part(at, width) };
+                    dst.copy_from_slice(&from.branch(at / out.len)[at % out.len..][..width]);
+                }
+                true
+            }
+        };
+        for branch in if p.summed { 0..p.branches } else { m..m + 1 } {
+            // Rows of stacked branches of a transposed matrix are not evenly spaced: one product per branch.
+            let parts = if p.stacked { p.branches } else { 1 };
+            let rows = p.out_rows / parts;
+            for part in 0..parts {
+                let data = weights.view.branch(if p.stacked { part } else { branch });
+                let a = Mat { data, row_stride: row_step, col_stride: col_step };
+                let b = Mat { data: &src.branch(branch)[first..], row_stride: p.pixels, col_stride: 1 };
+                let dst = out.address(base + part * rows * p.pixels + first);
+                // SAFETY: the tile's columns of these rows belong to this task alone.
+                unsafe { gemm((rows, width, p.depth), dst, p.pixels, add, a, b) };
+            }
+            add = true;
+        }
+    });
 }
 
 /// Input gradient. The input pixels fall into stride² residue classes, each of which sees its own subset of the
@@ -244,8 +333,6 @@ fn dgrad<T: Real>(
     out: Out<'_, T>,
     work: &mut [T],
 ) {
-    let weights = w.all().len();
-    let mut packed = &mut work[..weights];
     for a in 0..g.stride.min(g.h) {
         for b in 0..g.stride.min(g.w) {
             let axis = |origin: usize, size: usize| -> Vec<(usize, isize)> {
@@ -255,35 +342,24 @@ fn dgrad<T: Real>(
             };
             let (rows, cols) = (axis(a, g.r), axis(b, g.s));
             let taps: Vec<_> = rows.iter().flat_map(|r| cols.iter().map(move |c| (*r, *c))).collect();
-            let copies = weights / w.len;
-            let (matrix, rest) = packed.split_at_mut(copies * g.c * g.k * taps.len());
-            packed = rest;
-            let filters = g.c * g.r * g.s;
-            for (i, v) in matrix.iter_mut().enumerate() {
-                let (mc, kt) = (i / (g.k * taps.len()), i % (g.k * taps.len()));
-                let ((m, c), (k, t)) = ((mc / g.c, mc % g.c), (kt / taps.len(), kt % taps.len()));
-                let ((r, _), (s, _)) = taps[t];
-                *v = w.branch(m)[k * filters + (c * g.r + r) * g.s + s];
-            }
-            let gather = Gather {
-                channels: g.k,
-                samples: g.n,
-                height: g.p,
-                width: g.q,
-                grid: ((g.h - a).div_ceil(g.stride), (g.w - b).div_ceil(g.stride)),
-                step: 1,
-                taps: taps.iter().map(|((_, dr), (_, dc))| (*dr, *dc)).collect(),
-            };
+            let filter = g.r * g.s;
+            let at = (0..g.k).flat_map(|k| taps.iter().map(move |((r, _), (s, _))| k * g.c * filter + r * g.s + s));
+            let weights = Weights { view: w, rows: g.c, row_step: filter, at: at.collect() };
+            let grid = ((g.h - a).div_ceil(g.stride), (g.w - b).div_ceil(g.stride));
+            let shifts = taps.iter().map(|((_, dr), (_, dc))| (*dr, *dc)).collect();
+            let patches = Patches::new([g.k, g.n, g.p, g.q], grid, 1, shifts);
             let place = Placement { origin: (a, b), stride: g.stride, height: g.h, width: g.w };
-            let matrix = View::new(matrix, g.c * g.k * taps.len());
-            product(&gather, &place, branches, dy, matrix, g.c, start, out);
+            product(&patches, &place, branches, dy, &weights, start, out, work);
         }
     }
 }
 
 /// Number of partial sums of a weight gradient with `units` elements.
-fn chunk_count<T>(g: &ConvGeom, units: usize) -> usize {
-    let tiles = (g.n * g.p).div_ceil(tile_lines(g.q));
+fn chunk_count<T>(patches: &Patches, units: usize) -> usize {
+    let tiles = match patches.is_identity() {
+        true => patches.pixels().div_ceil(TILE),
+        false => patches.tiles(TILE).len(),
+    };
     let fit = PARTIAL_BYTES / (units * size_of::<T>()).max(1);
     tiles.min(CHUNKS).min(fit).max(1)
 }
@@ -298,51 +374,65 @@ fn wgrad<T: Real>(
     out: Out<'_, T>,
     work: &mut [T],
 ) {
-    let gather = forward_gather(g);
-    let depth = gather.depth();
-    let (lines, per_tile) = (gather.lines(), tile_lines(g.q));
-    let tiles = lines.div_ceil(per_tile);
+    let patches = forward_patches(g);
+    let depth = patches.depth();
     let units = out.total();
-    let chunks = chunk_count::<T>(g, units);
+    let chunks = chunk_count::<T>(&patches, units);
     let summed = !out.branched() && (x.branched() || dy.branched());
     let stacked = !x.branched() && out.branched();
     let outer = if out.branched() && !stacked { branches } else { 1 };
     let rows = if stacked { g.k * branches } else { g.k };
-    let pixels = g.n * g.p * g.q;
     let size = rows * depth;
+    let live = |m: usize| if summed { 0..branches } else { m..m + 1 };
+    let rows_of = |branch: usize| if stacked { dy.all() } else { dy.branch(branch) };
+    let work = &mut work[..chunks * units];
 
-    work[..chunks * units].par_chunks_mut(size).enumerate().for_each(|(task, partial)| {
-        let (chunk, m) = (task / outer, task % outer);
-        let mut add = false;
-        for tile in chunk * tiles / chunks..(chunk + 1) * tiles / chunks {
-            let range = tile * per_tile..((tile + 1) * per_tile).min(lines);
-            let width = range.len() * g.q;
-            let first = range.start * g.q;
-            let cols_len = if gather.is_identity() { 0 } else { depth * width };
-            with_scratch(cols_len, |cols: &mut [T]| {
-                for branch in if summed { 0..branches } else { m..m + 1 } {
-                    let patches = if gather.is_identity() {
-                        Mat { data: &x.branch(branch)[first..], row_stride: 1, col_stride: pixels }
-                    } else {
-                        if branch == m || x.branched() {
-                            gather.fill(x.branch(branch), range.clone(), cols);
+    if patches.is_identity() {
+        let pixels = patches.pixels();
+        let tiles = pixels.div_ceil(TILE);
+        work.par_chunks_mut(size).enumerate().for_each(|(task, partial)| {
+            let (chunk, m) = (task / outer, task % outer);
+            let first = (chunk * tiles / chunks * TILE).min(pixels);
+            let width = ((chunk + 1) * tiles / chunks * TILE).min(pixels) - first;
+            for (i, branch) in live(m).enumerate() {
+                let a = Mat { data: &rows_of(branch)[first..], row_stride: pixels, col_stride: 1 };
+                let b = Mat { data: &x.branch(branch)[first..], row_stride: 1, col_stride: pixels };
+                // SAFETY: `partial` is this task's own chunk of the workspace.
+                unsafe { gemm((rows, depth, width), partial.as_mut_ptr(), depth, i > 0, a, b) };
+            }
+        });
+    } else {
+        let tiles = patches.tiles(TILE);
+        let groups = TileOffsets::new(&patches, &tiles);
+        work.par_chunks_mut(size).enumerate().for_each(|(task, partial)| {
+            let (chunk, m) = (task / outer, task % outer);
+            partial.fill(T::zero());
+            for tile in &tiles[chunk * tiles.len() / chunks..(chunk + 1) * tiles.len() / chunks] {
+                let columns = patches.columns(tile);
+                let stride = columns.next_multiple_of(16);
+                let planes_len = patches.planes_len(tile, SLACK) + SLACK;
+                with_scratch(planes_len + rows * stride, |scratch: &mut [T]| {
+                    let (planes, a) = scratch.split_at_mut(planes_len);
+                    for (i, branch) in live(m).enumerate() {
+                        if i == 0 || x.branched() {
+                            simd::wide(|| patches.fill(x.branch(branch), tile, SLACK, planes));
                         }
-                        Mat { data: cols, row_stride: 1, col_stride: width }
-                    };
-                    let data = if stacked { dy.all() } else { dy.branch(branch) };
-                    let a = Mat { data: &data[first..], row_stride: pixels, col_stride: 1 };
-                    // SAFETY: `partial` is this task's own chunk of the workspace.
-                    unsafe { gemm((rows, depth, width), partial.as_mut_ptr(), depth, add, a, patches) };
-                    add = true;
-                }
-            });
-        }
-    });
+                        if i == 0 || dy.branched() {
+                            simd::wide(|| patches.fill_columns(rows_of(branch), tile, stride, a));
+                        }
+                        let offsets = groups.of(tile);
+                        let dst = &mut *partial;
+                        T::dot(Dot { a, a_stride: stride, rows, offsets, src: planes, columns, dst });
+                    }
+                });
+            }
+        });
+    }
 
-    let partials = &work[..chunks * units];
+    let partials = &*work;
+    let len = out.len;
     // SAFETY: nothing else holds the result.
     let all = unsafe { out.all() };
-    let len = out.len;
     all.par_chunks_mut(4096).enumerate().for_each(|(i, part)| {
         let from = i * 4096;
         simd::wide(|| {

@@ -14,10 +14,6 @@ pub(super) struct View<'a, E> {
 }
 
 impl<'a, E> View<'a, E> {
-    /// `data` as branches of `len` elements.
-    pub fn new(data: &'a [E], len: usize) -> Self {
-        View { data, len }
-    }
     /// True for M branches.
     pub fn branched(&self) -> bool {
         self.data.len() != self.len

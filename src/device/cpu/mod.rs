@@ -7,10 +7,11 @@ mod batch_norm;
 mod conv;
 mod elementwise;
 mod gemm;
-mod im2col;
 mod launch;
 mod layout;
 mod memory;
+mod microkernel;
+mod patches;
 mod pool;
 mod real;
 mod simd;
@@ -20,6 +21,7 @@ pub use real::Real;
 
 use super::{Device, HostSlice, HostVec, PlanId};
 use crate::error::{Error, Result};
+use crate::ops::{Op, Operation};
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
 use memory::{Block, Memory};
@@ -105,6 +107,54 @@ impl<T: Real> Cpu<T> {
         self.states.push(State { name: port.name.clone(), meta: port.meta, branches, data });
         Ok(self.states.len() - 1)
     }
+
+    /// Runs the launches of a plan in order, each through `each`, which must call what it is given.
+    fn run_launches(
+        &mut self,
+        id: PlanId,
+        scalars: &[f64],
+        mut each: impl FnMut(&Op, &mut dyn FnMut()) + Send,
+    ) -> Result<()> {
+        let loaded = self.plans.get_mut(id.0).ok_or_else(|| Self::error("no such plan".into()))?;
+        if scalars.len() != loaded.plan.scalars.len() {
+            let (have, want) = (scalars.len(), loaded.plan.scalars.len());
+            return Err(Self::error(format!("{have} runtime scalars for a plan with {want}")));
+        }
+        let mut states = Vec::with_capacity(loaded.states.len());
+        for s in &loaded.states {
+            states.push(s.map_or(std::ptr::null_mut(), |i| self.states[i].data.slice_mut().as_mut_ptr()));
+        }
+        let mut real_inputs = Vec::with_capacity(loaded.inputs.len());
+        let mut index_inputs = Vec::with_capacity(loaded.inputs.len());
+        for input in &mut loaded.inputs {
+            let (real, index) = match input {
+                Input::Reals(b) => (b.slice_mut().as_mut_ptr(), std::ptr::null_mut()),
+                Input::Indices(b) => (std::ptr::null_mut(), b.slice_mut().as_mut_ptr()),
+                Input::Unused => (std::ptr::null_mut(), std::ptr::null_mut()),
+            };
+            real_inputs.push(real);
+            index_inputs.push(index);
+        }
+        let memory = Memory {
+            reals: self.reals.slice_mut().as_mut_ptr(),
+            indices: self.indices.slice_mut().as_mut_ptr(),
+            states: &states,
+            real_inputs: &real_inputs,
+            index_inputs: &index_inputs,
+            branches: loaded.plan.branches,
+        };
+        let work = self.work.slice_mut();
+        let plan = &loaded.plan;
+        // The pointers stay on this thread's stack; tasks see slices only.
+        let memory = launch::Shared(memory);
+        self.pool.install(|| {
+            for l in &plan.launches {
+                each(&l.op, &mut || launch::run(plan, l, &memory, scalars, work));
+            }
+        });
+        self.last_run = Some(id);
+        Ok(())
+    }
 }
 
 fn to_device<E: Copy>(meta: &Meta, branches: usize, values: &[E], to: &mut [E], what: &str) -> Result<()> {
@@ -181,41 +231,20 @@ impl<T: Real + Default> Device for Cpu<T> {
     }
 
     fn run(&mut self, id: PlanId, scalars: &[f64]) -> Result<()> {
-        let loaded = self.plans.get_mut(id.0).ok_or_else(|| Self::error("no such plan".into()))?;
-        if scalars.len() != loaded.plan.scalars.len() {
-            let (have, want) = (scalars.len(), loaded.plan.scalars.len());
-            return Err(Self::error(format!("{have} runtime scalars for a plan with {want}")));
-        }
-        let mut states = Vec::with_capacity(loaded.states.len());
-        for s in &loaded.states {
-            states.push(s.map_or(std::ptr::null_mut(), |i| self.states[i].data.slice_mut().as_mut_ptr()));
-        }
-        let mut real_inputs = Vec::with_capacity(loaded.inputs.len());
-        let mut index_inputs = Vec::with_capacity(loaded.inputs.len());
-        for input in &mut loaded.inputs {
-            let (real, index) = match input {
-                Input::Reals(b) => (b.slice_mut().as_mut_ptr(), std::ptr::null_mut()),
-                Input::Indices(b) => (std::ptr::null_mut(), b.slice_mut().as_mut_ptr()),
-                Input::Unused => (std::ptr::null_mut(), std::ptr::null_mut()),
-            };
-            real_inputs.push(real);
-            index_inputs.push(index);
-        }
-        let memory = Memory {
-            reals: self.reals.slice_mut().as_mut_ptr(),
-            indices: self.indices.slice_mut().as_mut_ptr(),
-            states: &states,
-            real_inputs: &real_inputs,
-            index_inputs: &index_inputs,
-            branches: loaded.plan.branches,
-        };
-        let work = self.work.slice_mut();
-        let plan = &loaded.plan;
-        // The pointers stay on this thread's stack; tasks see slices only.
-        let memory = launch::Shared(memory);
-        self.pool.install(|| plan.launches.iter().for_each(|l| launch::run(plan, l, &memory, scalars, work)));
-        self.last_run = Some(id);
-        Ok(())
+        self.run_launches(id, scalars, |_, launch| launch())
+    }
+
+    fn profile(&mut self, id: PlanId, scalars: &[f64]) -> Result<Vec<(String, usize, f64)>> {
+        let mut times: HashMap<String, (usize, f64)> = HashMap::new();
+        self.run_launches(id, scalars, |op, launch| {
+            let start = std::time::Instant::now();
+            launch();
+            let entry = times.entry(op.name().to_string()).or_default();
+            *entry = (entry.0 + 1, entry.1 + start.elapsed().as_secs_f64());
+        })?;
+        let mut list: Vec<_> = times.into_iter().map(|(name, (n, t))| (name, n, t)).collect();
+        list.sort_by(|a, b| b.2.total_cmp(&a.2).then_with(|| a.0.cmp(&b.0)));
+        Ok(list)
     }
 
     fn read_output(&self, id: PlanId, name: &str) -> Result<HostVec> {

@@ -1,10 +1,11 @@
 //! The element types of the CPU device.
 
+use super::microkernel::Kernels;
 use crate::device::{HostSlice, HostVec};
 
 /// `f32` or `f64`.
 pub trait Real:
-    num_traits::Float + num_traits::NumAssign + bytemuck::Pod + std::iter::Sum + Send + Sync + std::fmt::Debug
+    Kernels + num_traits::Float + num_traits::NumAssign + bytemuck::Pod + std::iter::Sum + Send + Sync + std::fmt::Debug
 {
     /// Its name on the command line.
     const NAME: &'static str;

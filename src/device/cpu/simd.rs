@@ -71,3 +71,27 @@ pub(super) fn sums<T: Real, const I: usize, const S: usize>(ins: [&[T]; I], f: i
     }
     total
 }
+
+/// `out.copy_from_slice(from)` for short lines, without a call: whole vectors, the last overlapping the one before.
+#[inline(always)]
+pub(super) fn copy_line<T: Copy>(out: &mut [T], from: &[T]) {
+    #[inline(always)]
+    fn by<T: Copy, const W: usize>(out: &mut [T], from: &[T]) {
+        let n = out.len();
+        let mut at = 0;
+        while at + W <= n {
+            out[at..at + W].copy_from_slice(&from[at..at + W]);
+            at += W;
+        }
+        if at < n {
+            out[n - W..].copy_from_slice(&from[n - W..n]);
+        }
+    }
+    let from = &from[..out.len()];
+    match out.len() {
+        16.. => by::<T, 16>(out, from),
+        8.. => by::<T, 8>(out, from),
+        4.. => by::<T, 4>(out, from),
+        _ => out.iter_mut().zip(from).for_each(|(o, f)| *o = *f),
+    }
+}

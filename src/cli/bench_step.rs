@@ -1,0 +1,108 @@
+//! `mlnt bench-step`: one training step on random data, timed. The benchmarks in `benches/` call it.
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use super::plan::PlanArgs;
+use crate::device::HostSlice;
+use crate::error::Result;
+use crate::mlnt::{Report, StateKind, StepScalars, record_step, state_name};
+use crate::model::{Arch, ModelSpec, he_init};
+use crate::plan::{Plan, PlanOptions};
+use crate::rng::{Purpose, below, normal, stream};
+use crate::train::choice::DeviceKind;
+use crate::train::engine::{open_device, step_spec};
+
+/// The arguments of `mlnt bench-step`: those of `plan`, and how often to run.
+#[derive(Clone, Debug, PartialEq, clap::Args)]
+pub struct BenchStepArgs {
+    /// The step.
+    #[command(flatten)]
+    pub plan: PlanArgs,
+    /// Steps to time.
+    #[arg(long, default_value_t = 10)]
+    pub steps: usize,
+    /// Steps before the timed ones.
+    #[arg(long, default_value_t = 2)]
+    pub warmup: usize,
+    /// Threads; 0 = one per core.
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+    /// Print the time of every operation.
+    #[arg(long)]
+    pub by_operation: bool,
+}
+
+/// Peak resident memory of this process, bytes; `None` where the system does not tell.
+fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+/// Runs `mlnt bench-step`.
+///
+/// # Errors
+/// For settings that are no step.
+pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
+    let before = peak_rss();
+    let config = args.plan.config()?;
+    let input = args.plan.input();
+    let model = ModelSpec {
+        arch: Arch::PreactResnet,
+        in_channels: input.channels,
+        size: [input.height, input.width],
+        classes: input.classes,
+        widths: config.widths.clone(),
+        blocks: config.blocks.clone(),
+    };
+    let (mut device, why) = open_device(DeviceKind::Auto, config.precision, args.threads)?;
+    let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &PlanOptions::default())?;
+    let scalars = StepScalars { lr: 0.05, eta: 0.4, gamma: 0.99, lambda: 1.0 }.in_order(&plan.scalars);
+    let id = device.load(plan)?;
+    for owner in ["", "teacher."] {
+        for (p, values) in model.params().iter().zip(he_init(&model, 1)) {
+            device.write_state(&state_name(owner, StateKind::Param, &p.name), HostSlice::F32(&values))?;
+        }
+    }
+    let k = config.batch;
+    let mut seconds = Vec::with_capacity(args.steps);
+    for step in 0..args.warmup + args.steps.max(1) {
+        let mut rng = stream(1, Purpose::Test, step as u64, 0);
+        let x: Vec<f32> =
+            (0..k * input.channels * input.height * input.width).map(|_| normal(&mut rng) as f32).collect();
+        let mut labels =
+            |n: usize| -> Vec<i32> { (0..n).map(|_| below(input.classes as u64, &mut rng) as i32).collect() };
+        let (y, y_syn) = (labels(k), labels(k * config.branches));
+        let start = Instant::now();
+        device.write_input(id, "x", HostSlice::F32(&x))?;
+        device.write_input(id, "y", HostSlice::I32(&y))?;
+        device.write_input(id, "y_syn", HostSlice::I32(&y_syn))?;
+        device.write_input(id, "class_weight", HostSlice::F32(&vec![1.0 / k as f32; k]))?;
+        device.run(id, &scalars)?;
+        std::hint::black_box(device.read_output(id, "class_loss")?);
+        if step >= args.warmup {
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    if args.by_operation {
+        for (name, launches, time) in device.profile(id, &scalars)? {
+            println!("{:>10.3} ms {launches:>5} x {name}", 1e3 * time);
+        }
+    }
+    seconds.sort_by(f64::total_cmp);
+    let (median, min, max) = (seconds[seconds.len() / 2], seconds[0], seconds[seconds.len() - 1]);
+    match args.plan.json {
+        true => println!(
+            "{}",
+            json!({ "seconds_per_step": median, "min": min, "max": max, "steps": seconds.len(),
+                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "device": device.describe() })
+        ),
+        false => {
+            let memory = peak_rss().map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6));
+            println!("{why}\n{median:.4} s per step (least {min:.4}, most {max:.4}), peak memory {memory}");
+        }
+    }
+    Ok(0)
+}

@@ -1,0 +1,251 @@
+//! The training loop, top to bottom.
+
+use super::checkpoint::{NamedTensor, TensorData, save_model};
+use super::config::Config;
+use super::engine::{Engine, Network, StepOutcome};
+use super::metrics::{EpochRecord, Phase, TimingRecord};
+use super::prepare::Prepared;
+use super::progress::{self, EpochSums, LineLengths, Position, phases};
+use super::run_dir::{JsonLines, RunDir};
+use super::summary;
+use super::table::SummaryRow;
+use crate::data::{Batcher, epoch_order};
+use crate::device::HostVec;
+use crate::error::{Error, Result};
+use crate::fs::write_atomic;
+use crate::mlnt::{StateKind, StepScalars, state_name};
+use crate::rng::{Purpose, stream};
+use std::time::Instant;
+
+/// Who watches a run.
+pub trait Observer {
+    /// A phase begins, or goes on after `done` of its `total` steps.
+    fn phase(&mut self, phase: Phase, done: usize, total: usize);
+    /// A step is over.
+    fn step(&mut self, outcome: &StepOutcome);
+    /// An epoch is over and evaluated.
+    fn epoch(&mut self, record: &EpochRecord, epochs: usize);
+    /// Asked after every step: whether to stop, with a checkpoint.
+    fn wants_stop(&self) -> bool;
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ending {
+    /// All phases are complete.
+    Complete(Vec<SummaryRow>),
+    /// It was asked to stop; the checkpoint continues from the next step.
+    Stopped,
+}
+
+/// A run: its settings, its data, its networks, its files.
+pub struct Run {
+    config: Config,
+    data: Prepared,
+    engine: Engine,
+    dir: RunDir,
+    metrics: JsonLines,
+    timing: JsonLines,
+    position: Position,
+}
+
+impl Run {
+    /// A new run in a new directory, with a checkpoint of its very beginning.
+    ///
+    /// # Errors
+    /// As [`RunDir::create`].
+    pub fn create(config: Config, data: Prepared, engine: Engine) -> Result<Self> {
+        let dir = RunDir::create(&config)?;
+        write_atomic(dir.labels(), &data.label_file)?;
+        let (metrics, timing) = (JsonLines::create(dir.metrics())?, JsonLines::create(dir.timing())?);
+        let mut run = Run { config, data, engine, dir, metrics, timing, position: Position::START };
+        run.save()?;
+        Ok(run)
+    }
+
+    /// The run of an existing directory, as its checkpoint left it.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the checkpoint or the labels do not belong to this run.
+    pub fn resume(config: Config, data: Prepared, mut engine: Engine, dir: RunDir) -> Result<Self> {
+        let labels = std::fs::read(dir.labels()).map_err(Error::io(dir.labels()))?;
+        if labels != data.label_file {
+            return Err(Error::file(dir.labels(), "not the labels that this data, noise and seed give"));
+        }
+        let (position, lines) = progress::load(&dir.checkpoint(), engine.device_mut(), &config)?;
+        let metrics = JsonLines::resume(dir.metrics(), lines.metrics)?;
+        let timing = JsonLines::resume(dir.timing(), lines.timing)?;
+        Ok(Run { config, data, engine, dir, metrics, timing, position })
+    }
+
+    /// The run's directory.
+    pub fn dir(&self) -> &RunDir {
+        &self.dir
+    }
+
+    /// Trains from where the run stands to its end.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] when a loss is not finite: the last checkpoint stays as it was. Errors of files and device.
+    pub fn train(&mut self, observer: &mut dyn Observer) -> Result<Ending> {
+        let steps = self.data.train.len() / self.config.batch;
+        let phases = phases(&self.config);
+        while let Some(&(phase, epochs)) = phases.get(self.position.phase) {
+            observer.phase(phase, self.position.epoch * steps + self.position.step, epochs * steps);
+            while self.position.epoch < epochs {
+                if !self.epoch(phase, epochs, steps, observer)? {
+                    self.save()?;
+                    return Ok(Ending::Stopped);
+                }
+            }
+            self.position = Position { phase: self.position.phase + 1, ..Position::START };
+        }
+        self.save()?;
+        self.export()?;
+        let rows = summary::write(&self.dir, self.config.noise, self.data.realised_noise)?;
+        Ok(Ending::Complete(rows))
+    }
+
+    /// The rest of an epoch, its evaluation and its checkpoint; false when asked to stop before its end.
+    fn epoch(&mut self, phase: Phase, epochs: usize, steps: usize, observer: &mut dyn Observer) -> Result<bool> {
+        let (config, k) = (self.config.clone(), self.config.batch);
+        let epoch = self.position.epoch;
+        let order = epoch_order(self.data.train.len(), config.seed, epoch as u64);
+        let start = Instant::now();
+        let mut x = vec![0.0f32; k * self.data.train.images.shape().numel()];
+        while self.position.step < steps {
+            let step = self.position.step;
+            let ids = &order[step * k..(step + 1) * k];
+            let batcher = Batcher::new(&self.data.train.images, &self.data.normalise, self.data.augment, config.seed)?;
+            batcher.fill(epoch as u64, ids, &mut x)?;
+            let y: Vec<i32> = ids.iter().map(|i| self.data.train.labels[*i as usize]).collect();
+            let outcome = match phase {
+                Phase::CrossEntropy => self.engine.ce_step(Network::Baseline, &x, &y, config.lr_at(epoch))?,
+                Phase::Features => self.engine.ce_step(Network::Features, &x, &y, config.feature_lr)?,
+                Phase::Mlnt => {
+                    let neighbours = self.engine.neighbours(&x, config.neighbours)?;
+                    let mut rng = stream(config.seed, Purpose::Synthetic, epoch as u64, step as u64);
+                    let replaced = (config.rho * k as f64).round() as usize;
+                    let y_syn = neighbours.labels(&y, replaced, config.branches, &mut rng);
+                    let scalars = StepScalars {
+                        lr: config.lr_at(epoch),
+                        eta: config.eta_at(epoch as f64 + step as f64 / steps as f64),
+                        gamma: config.gamma_at(epoch),
+                        lambda: 1.0,
+                    };
+                    self.engine.mlnt_step(&x, &y, &y_syn, scalars)?
+                }
+            };
+            self.check_finite(phase, step, &outcome)?;
+            self.position.sums.loss += outcome.loss;
+            self.position.sums.meta_loss += outcome.meta_loss.unwrap_or(0.0);
+            self.position.sums.correct += outcome.correct as f64;
+            self.position.step += 1;
+            observer.step(&outcome);
+            if observer.wants_stop() && self.position.step < steps {
+                return Ok(false);
+            }
+        }
+        let trained = start.elapsed().as_secs_f64();
+        let record = self.evaluate(phase, steps)?;
+        let times = TimingRecord {
+            phase,
+            epoch: epoch + 1,
+            train_seconds: trained,
+            eval_seconds: start.elapsed().as_secs_f64() - trained,
+        };
+        self.metrics.append(&record)?;
+        self.timing.append(&times)?;
+        self.position = Position { epoch: epoch + 1, step: 0, sums: EpochSums::default(), ..self.position };
+        self.save()?;
+        observer.epoch(&record, epochs);
+        Ok(!observer.wants_stop())
+    }
+
+    fn check_finite(&self, phase: Phase, step: usize, outcome: &StepOutcome) -> Result<()> {
+        let meta = outcome.meta_loss.unwrap_or(0.0);
+        if outcome.loss.is_finite() && meta.is_finite() {
+            return Ok(());
+        }
+        let rate = if phase == Phase::Features { "--feature-lr" } else { "--lr, --alpha or --eta" };
+        Err(Error::Diverged(format!(
+            "the loss is not a number any more (epoch {}, step {}: loss {}, meta loss {meta}); the last good checkpoint \
+             is {}; start again with a smaller {rate}",
+            self.position.epoch + 1,
+            step + 1,
+            outcome.loss,
+            self.dir.checkpoint().display(),
+        )))
+    }
+
+    fn evaluate(&mut self, phase: Phase, steps: usize) -> Result<EpochRecord> {
+        let (epoch, sums) = (self.position.epoch, self.position.sums);
+        let Prepared { validation, test, normalise, .. } = &self.data;
+        let mut accuracies = |network| -> Result<[Option<f64>; 2]> {
+            let val = self.engine.accuracy(network, validation, normalise)?;
+            Ok([val, self.engine.accuracy(network, test, normalise)?])
+        };
+        let ([val, test], [teacher_val, teacher_test]) = match phase {
+            Phase::CrossEntropy => (accuracies(Network::Baseline)?, [None; 2]),
+            Phase::Features => ([None; 2], [None; 2]),
+            Phase::Mlnt => (accuracies(Network::Student)?, accuracies(Network::Teacher)?),
+        };
+        let mlnt = phase == Phase::Mlnt;
+        Ok(EpochRecord {
+            phase,
+            epoch: epoch + 1,
+            lr: if phase == Phase::Features { self.config.feature_lr } else { self.config.lr_at(epoch) },
+            eta: if mlnt { self.config.eta_at(epoch as f64 + 1.0) } else { 0.0 },
+            train_loss: sums.loss / steps as f64,
+            meta_loss: mlnt.then_some(sums.meta_loss / steps as f64),
+            train_accuracy: sums.correct / (steps * self.config.batch) as f64,
+            val_accuracy: val,
+            test_accuracy: test,
+            teacher_val_accuracy: teacher_val,
+            teacher_test_accuracy: teacher_test,
+        })
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let lines = LineLengths { metrics: self.metrics.sync()?, timing: self.timing.sync()? };
+        progress::save(&self.dir.checkpoint(), self.engine.device(), &self.config, &self.position, lines)
+    }
+
+    /// Writes student and teacher under PyTorch's names.
+    fn export(&self) -> Result<()> {
+        let steps = self.data.train.len() / self.config.batch * self.config.epochs;
+        for (network, path) in [(Network::Student, self.dir.student()), (Network::Teacher, self.dir.teacher())] {
+            let mut tensors = Vec::new();
+            let mut push = |name: String, shape: Vec<usize>, kind: StateKind| -> Result<()> {
+                let values = self.engine.device().read_state(&state_name(network.owner(), kind, &name))?;
+                let data = match values {
+                    HostVec::F64(v) => TensorData::F64(v),
+                    HostVec::F32(v) => TensorData::F32(v),
+                    HostVec::I32(v) => TensorData::I64(v.into_iter().map(i64::from).collect()),
+                };
+                tensors.push(NamedTensor { name, shape, data });
+                Ok(())
+            };
+            for p in self.engine.model().params() {
+                push(p.name, p.shape, StateKind::Param)?;
+            }
+            for (name, len) in self.engine.model().buffers() {
+                push(name, vec![len], StateKind::Buffer)?;
+            }
+            for (name, _) in self.engine.model().batch_norms() {
+                // PyTorch's batch norms count the batches they have seen.
+                let data = TensorData::I64(vec![steps as i64]);
+                tensors.push(NamedTensor { name: format!("{name}.num_batches_tracked"), shape: vec![], data });
+            }
+            let meta = serde_json::json!({
+                "model": self.engine.model(),
+                "data": self.config.data,
+                "mean": self.data.normalise.mean(),
+                "std": self.data.normalise.std(),
+                "class_names": self.data.train.images.class_names,
+            });
+            save_model(path, &tensors, &meta)?;
+        }
+        Ok(())
+    }
+}
