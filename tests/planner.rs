@@ -204,15 +204,14 @@ fn three_states() -> (Tape, [mlnt::tape::Tensor; 3]) {
 
 #[test]
 fn states_that_swap() {
-    let (mut tape, [a, b, c]) = three_states();
+    let (mut tape, [a, b, _]) = three_states();
     tape.assign(a, b).unwrap();
     tape.assign(b, a).unwrap();
     let (states, _) = run_states(&tape, 1);
     assert_eq!((states["a"], states["b"]), (10.0, 1.0));
     assert_eq!((run_states(&tape, 2).0["a"], run_states(&tape, 3).0["a"]), (1.0, 10.0));
 
-    let (mut tape, _) = (three_states().0, c);
-    let [a, b, c] = ["a", "b", "c"].map(|name| tape.state(name, Meta::vector(1)).unwrap());
+    let (mut tape, [a, b, c]) = three_states();
     for (to, from) in [(a, b), (b, c), (c, a)] {
         tape.assign(to, from).unwrap();
     }
