@@ -113,6 +113,7 @@ impl Plan {
             fuse::accumulate(&mut graph);
         }
         graph.remove_dead();
+        graph.copy_old_states();
         graph.copy_pending_assigns();
         graph.check()?;
         let groups = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
