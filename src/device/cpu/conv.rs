@@ -246,33 +246,28 @@ fn place_tile<T: Real>(
             // SAFETY: pixels of this residue class in these lines belong to the calling task alone, and no other task
             // holds a slice of the lines: the classes run one after the other.
             let dst = unsafe { out.part(at, span) };
-            let sources = (0..lines.len()).map(|l| &values[patches.column(tile, n, l)..][..width]);
-            let targets = dst.chunks_mut(step).map(|line| &mut line[place.origin.1..place.width]);
-            match (start, place.stride) {
-                (Start::Zero, 1) => targets.zip(sources).for_each(|(o, v)| simd::copy_line(o, v)),
-                (Start::InPlace, 1) => targets.zip(sources).for_each(|(o, v)| add_line(o, v)),
-                (Start::Zero, step) => targets.zip(sources).for_each(|(o, v)| {
-                    o.iter_mut().step_by(step).zip(v).for_each(|(o, v)| *o = *v);
-                }),
-                (Start::InPlace, step) => targets.zip(sources).for_each(|(o, v)| {
-                    o.iter_mut().step_by(step).zip(v).for_each(|(o, v)| *o += *v);
-                }),
-                (Start::From(view), stride) => {
-                    let before = &view.branch(at / out.len)[at % out.len..][..span];
-                    let before = before.chunks(step).map(|line| &line[place.origin.1..place.width]);
-                    targets.zip(before).zip(sources).for_each(|((o, b), v)| {
-                        let pixels = o.iter_mut().zip(b).step_by(stride).zip(v);
-                        pixels.for_each(|((o, b), v)| *o = *b + *v);
-                    });
+            let before = match start {
+                Start::From(view) => &view.branch(at / out.len)[at % out.len..][..span],
+                _ => &[],
+            };
+            for l in 0..lines.len() {
+                let source = &values[patches.column(tile, n, l)..][..width];
+                let line = l * step + place.origin.1..l * step + place.width;
+                let target = &mut dst[line.clone()];
+                match (start, place.stride) {
+                    (Start::Zero, 1) => simd::copy_line(target, source),
+                    (Start::InPlace, 1) => simd::update(target, [source], |o, [v]| o + v),
+                    (Start::From(_), 1) => simd::map(target, [&before[line], source], |[b, v]| b + v),
+                    (Start::Zero, by) => (0..width).for_each(|j| target[j * by] = source[j]),
+                    (Start::InPlace, by) => (0..width).for_each(|j| target[j * by] += source[j]),
+                    (Start::From(_), by) => {
+                        let before = &before[line];
+                        (0..width).for_each(|j| target[j * by] = before[j * by] + source[j]);
+                    }
                 }
             }
         }
     }
-}
-
-#[inline(always)]
-fn add_line<T: Real>(out: &mut [T], values: &[T]) {
-    out.iter_mut().zip(values).for_each(|(o, v)| *o += *v);
 }
 
 /// A product whose patch matrix is the images themselves.

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::real::Real;
+use crate::error::{Error, Result};
 use crate::plan::{Buffer, Place};
 use crate::tape::Meta;
 
@@ -83,30 +84,46 @@ impl<'a, E> Out<'a, E> {
     }
 }
 
-/// Memory aligned to cache lines, zeroed.
+/// Memory aligned to pages, zeroed; in huge pages where the system has them, for the rows of a tensor lie far apart.
 pub(super) struct Block<E> {
-    words: Vec<Line>,
+    map: Option<memmap2::MmapMut>,
     len: usize,
     element: std::marker::PhantomData<E>,
 }
 
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u64; 8]);
-
 impl<E: bytemuck::Pod> Block<E> {
-    pub fn new(len: usize) -> Self {
-        let lines = (len * size_of::<E>()).div_ceil(64);
-        Block { words: vec![Line([0; 8]); lines], len, element: std::marker::PhantomData }
+    /// Room for `len` elements.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the memory cannot be had, saying how much was asked for.
+    pub fn new(len: usize) -> Result<Self> {
+        let element = std::marker::PhantomData;
+        if len == 0 {
+            return Ok(Block { map: None, len, element });
+        }
+        let bytes = len.saturating_mul(size_of::<E>());
+        let fail = |e| Error::Device {
+            device: "cpu".into(),
+            what: format!(
+                "{:.3} GB of memory: {e}; --batch, --branches or --widths lower the need",
+                bytes as f64 / 1e9
+            ),
+        };
+        let map = memmap2::MmapMut::map_anon(bytes).map_err(fail)?;
+        #[cfg(target_os = "linux")]
+        // A system without huge pages serves as well, only slower.
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Block { map: Some(map), len, element })
     }
     pub fn len(&self) -> usize {
         self.len
     }
     pub fn slice(&self) -> &[E] {
-        &bytemuck::cast_slice(&self.words)[..self.len]
+        self.map.as_deref().map_or(&[], |bytes| &bytemuck::cast_slice(&bytes[..self.len * size_of::<E>()]))
     }
     pub fn slice_mut(&mut self) -> &mut [E] {
-        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len]
+        let bytes = self.len * size_of::<E>();
+        self.map.as_deref_mut().map_or(&mut [], |map| bytemuck::cast_slice_mut(&mut map[..bytes]))
     }
 }
 

@@ -74,9 +74,9 @@ impl<T: Real> Cpu<T> {
             plans: Vec::new(),
             states: Vec::new(),
             by_name: HashMap::new(),
-            reals: Block::new(0),
-            indices: Block::new(0),
-            work: Block::new(0),
+            reals: Block::new(0)?,
+            indices: Block::new(0)?,
+            work: Block::new(0)?,
             last_run: None,
         })
     }
@@ -102,7 +102,7 @@ impl<T: Real> Cpu<T> {
             }
             return Ok(i);
         }
-        let data = Block::new(port.meta.total(branches));
+        let data = Block::new(port.meta.total(branches))?;
         self.by_name.insert(port.name.clone(), self.states.len());
         self.states.push(State { name: port.name.clone(), meta: port.meta, branches, data });
         Ok(self.states.len() - 1)
@@ -188,21 +188,24 @@ impl<T: Real + Default> Device for Cpu<T> {
         for port in &plan.states {
             states.push(if port.buffer.is_some() { Some(self.bind_state(port, plan.branches)?) } else { None });
         }
-        let input = |port: &Port| match (port.buffer, port.meta.dtype) {
-            (None, _) => Input::Unused,
-            (Some(_), DType::Real) => Input::Reals(Block::new(port.meta.total(plan.branches))),
-            (Some(_), DType::Index) => Input::Indices(Block::new(port.meta.total(plan.branches))),
+        let input = |port: &Port| -> Result<Input<T>> {
+            let len = port.meta.total(plan.branches);
+            Ok(match (port.buffer, port.meta.dtype) {
+                (None, _) => Input::Unused,
+                (Some(_), DType::Real) => Input::Reals(Block::new(len)?),
+                (Some(_), DType::Index) => Input::Indices(Block::new(len)?),
+            })
         };
-        let inputs = plan.inputs.iter().map(input).collect();
+        let inputs = plan.inputs.iter().map(input).collect::<Result<_>>()?;
         if self.reals.len() < plan.arena_reals {
-            self.reals = Block::new(plan.arena_reals);
+            self.reals = Block::new(plan.arena_reals)?;
         }
         if self.indices.len() < plan.arena_indices {
-            self.indices = Block::new(plan.arena_indices);
+            self.indices = Block::new(plan.arena_indices)?;
         }
         let work = launch::workspace::<T>(&plan);
         if self.work.len() < work {
-            self.work = Block::new(work);
+            self.work = Block::new(work)?;
         }
         self.plans.push(Loaded { plan, inputs, states });
         self.last_run = None;
