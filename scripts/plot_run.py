@@ -20,11 +20,11 @@ import matplotlib.pyplot as plt
 # (phase, field, label, colour, line style); colours told apart by colour-blind readers too. The order makes the
 # legend's columns: cross entropy, student, teacher.
 CURVES = (
-    ("cross-entropy", "student_test", "cross entropy, test", "#b2182b", "-"),
+    ("cross-entropy", "test_accuracy", "cross entropy, test", "#b2182b", "-"),
     ("cross-entropy", "train_accuracy", "cross entropy, training", "#b2182b", "--"),
-    ("mlnt", "student_test", "MLNT student, test", "#e69f00", "-"),
+    ("mlnt", "test_accuracy", "MLNT student, test", "#e69f00", "-"),
     ("mlnt", "train_accuracy", "MLNT student, training", "#e69f00", "--"),
-    ("mlnt", "teacher_test", "MLNT teacher, test", "#0072b2", "-"),
+    ("mlnt", "teacher_test_accuracy", "MLNT teacher, test", "#0072b2", "-"),
 )
 
 
@@ -65,7 +65,7 @@ def draw(phases, noise, out):
     figure, axes = plt.subplots(figsize=(10, 5.6), dpi=100, layout="constrained")
     last = 1
     for phase, field, label, colour, style in CURVES:
-        points = [(r["epoch"], r[field]) for r in phases.get(phase, ()) if r.get(field) is not None]
+        points = [(r["epoch"], 100 * r[field]) for r in phases.get(phase, ()) if r.get(field) is not None]
         if not points:
             continue
         epochs, values = zip(*points)

@@ -1,11 +1,11 @@
 //! The command line, run as a person runs it: the real program on tiny data.
 
-mod common;
+mod program;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::*;
+use program::*;
 use serde_json::{Value, json};
 
 /// Tiny settings.
@@ -309,8 +309,8 @@ fn wrong_usage_is_one_line_that_names_the_flag() {
         ("train --resume a --config b.toml", "--resume"),
         ("train --config missing.toml", "missing.toml"),
         ("train --data missing", "missing"),
-        ("train --branches 10000 --no-baseline", "not enough memory"),
-        ("train --widths 65536 --blocks 1 --no-baseline", "not enough memory"),
+        ("train --branches 10000 --no-baseline", "out of memory"),
+        ("train --widths 65536 --blocks 1 --no-baseline", "out of memory"),
         ("verify", "<FILE>"),
         ("verify missing.safetensors", "missing.safetensors"),
         ("eval", "<RUN|FILE.safetensors>"),

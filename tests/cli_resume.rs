@@ -1,14 +1,14 @@
 //! Interrupted runs: they end with the bytes of a run that nobody interrupted.
 #![cfg(unix)]
 
-mod common;
+mod program;
 
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use common::*;
+use program::*;
 
 /// Settings with many short steps per epoch, so that a signal finds a run in the middle of one.
 const SETTINGS: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 2\nwidths = [4, 6]\nblocks = [1, 1]\nbatch = 4\n\

@@ -1,11 +1,11 @@
 //! `mlnt verify` on golden steps, whole and damaged.
 
-mod common;
+mod program;
 
 use std::fs;
 use std::path::Path;
 
-use common::*;
+use program::*;
 use serde_json::{Value, json};
 
 const FILES: [&str; 4] = ["step_sequential", "step_joint", "step_mentor", "step_bottleneck"];

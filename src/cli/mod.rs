@@ -212,7 +212,7 @@ mod tests {
     fn help_shows_the_presets_values() {
         let mut command = command();
         let train = command.find_subcommand_mut("train").unwrap().render_long_help().to_string();
-        assert!(train.contains("[default: 64; cifar10: 128]"), "{train}");
+        assert!(train.contains("[default: 32; cifar10: 128]"), "{train}");
         assert!(train.contains("[default: 16,32,64; cifar10: 32,64,128]"), "{train}");
         for sub in command.get_subcommands_mut().filter(|sub| !sub.is_hide_set()) {
             let help = sub.render_long_help().to_string();

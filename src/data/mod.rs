@@ -4,6 +4,7 @@
 //!   [`sample`] read the formats, [`map`] holds the bytes.
 //! - [`noise`] corrupts labels, [`labels`] keeps them in a CSV file, [`split`] takes validation and subsets.
 //! - [`augment`] and [`batch`] turn pixels into normalised floats.
+//!
 //! Every random stream is named in [`crate::rng`].
 
 pub mod augment;

@@ -79,8 +79,9 @@ impl Operation for BnForward {
         let Some(dy) = args.cots[0] else { return Ok(vec![None; 3]) };
         let (i, o) = (args.inputs, args.outputs);
         let sums = [args.sums(tape, 0), args.sums(tape, 1), args.sums(tape, 2)];
-        let grads = tape.record(BnBackward { relu: false }, &[dy, i[0], i[1], o[1], o[2]], &sums)?;
-        Ok(grads.into_iter().map(Some).collect())
+        let used = [dy, i[0], i[1], o[1], o[2]];
+        let grads = tape.record(BnBackward { relu: false }, &used, &sums)?;
+        grads.into_iter().enumerate().map(|(i, g)| args.in_every_branch(tape, i, &used, g).map(Some)).collect()
     }
 
     fn flops(&self, inputs: &[Meta], outputs: &[Meta], branches: usize) -> u64 {

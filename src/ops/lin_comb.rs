@@ -26,12 +26,16 @@ impl Operation for LinComb {
     fn pullback(&self, tape: &mut Tape, args: &PullbackArgs<'_>) -> Result<Vec<Option<Tensor>>> {
         let Some(e) = args.cots[0] else { return Ok(vec![None; args.inputs.len()]) };
         let mut grads = Vec::with_capacity(args.inputs.len());
+        let per_branch = tape.meta(e).per_branch;
+        // A cotangent that is the same in every branch of the result.
+        let repeated = !per_branch && tape.meta(args.outputs[0]).per_branch;
         for (i, coef) in self.coefs.iter().enumerate() {
-            let sum = args.sums(tape, i) && tape.meta(e).per_branch;
-            grads.push(match (args.needs[i], *coef == Coef::ONE && !sum) {
+            let sum = args.sums(tape, i) && per_branch;
+            let coef = if args.sums(tape, i) && repeated { coef.times(tape.branches() as f64) } else { *coef };
+            grads.push(match (args.needs[i], coef == Coef::ONE && !sum) {
                 (false, _) => None,
                 (true, true) => Some(e),
-                (true, false) => Some(tape.record1(LinComb { coefs: vec![*coef] }, &[e], sum)?),
+                (true, false) => Some(tape.record1(LinComb { coefs: vec![coef] }, &[e], sum)?),
             });
         }
         Ok(grads)

@@ -42,6 +42,19 @@ impl PullbackArgs<'_> {
         self.fan == Fan::Sum && !tape.meta(self.inputs[i]).per_branch
     }
 
+    /// `grad`, the cotangent of operand `i` computed from `used`, times M where it is to be a sum over branches in
+    /// which it is the same: the operation works on per-branch operands, but none of them is among `used`.
+    ///
+    /// # Errors
+    /// Never in practice: only as recording does.
+    pub fn in_every_branch(&self, tape: &mut Tape, i: usize, used: &[Tensor], grad: Tensor) -> Result<Tensor> {
+        let branched = |list: &[Tensor]| list.iter().any(|t| tape.meta(*t).per_branch);
+        match self.sums(tape, i) && branched(self.inputs) && !branched(used) {
+            true => tape.scale(crate::tape::Coef::constant(tape.branches() as f64), grad),
+            false => Ok(grad),
+        }
+    }
+
     /// The cotangent of result `i`, zeros if there is none.
     ///
     /// # Errors

@@ -146,7 +146,9 @@ macro_rules! loss_and_grad {
                 let sum = args.sums(tape, 0);
                 let i = args.inputs;
                 let jvp = SoftmaxJvp { logits: self.logits };
-                Ok(vec![Some(tape.record1(jvp, &[e, i[0], i[2], i[3]], sum)?), None, None, None])
+                let used = [e, i[0], i[2], i[3]];
+                let grad = tape.record1(jvp, &used, sum)?;
+                Ok(vec![Some(args.in_every_branch(tape, 0, &used, grad)?), None, None, None])
             }
             fn flops(&self, i: &[Meta], o: &[Meta], branches: usize) -> u64 {
                 work(i, o, branches, 7)

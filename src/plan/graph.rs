@@ -100,10 +100,29 @@ impl Graph {
     ) -> bool {
         let Some(n) = producers[value.index()] else { return false };
         let claims = self.assigns.iter().filter(|a| a.1 == value).count();
-        let read_as_output = self.outputs.iter().any(|o| o.tensor == state);
         let in_place = matches!(self.nodes[n].op, Op::LinComb(_));
         let readers_done = uses[state.index()].iter().all(|(u, _)| *u < n || (*u == n && in_place));
-        claims == 1 && !read_as_output && readers_done
+        claims == 1 && readers_done
+    }
+
+    /// Begins the run with copies of those assigned states whose old content an assignment or the host wants.
+    pub fn copy_old_states(&mut self) {
+        let mut copies: Vec<(Tensor, Node)> = Vec::new();
+        for i in 0..self.assigns.len() {
+            let old = self.states[self.assigns[i].0 as usize].tensor;
+            let mut wanted = self.outputs.iter().map(|o| o.tensor).chain(self.assigns.iter().map(|a| a.1));
+            if wanted.any(|t| t == old) {
+                let copy = self.tensor(self.metas[old.index()]);
+                let op = LinComb { coefs: vec![Coef::ONE] }.into();
+                copies.push((old, Node { op, inputs: vec![old], outputs: vec![copy], phase: "state" }));
+            }
+        }
+        for (old, node) in &copies {
+            let wanted =
+                self.outputs.iter_mut().map(|o| &mut o.tensor).chain(self.assigns.iter_mut().map(|a| &mut a.1));
+            wanted.filter(|t| **t == *old).for_each(|t| *t = node.outputs[0]);
+        }
+        self.nodes.splice(0..0, copies.into_iter().map(|c| c.1));
     }
 
     /// Ends the run with copies of those new state values that cannot be written straight into the state.

@@ -114,6 +114,7 @@ impl Plan {
             fuse::accumulate(&mut graph);
         }
         graph.remove_dead();
+        graph.copy_old_states();
         graph.copy_pending_assigns();
         graph.check()?;
         graph.check_size()?;

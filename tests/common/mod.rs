@@ -1,237 +1,164 @@
-//! What the tests of the command line share: the program, tiny data sets, and files to take apart.
-#![allow(dead_code)] // every test binary uses its own part
+//! What the tests and benchmarks of the engine share: running a tape, comparing vectors, small steps.
+#![allow(dead_code)]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use mlnt::device::cpu::{Cpu, Real};
+use mlnt::device::{Device, HostVec, PlanId};
+use mlnt::mlnt::{KlScale, Recipe, Report, StepScalars, StepSpec, record_step};
+use mlnt::model::{Arch, ModelSpec};
+use mlnt::plan::{Plan, PlanOptions};
+use mlnt::rng::{Purpose, below, normal, stream};
+use mlnt::tape::Tape;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use mlnt::train::checkpoint::{Checkpoint, NamedTensor, TensorData};
-use serde_json::Value;
-
-/// Images of the tiny data set.
-pub const TRAIN: usize = 150;
-/// Test images of the tiny data set.
-pub const TEST: usize = 30;
-/// Its classes.
-pub const CLASSES: usize = 10;
-
-/// What the program said, and its exit status.
-pub struct Said {
-    pub status: Option<i32>,
-    pub stdout: String,
-    pub stderr: String,
+/// A tape's plan on a CPU device of its own.
+pub struct Runner<T> {
+    pub device: Cpu<T>,
+    id: PlanId,
+    outputs: Vec<String>,
 }
 
-impl Said {
-    fn of(output: Output) -> Self {
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        Said { status: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+impl<T: Real + Default> Runner<T> {
+    pub fn new(tape: &Tape, options: PlanOptions) -> Self {
+        let plan = Plan::build(tape, &options).unwrap();
+        let outputs = plan.outputs.iter().map(|p| p.name.clone()).collect();
+        let mut device = Cpu::new(2).unwrap();
+        let id = device.load(plan).unwrap();
+        Runner { device, id, outputs }
     }
 
-    /// The one line on standard error, without `mlnt: ` in front.
-    pub fn error_line(&self) -> String {
-        assert_eq!(self.stderr.lines().count(), 1, "one line: {:?}", self.stderr);
-        let line = self.stderr.trim_end();
-        line.strip_prefix("mlnt: ").unwrap_or_else(|| panic!("starts with the program's name: {line}")).to_string()
+    pub fn unfused(tape: &Tape) -> Self {
+        Runner::new(tape, PlanOptions { fuse: false })
     }
-}
 
-/// The program with the words of `line`.
-pub fn program(line: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mlnt"));
-    command.args(line.split_whitespace()).stdin(Stdio::null());
-    command
-}
-
-/// Runs the program with the words of `line` in `folder`.
-pub fn mlnt_in(folder: &Path, line: &str) -> Said {
-    let mut command = assert_cmd::Command::from_std(program(line));
-    Said::of(command.current_dir(folder).timeout(Duration::from_secs(100)).output().unwrap())
-}
-
-/// Runs the program with the words of `line`.
-pub fn mlnt(line: &str) -> Said {
-    mlnt_in(Path::new(env!("CARGO_MANIFEST_DIR")), line)
-}
-
-/// Runs the program with an output that nobody reads; its status and what it says on standard error.
-pub fn with_closed_output(line: &str) -> (Option<i32>, String) {
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let output = program(line).stdout(writer).stderr(Stdio::piped()).output().unwrap();
-    (output.status.code(), String::from_utf8(output.stderr).unwrap())
-}
-
-/// A golden step of the project.
-pub fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(format!("{name}.safetensors"))
-}
-
-/// Names in a folder, sorted.
-pub fn names_in(folder: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(folder).unwrap();
-    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
-/// The lines of a run's `metrics.jsonl`.
-pub fn metrics(run: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// A run's checkpoint.
-pub fn checkpoint(run: &Path) -> Checkpoint {
-    Checkpoint::load(run.join("checkpoint.safetensors")).unwrap()
-}
-
-/// True for a tensor of finite numbers.
-pub fn finite(tensor: &NamedTensor) -> bool {
-    match &tensor.data {
-        TensorData::F32(v) => v.iter().all(|x| x.is_finite()),
-        TensorData::F64(v) => v.iter().all(|x| x.is_finite()),
-        _ => true,
+    /// Writes the inputs in the order of the tape, runs, and returns the outputs in the order of the tape.
+    pub fn run(&mut self, tape: &Tape, values: &[HostVec]) -> Vec<Vec<f64>> {
+        assert_eq!(tape.inputs().len(), values.len());
+        for (input, values) in tape.inputs().iter().zip(values) {
+            self.device.write_input(self.id, &input.name, values.as_slice()).unwrap();
+        }
+        self.device.run(self.id, &[]).unwrap();
+        let read = |name: &String| self.device.read_output(self.id, name).unwrap().to_f64();
+        self.outputs.iter().map(read).collect()
     }
 }
 
-/// Numbers without a pattern, the same every time.
-fn noise(n: usize, seed: u64) -> impl Iterator<Item = u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..n).map(move |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 56) as u8
-    })
+/// `‖a − b‖ / ‖b‖`, or `‖a‖` where b is zero; infinite where a number is none.
+pub fn deviation(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let (difference, size) = (norm(&mut a.iter().zip(b).map(|(a, b)| a - b)), norm(&mut b.iter().copied()));
+    let relative = if size == 0.0 { difference } else { difference / size };
+    if relative.is_nan() { f64::INFINITY } else { relative }
 }
 
-/// An IDX file of `n` images whose brightest rows tell the class, `i mod 10`.
-pub fn idx_images(n: usize, width: usize, height: usize) -> Vec<u8> {
-    let mut bytes = vec![0, 0, 8, 3];
-    [n, height, width].iter().for_each(|size| bytes.extend((*size as u32).to_be_bytes()));
-    for i in 0..n {
-        let bright = i % CLASSES;
-        let pixels = noise(width * height, i as u64 + 1).enumerate();
-        bytes.extend(pixels.map(|(at, v)| if at / width == bright % height { 128 + v / 2 } else { v / 2 }));
-    }
-    bytes
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn idx_labels(n: usize) -> Vec<u8> {
-    let mut bytes = vec![0, 0, 8, 1];
-    bytes.extend((n as u32).to_be_bytes());
-    bytes.extend((0..n).map(|i| (i % CLASSES) as u8));
-    bytes
+pub fn normals(n: usize, seed: u64) -> Vec<f64> {
+    let mut rng = stream(seed, Purpose::Test, 99, n as u64);
+    (0..n).map(|_| normal(&mut rng)).collect()
 }
 
-/// Labels of the tiny test images.
-pub fn test_labels() -> Vec<u8> {
-    idx_labels(TEST)[8..].to_vec()
+/// `x + t·v`.
+pub fn moved(x: &[f64], t: f64, v: &[f64]) -> Vec<f64> {
+    x.iter().zip(v).map(|(x, v)| x + t * v).collect()
 }
 
-/// A folder that goes when the test ends.
-pub struct Folder(tempfile::TempDir);
+/// Derivative at 0 of `f` by two central differences, extrapolated (error of fourth order in `step`).
+pub fn derivative(step: f64, mut f: impl FnMut(f64) -> f64) -> f64 {
+    let mut central = |h: f64| (f(h) - f(-h)) / (2.0 * h);
+    (4.0 * central(step) - central(2.0 * step)) / 3.0
+}
 
-impl Folder {
-    pub fn new() -> Self {
-        Folder(tempfile::tempdir().unwrap())
+/// A network small enough for finite differences.
+pub fn small_model(arch: Arch) -> ModelSpec {
+    ModelSpec { arch, in_channels: 2, size: [5, 7], classes: 3, widths: vec![4, 6], blocks: vec![1, 1] }
+}
+
+pub fn step_spec(model: ModelSpec, batch: usize, branches: usize, recipe: Recipe, first_order: bool) -> StepSpec {
+    StepSpec {
+        model,
+        batch,
+        branches,
+        recipe,
+        kl: KlScale::BatchMean,
+        alpha: 0.1,
+        momentum: 0.9,
+        weight_decay: 1e-3,
+        mentor: false,
+        first_order,
     }
+}
 
-    /// `train` on `data` in `out` with the settings of a small TOML file, which flags may change.
-    pub fn train(&self, settings: &str, data: &Path, out: &Path) -> String {
-        let file = self.path("settings.toml");
-        std::fs::write(&file, settings).unwrap();
-        format!("train --config {} --data {} --out {}", file.display(), data.display(), out.display())
+/// Starting values of a state by its name.
+pub fn start_values(name: &str, len: usize, position: u64) -> Vec<f64> {
+    let small = normals(len, 1000 + position);
+    match name {
+        _ if name.ends_with("running_var") => small.iter().map(|x| 1.0 + 0.1 * x.abs()).collect(),
+        _ if name.contains("bn") && name.ends_with("weight") => small.iter().map(|x| 1.0 + 0.1 * x).collect(),
+        _ if name.contains("momentum") => small.iter().map(|x| 0.01 * x).collect(),
+        _ => small.iter().map(|x| 0.2 * x).collect(),
     }
+}
 
-    pub fn root(&self) -> &Path {
-        self.0.path()
+/// A step loaded on a device with its states and inputs filled.
+pub struct LoadedStep<T> {
+    pub device: Cpu<T>,
+    pub id: PlanId,
+    pub scalars: Vec<f64>,
+    pub launches: usize,
+}
+
+pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool, threads: usize) -> LoadedStep<T> {
+    let tape = record_step(spec, report).unwrap();
+    let plan = Plan::build(&tape, &PlanOptions { fuse }).unwrap();
+    let scalars = StepScalars { lr: 0.1, eta: 0.3, gamma: 0.99, lambda: 0.5 }.in_order(&plan.scalars);
+    let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());
+    let mut device = Cpu::new(threads).unwrap();
+    let id = device.load(plan).unwrap();
+    for (i, (name, meta)) in device.states().into_iter().enumerate() {
+        // Student and teacher start apart, or there would be nothing to agree on.
+        let values = start_values(&name, meta.total(spec.branches), i as u64);
+        device.write_state(&name, HostVec::F64(values).as_slice()).unwrap();
     }
-
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// A tiny data set in IDX format: 1×9×7, ten classes.
-    pub fn idx(&self) -> PathBuf {
-        self.idx_named("tiny")
-    }
-
-    pub fn idx_named(&self, name: &str) -> PathBuf {
-        self.idx_sized(name, TRAIN)
-    }
-
-    /// The same with `train` training images.
-    pub fn idx_sized(&self, name: &str, train: usize) -> PathBuf {
-        let folder = self.path(name);
-        std::fs::create_dir(&folder).unwrap();
-        let write = |file: &str, bytes: Vec<u8>| std::fs::write(folder.join(file), bytes).unwrap();
-        write("train-images-idx3-ubyte", idx_images(train, 7, 9));
-        write("train-labels-idx1-ubyte", idx_labels(train));
-        write("t10k-images-idx3-ubyte", idx_images(TEST, 7, 9));
-        write("t10k-labels-idx1-ubyte", idx_labels(TEST));
-        folder
-    }
-
-    /// A tiny data set in CIFAR-10's format.
-    pub fn cifar(&self, name: &str) -> PathBuf {
-        let folder = self.path(name);
-        std::fs::create_dir(&folder).unwrap();
-        let records = |n: usize, seed: u64| -> Vec<u8> {
-            (0..n).flat_map(|i| std::iter::once((i % CLASSES) as u8).chain(noise(3072, seed + i as u64))).collect()
+    let mut rng = stream(7, Purpose::Test, 5, 5);
+    for port in inputs {
+        let n = port.meta.total(spec.branches);
+        let values = match port.name.as_str() {
+            "x" => HostVec::F64(normals(n, 3)),
+            "class_weight" => HostVec::F64(vec![1.0 / n as f64; n]),
+            _ => HostVec::I32((0..n).map(|_| below(spec.model.classes as u64, &mut rng) as i32).collect()),
         };
-        for i in 1..=5 {
-            std::fs::write(folder.join(format!("data_batch_{i}.bin")), records(10, i * 100)).unwrap();
-        }
-        std::fs::write(folder.join("test_batch.bin"), records(10, 1000)).unwrap();
-        let names = "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n";
-        std::fs::write(folder.join("batches.meta.txt"), names).unwrap();
-        folder
+        device.write_input(id, &port.name, values.as_slice()).unwrap();
+    }
+    LoadedStep { device, id, scalars, launches }
+}
+
+impl<T: Real + Default> LoadedStep<T> {
+    pub fn run(&mut self) {
+        self.device.run(self.id, &self.scalars).unwrap();
+    }
+
+    pub fn states(&self) -> Vec<(String, HostVec)> {
+        let names = self.device.states().into_iter().map(|(name, _)| name);
+        names.map(|name| (name.clone(), self.device.read_state(&name).unwrap())).collect()
     }
 }
 
-/// A safetensors file taken apart, to be changed and put together again, wrongly too.
-#[derive(Clone)]
-pub struct SafeTensors {
-    pub metadata: BTreeMap<String, String>,
-    /// Name, dtype, shape, bytes.
-    pub tensors: BTreeMap<String, (String, Vec<usize>, Vec<u8>)>,
-}
-
-impl SafeTensors {
-    pub fn parse(bytes: &[u8]) -> Self {
-        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let (header, data) = bytes[8..].split_at(length);
-        let header: BTreeMap<String, Value> = serde_json::from_slice(header).unwrap();
-        let mut file = SafeTensors { metadata: BTreeMap::new(), tensors: BTreeMap::new() };
-        for (name, entry) in header {
-            if name == "__metadata__" {
-                file.metadata = serde_json::from_value(entry).unwrap();
-                continue;
-            }
-            let at = |i: usize| entry["data_offsets"][i].as_u64().unwrap() as usize;
-            let shape = serde_json::from_value(entry["shape"].clone()).unwrap();
-            let dtype = entry["dtype"].as_str().unwrap().to_string();
-            file.tensors.insert(name, (dtype, shape, data[at(0)..at(1)].to_vec()));
-        }
-        file
-    }
-
-    pub fn bytes(&self) -> Vec<u8> {
-        let mut header = serde_json::Map::new();
-        header.insert("__metadata__".into(), serde_json::to_value(&self.metadata).unwrap());
-        let mut data: Vec<u8> = Vec::new();
-        for (name, (dtype, shape, bytes)) in &self.tensors {
-            let offsets = [data.len(), data.len() + bytes.len()];
-            data.extend(bytes);
-            let entry = serde_json::json!({ "dtype": dtype, "shape": shape, "data_offsets": offsets });
-            header.insert(name.clone(), entry);
-        }
-        let mut header = Value::Object(header).to_string();
-        header.push_str(&" ".repeat((8 - header.len() % 8) % 8));
-        let mut file = (header.len() as u64).to_le_bytes().to_vec();
-        file.extend(header.as_bytes());
-        file.extend(data);
-        file
-    }
+/// What `check` finds wrong with each of `items`, on two threads. (Threads of another pool that wait for a device
+/// would start further items on top of the one at hand.)
+pub fn on_two_threads<I: Sync>(items: &[I], check: impl Fn(&I) -> Vec<String> + Sync) -> Vec<String> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let rest = std::iter::from_fn(|| items.get(next.fetch_add(1, Ordering::Relaxed)));
+        rest.flat_map(&check).collect::<Vec<String>>()
+    };
+    std::thread::scope(|s| {
+        let other = s.spawn(work);
+        let mut found = work();
+        found.extend(other.join().unwrap());
+        found
+    })
 }

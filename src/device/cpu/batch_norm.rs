@@ -43,22 +43,33 @@ fn keep<T: Real>(value: T, reference: T) -> T {
 /// Mean and biased variance of a row: the mean first, then squares around it.
 fn statistics<T: Real>(x: &[T]) -> (T, T) {
     let n = x.len() as f64;
-    let mean = T::of(wide(|| sums([x], |v| v))[0] / n);
-    let [first, second] = wide(|| {
-        sums([x], |[v]| {
-            let d = v - mean;
-            [d, d * d]
-        })
-    });
+    let mean = T::of(
+        wide(
+            #[inline(always)]
+            || sums([x], |v| v),
+        )[0] / n,
+    );
+    let [first, second] = wide(
+        #[inline(always)]
+        || {
+            sums([x], |[v]| {
+                let d = v - mean;
+                [d, d * d]
+            })
+        },
+    );
     // The rounding error of the mean is taken out of the variance.
     (mean, T::of(second / n - (first / n) * (first / n)))
 }
 
 fn normalise<T: Real>(x: &[T], y: &mut [T], stats: Stats<T>, g: T, b: T, relu: bool) {
-    wide(|| match relu {
-        true => map(y, [x], |[x]| (g * stats.hat(x) + b).max(T::zero())),
-        false => map(y, [x], |[x]| g * stats.hat(x) + b),
-    });
+    wide(
+        #[inline(always)]
+        || match relu {
+            true => map(y, [x], |[x]| (g * stats.hat(x) + b).max(T::zero())),
+            false => map(y, [x], |[x]| g * stats.hat(x) + b),
+        },
+    );
 }
 
 /// `(x, g, b) → (y, mean, var)`.
@@ -136,13 +147,16 @@ pub(super) fn backward<T: Real>(
             let stats = Stats::new(mean.branch(m)[c], var.branch(m)[c]);
             let (dy, x, gain) = (row(dy, m, c, len), row(x, m, c, len), g.branch(m)[c]);
             let y = y.map(|y| row(y, m, c, len));
-            let [sum_dy, sum_dy_hat] = wide(|| match y {
-                Some(y) => sums([dy, x, y], |[dy, x, y]| {
-                    let dy = keep(dy, y);
-                    [dy, dy * stats.hat(x)]
-                }),
-                None => sums([dy, x], |[dy, x]| [dy, dy * stats.hat(x)]),
-            });
+            let [sum_dy, sum_dy_hat] = wide(
+                #[inline(always)]
+                || match y {
+                    Some(y) => sums([dy, x, y], |[dy, x, y]| {
+                        let dy = keep(dy, y);
+                        [dy, dy * stats.hat(x)]
+                    }),
+                    None => sums([dy, x], |[dy, x]| [dy, dy * stats.hat(x)]),
+                },
+            );
             let scale = gain * stats.r;
             let (mean_dy, mean_dy_hat) = (T::of(sum_dy / n), T::of(sum_dy_hat / n));
             let at = if dx.branched() { m * channels + c } else { c } * len;
@@ -153,12 +167,15 @@ pub(super) fn backward<T: Real>(
                 dx.part(at, len)
             };
             let rule = |dy: T, x: T| scale * (dy - mean_dy - stats.hat(x) * mean_dy_hat);
-            wide(|| match (y, first || dx.branched()) {
-                (Some(y), true) => map(target, [dy, x, y], |[dy, x, y]| rule(keep(dy, y), x)),
-                (None, true) => map(target, [dy, x], |[dy, x]| rule(dy, x)),
-                (Some(y), false) => update(target, [dy, x, y], |o, [dy, x, y]| o + rule(keep(dy, y), x)),
-                (None, false) => update(target, [dy, x], |o, [dy, x]| o + rule(dy, x)),
-            });
+            wide(
+                #[inline(always)]
+                || match (y, first || dx.branched()) {
+                    (Some(y), true) => map(target, [dy, x, y], |[dy, x, y]| rule(keep(dy, y), x)),
+                    (None, true) => map(target, [dy, x], |[dy, x]| rule(dy, x)),
+                    (Some(y), false) => update(target, [dy, x, y], |o, [dy, x, y]| o + rule(keep(dy, y), x)),
+                    (None, false) => update(target, [dy, x], |o, [dy, x]| o + rule(dy, x)),
+                },
+            );
         }
     });
 }
@@ -214,10 +231,13 @@ pub(super) fn double_backward<T: Real>(
                 let hat = stats.hat(x);
                 [dy, dy * hat, dot, dot * hat, dy * dot]
             };
-            let total = wide(|| match y.map(|y| row(y, m, c, len)) {
-                Some(y) => sums([dot, dy, x, y], |[dot, dy, x, y]| terms(dot, keep(dy, y), x)),
-                None => sums([dot, dy, x], |[dot, dy, x]| terms(dot, dy, x)),
-            });
+            let total = wide(
+                #[inline(always)]
+                || match y.map(|y| row(y, m, c, len)) {
+                    Some(y) => sums([dot, dy, x, y], |[dot, dy, x, y]| terms(dot, keep(dy, y), x)),
+                    None => sums([dot, dy, x], |[dot, dy, x]| terms(dot, dy, x)),
+                },
+            );
             let [mean_dy, s1, mean_dot, rho, dy_dot] = total.map(|s| s / n);
             let r = 1.0 / (var.branch(m)[c].f64() + BN_EPS).sqrt();
             let s2 = r * (dy_dot - mean_dot * mean_dy - rho * s1);
@@ -276,25 +296,28 @@ fn second_pass<T: Real>(
     if fresh.1 {
         x_bar.fill(T::zero());
     }
-    wide(|| {
-        let n = dot.len();
-        let (dot, dy, x, y_dot, x_bar) = (&dot[..n], &dy[..n], &x[..n], &mut y_dot[..n], &mut x_bar[..n]);
-        match y {
-            Some(y) => {
-                let y = &y[..n];
-                for i in 0..n {
-                    let (t, b) = factors.apply(dot[i], keep(dy[i], y[i]), x[i]);
-                    y_dot[i] += keep(t, y[i]);
-                    x_bar[i] += b;
+    wide(
+        #[inline(always)]
+        || {
+            let n = dot.len();
+            let (dot, dy, x, y_dot, x_bar) = (&dot[..n], &dy[..n], &x[..n], &mut y_dot[..n], &mut x_bar[..n]);
+            match y {
+                Some(y) => {
+                    let y = &y[..n];
+                    for i in 0..n {
+                        let (t, b) = factors.apply(dot[i], keep(dy[i], y[i]), x[i]);
+                        y_dot[i] += keep(t, y[i]);
+                        x_bar[i] += b;
+                    }
+                }
+                None => {
+                    for i in 0..n {
+                        let (t, b) = factors.apply(dot[i], dy[i], x[i]);
+                        y_dot[i] += t;
+                        x_bar[i] += b;
+                    }
                 }
             }
-            None => {
-                for i in 0..n {
-                    let (t, b) = factors.apply(dot[i], dy[i], x[i]);
-                    y_dot[i] += t;
-                    x_bar[i] += b;
-                }
-            }
-        }
-    });
+        },
+    );
 }

@@ -173,7 +173,10 @@ fn product<T: Real>(
             let all_branches = if summed { 0..branches } else { m..m + 1 };
             for (i, branch) in (if depth == 0 { 0..0 } else { all_branches }).enumerate() {
                 if i == 0 || src.branched() {
-                    simd::wide(|| patches.fill(src.branch(branch), tile, SLACK, planes));
+                    simd::wide(
+                        #[inline(always)]
+                        || patches.fill(src.branch(branch), tile, SLACK, planes),
+                    );
                 }
                 let matrix = if copies == 1 { 0 } else { branch };
                 T::product(Product {
@@ -188,7 +191,10 @@ fn product<T: Real>(
                 });
             }
             let base = if stacked { 0 } else { m * out.len };
-            simd::wide(|| place_tile(patches, place, tile, &result[..out_rows * stride], stride, start, out, base));
+            simd::wide(
+                #[inline(always)]
+                || place_tile(patches, place, tile, &result[..out_rows * stride], stride, start, out, base),
+            );
         });
     });
 }
@@ -240,33 +246,28 @@ fn place_tile<T: Real>(
             // SAFETY: pixels of this residue class in these lines belong to the calling task alone, and no other task
             // holds a slice of the lines: the classes run one after the other.
             let dst = unsafe { out.part(at, span) };
-            let sources = (0..lines.len()).map(|l| &values[patches.column(tile, n, l)..][..width]);
-            let targets = dst.chunks_mut(step).map(|line| &mut line[place.origin.1..place.width]);
-            match (start, place.stride) {
-                (Start::Zero, 1) => targets.zip(sources).for_each(|(o, v)| simd::copy_line(o, v)),
-                (Start::InPlace, 1) => targets.zip(sources).for_each(|(o, v)| add_line(o, v)),
-                (Start::Zero, step) => targets.zip(sources).for_each(|(o, v)| {
-                    o.iter_mut().step_by(step).zip(v).for_each(|(o, v)| *o = *v);
-                }),
-                (Start::InPlace, step) => targets.zip(sources).for_each(|(o, v)| {
-                    o.iter_mut().step_by(step).zip(v).for_each(|(o, v)| *o += *v);
-                }),
-                (Start::From(view), stride) => {
-                    let before = &view.branch(at / out.len)[at % out.len..][..span];
-                    let before = before.chunks(step).map(|line| &line[place.origin.1..place.width]);
-                    targets.zip(before).zip(sources).for_each(|((o, b), v)| {
-                        let pixels = o.iter_mut().zip(b).step_by(stride).zip(v);
-                        pixels.for_each(|((o, b), v)| *o = *b + *v);
-                    });
+            let before = match start {
+                Start::From(view) => &view.branch(at / out.len)[at % out.len..][..span],
+                _ => &[],
+            };
+            for l in 0..lines.len() {
+                let source = &values[patches.column(tile, n, l)..][..width];
+                let line = l * step + place.origin.1..l * step + place.width;
+                let target = &mut dst[line.clone()];
+                match (start, place.stride) {
+                    (Start::Zero, 1) => simd::copy_line(target, source),
+                    (Start::InPlace, 1) => simd::update(target, [source], |o, [v]| o + v),
+                    (Start::From(_), 1) => simd::map(target, [&before[line], source], |[b, v]| b + v),
+                    (Start::Zero, by) => (0..width).for_each(|j| target[j * by] = source[j]),
+                    (Start::InPlace, by) => (0..width).for_each(|j| target[j * by] += source[j]),
+                    (Start::From(_), by) => {
+                        let before = &before[line];
+                        (0..width).for_each(|j| target[j * by] = before[j * by] + source[j]);
+                    }
                 }
             }
         }
     }
-}
-
-#[inline(always)]
-fn add_line<T: Real>(out: &mut [T], values: &[T]) {
-    out.iter_mut().zip(values).for_each(|(o, v)| *o += *v);
 }
 
 /// A product whose patch matrix is the images themselves.
@@ -415,10 +416,16 @@ fn wgrad<T: Real>(
                     let (planes, a) = scratch.split_at_mut(planes_len);
                     for (i, branch) in live(m).enumerate() {
                         if i == 0 || x.branched() {
-                            simd::wide(|| patches.fill(x.branch(branch), tile, SLACK, planes));
+                            simd::wide(
+                                #[inline(always)]
+                                || patches.fill(x.branch(branch), tile, SLACK, planes),
+                            );
                         }
                         if i == 0 || dy.branched() {
-                            simd::wide(|| patches.fill_columns(rows_of(branch), tile, stride, a));
+                            simd::wide(
+                                #[inline(always)]
+                                || patches.fill_columns(rows_of(branch), tile, stride, a),
+                            );
                         }
                         let offsets = groups.of(tile);
                         let dst = &mut *partial;
@@ -435,17 +442,22 @@ fn wgrad<T: Real>(
     let all = unsafe { out.all() };
     all.par_chunks_mut(4096).enumerate().for_each(|(i, part)| {
         let from = i * 4096;
-        simd::wide(|| {
-            match start {
-                Start::InPlace => {}
-                Start::Zero => part.fill(T::zero()),
-                Start::From(view) => {
-                    part.iter_mut().enumerate().for_each(|(j, v)| *v = view.branch((from + j) / len)[(from + j) % len]);
+        simd::wide(
+            #[inline(always)]
+            || {
+                match start {
+                    Start::InPlace => {}
+                    Start::Zero => part.fill(T::zero()),
+                    Start::From(view) => {
+                        part.iter_mut()
+                            .enumerate()
+                            .for_each(|(j, v)| *v = view.branch((from + j) / len)[(from + j) % len]);
+                    }
                 }
-            }
-            for chunk in partials.chunks_exact(units) {
-                simd::update(part, [&chunk[from..from + part.len()]], |o, [p]| o + p);
-            }
-        });
+                for chunk in partials.chunks_exact(units) {
+                    simd::update(part, [&chunk[from..from + part.len()]], |o, [p]| o + p);
+                }
+            },
+        );
     });
 }

@@ -37,20 +37,23 @@ pub(super) fn lin_comb<T: Real>(terms: &[(T, Term<'_, T>)], sum_over: usize, out
     pieces(out.branches(), out.len, |m, range| {
         // SAFETY: pieces are disjoint.
         let dst = unsafe { out.part(m * out.len + range.start, range.len()) };
-        wide(|| {
-            let kept = terms.iter().filter(|t| matches!(t.1, Term::InPlace)).fold(T::zero(), |sum, t| sum + t.0);
-            if kept == T::zero() {
-                dst.fill(T::zero());
-            } else if kept != T::one() {
-                update(dst, [], |o, []| kept * o);
-            }
-            for (c, term) in terms {
-                let Term::Of(view) = term else { continue };
-                for branch in if sum_over > 1 && view.branched() { 0..sum_over } else { m..m + 1 } {
-                    update(dst, [&view.branch(branch)[range.clone()]], |o, [x]| o + *c * x);
+        wide(
+            #[inline(always)]
+            || {
+                let kept = terms.iter().filter(|t| matches!(t.1, Term::InPlace)).fold(T::zero(), |sum, t| sum + t.0);
+                if kept == T::zero() {
+                    dst.fill(T::zero());
+                } else if kept != T::one() {
+                    update(dst, [], |o, []| kept * o);
                 }
-            }
-        });
+                for (c, term) in terms {
+                    let Term::Of(view) = term else { continue };
+                    for branch in if sum_over > 1 && view.branched() { 0..sum_over } else { m..m + 1 } {
+                        update(dst, [&view.branch(branch)[range.clone()]], |o, [x]| o + *c * x);
+                    }
+                }
+            },
+        );
     });
 }
 
@@ -61,9 +64,15 @@ pub(super) fn mask<T: Real>(x: View<'_, T>, reference: View<'_, T>, sum_over: us
         let dst = unsafe { out.part(m * out.len + range.start, range.len()) };
         let ins = |m: usize| [&x.branch(m)[range.clone()], &reference.branch(m)[range.clone()]];
         let rule = |x: T, r: T| if r > T::zero() { x } else { T::zero() };
-        wide(|| map(dst, ins(m), |[x, r]| rule(x, r)));
+        wide(
+            #[inline(always)]
+            || map(dst, ins(m), |[x, r]| rule(x, r)),
+        );
         for branch in 1..sum_over {
-            wide(|| update(dst, ins(branch), |o, [x, r]| o + rule(x, r)));
+            wide(
+                #[inline(always)]
+                || update(dst, ins(branch), |o, [x, r]| o + rule(x, r)),
+            );
         }
     });
 }
@@ -73,7 +82,10 @@ pub(super) fn relu<T: Real>(x: View<'_, T>, out: Out<'_, T>) {
     pieces(out.branches(), out.len, |m, range| {
         // SAFETY: pieces are disjoint.
         let dst = unsafe { out.part(m * out.len + range.start, range.len()) };
-        wide(|| map(dst, [&x.branch(m)[range.clone()]], |[x]| x.max(T::zero())));
+        wide(
+            #[inline(always)]
+            || map(dst, [&x.branch(m)[range.clone()]], |[x]| x.max(T::zero())),
+        );
     });
 }
 
@@ -84,7 +96,14 @@ pub(super) fn channel_sum<T: Real>(x: View<'_, T>, sum_over: usize, out: Out<'_,
         let (m, c) = (i / channels, i % channels);
         let branches = if sum_over > 1 { 0..sum_over } else { m..m + 1 };
         let rows = branches.map(|m| &x.branch(m)[c * len..(c + 1) * len]);
-        let total: f64 = rows.map(|row| wide(|| sums([row], |v| v))[0]).sum();
+        let total: f64 = rows
+            .map(|row| {
+                wide(
+                    #[inline(always)]
+                    || sums([row], |v| v),
+                )[0]
+            })
+            .sum();
         // SAFETY: element i belongs to this task.
         unsafe { out.part(i, 1)[0] = T::of(total) };
     });

@@ -84,47 +84,48 @@ impl<'a, E> Out<'a, E> {
     }
 }
 
-/// Memory aligned to cache lines, zeroed.
+/// Memory aligned to pages, zeroed; in huge pages where the system has them, for the rows of a tensor lie far apart.
 pub(super) struct Block<E> {
-    words: Vec<Line>,
+    map: Option<memmap2::MmapMut>,
     len: usize,
     element: std::marker::PhantomData<E>,
 }
 
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u64; 8]);
-
 impl<E: bytemuck::Pod> Block<E> {
+    /// Room for `len` elements.
+    ///
     /// # Errors
-    /// When the machine does not have the memory.
+    /// [`Error::Usage`] when the memory cannot be had, saying how much was asked for.
     pub fn new(len: usize) -> Result<Self> {
-        let bytes = len.saturating_mul(size_of::<E>());
-        let lines = bytes.div_ceil(64);
-        let mut words = Vec::new();
-        if available().is_some_and(|free| bytes > free) || words.try_reserve_exact(lines).is_err() {
-            let free = available().map_or(String::new(), |free| format!(", {:.1} GB are free", free as f64 / 1e9));
-            return Err(Error::usage(format_args!(
-                "device cpu: not enough memory: a block of {:.1} GB{free}; smaller --batch, --branches, --widths or \
-                 --blocks need less (mlnt plan shows how much)",
-                bytes as f64 / 1e9
-            )));
+        let element = std::marker::PhantomData;
+        if len == 0 {
+            return Ok(Block { map: None, len, element });
         }
-        words.resize(lines, Line([0; 8]));
-        Ok(Block { words, len, element: std::marker::PhantomData })
-    }
-    /// A block without elements.
-    pub fn empty() -> Self {
-        Block { words: Vec::new(), len: 0, element: std::marker::PhantomData }
+        let bytes = len.saturating_mul(size_of::<E>());
+        let fail = |e: std::io::Error| {
+            let need = bytes as f64 / 1e9;
+            let less = "--batch, --branches, --widths or --blocks lower the need, and mlnt plan shows it";
+            Error::usage(format_args!("device cpu: {need:.3} GB of memory: {e}; {less}"))
+        };
+        // Pages come when they are touched: a block may be promised that the machine does not have.
+        if available().is_some_and(|free| bytes > free) {
+            return Err(fail(std::io::ErrorKind::OutOfMemory.into()));
+        }
+        let map = memmap2::MmapMut::map_anon(bytes).map_err(fail)?;
+        #[cfg(target_os = "linux")]
+        // A system without huge pages serves as well, only slower.
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Block { map: Some(map), len, element })
     }
     pub fn len(&self) -> usize {
         self.len
     }
     pub fn slice(&self) -> &[E] {
-        &bytemuck::cast_slice(&self.words)[..self.len]
+        self.map.as_deref().map_or(&[], |bytes| bytemuck::cast_slice(&bytes[..self.len * size_of::<E>()]))
     }
     pub fn slice_mut(&mut self) -> &mut [E] {
-        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len]
+        let bytes = self.len * size_of::<E>();
+        self.map.as_deref_mut().map_or(&mut [], |map| bytemuck::cast_slice_mut(&mut map[..bytes]))
     }
 }
 

@@ -74,9 +74,9 @@ impl<T: Real> Cpu<T> {
             plans: Vec::new(),
             states: Vec::new(),
             by_name: HashMap::new(),
-            reals: Block::empty(),
-            indices: Block::empty(),
-            work: Block::empty(),
+            reals: Block::new(0)?,
+            indices: Block::new(0)?,
+            work: Block::new(0)?,
             last_run: None,
         })
     }
@@ -188,11 +188,12 @@ impl<T: Real + Default> Device for Cpu<T> {
         for port in &plan.states {
             states.push(if port.buffer.is_some() { Some(self.bind_state(port, plan.branches)?) } else { None });
         }
-        let input = |port: &Port| {
+        let input = |port: &Port| -> Result<Input<T>> {
+            let len = port.meta.total(plan.branches);
             Ok(match (port.buffer, port.meta.dtype) {
                 (None, _) => Input::Unused,
-                (Some(_), DType::Real) => Input::Reals(Block::new(port.meta.total(plan.branches))?),
-                (Some(_), DType::Index) => Input::Indices(Block::new(port.meta.total(plan.branches))?),
+                (Some(_), DType::Real) => Input::Reals(Block::new(len)?),
+                (Some(_), DType::Index) => Input::Indices(Block::new(len)?),
             })
         };
         let inputs = plan.inputs.iter().map(input).collect::<Result<_>>()?;

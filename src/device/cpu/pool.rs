@@ -38,7 +38,7 @@ pub(super) fn max_index<T: Real>(window: &Window, x: View<'_, T>, index: Out<'_,
             for r in reach(o / q, h) {
                 for at in reach(o % q, w).map(|c| r * w + c) {
                     // A NaN wins, so that it is seen and not hidden.
-                    if best.is_none_or(|b| !(image[at] <= image[b])) {
+                    if best.is_none_or(|b| image[at] > image[b] || image[at].is_nan()) {
                         best = Some(at);
                     }
                 }

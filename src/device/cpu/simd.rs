@@ -10,10 +10,7 @@ const BLOCK: usize = 2048;
 /// Runs `f` compiled for the machine's vector instructions.
 #[inline(always)]
 pub(super) fn wide<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || f(),
-    )
+    pulp::Arch::new().dispatch(f)
 }
 
 /// `out[i] = f(out[i], ins[0][i], ins[1][i], …)`.
@@ -61,11 +58,7 @@ pub(super) fn sums<T: Real, const I: usize, const S: usize>(ins: [&[T]; I], f: i
             }
         }
         for s in 0..S {
-            let mut part = 0.0;
-            for l in 0..LANES {
-                part += acc[s][l].f64();
-            }
-            total[s] += part;
+            total[s] += acc[s].iter().fold(0.0, |sum, lane| sum + lane.f64());
         }
         start = end;
     }
