@@ -109,11 +109,16 @@ pub(super) fn eval<T: Real>(relu: bool, ins: [View<'_, T>; 5], y: Out<'_, T>, ch
 
 /// Work items of a kernel over channels whose results may be sums over branches: `(channel, branches)` where the
 /// branches of one item must stay with one task.
-fn items(channels: usize, branches: usize, summed: bool) -> Vec<(usize, std::ops::Range<usize>)> {
-    match summed {
-        true => (0..channels).map(|c| (c, 0..branches)).collect(),
-        false => (0..branches).flat_map(|m| (0..channels).map(move |c| (c, m..m + 1))).collect(),
-    }
+fn items(
+    channels: usize,
+    branches: usize,
+    summed: bool,
+) -> impl IndexedParallelIterator<Item = (usize, std::ops::Range<usize>)> {
+    let count = if summed { channels } else { channels * branches };
+    (0..count).into_par_iter().map(move |i| match summed {
+        true => (i, 0..branches),
+        false => (i % channels, i / channels..i / channels + 1),
+    })
 }
 
 /// Adds `value` to the element of a per-channel result that channel `c` of branch `m` counts towards.
@@ -141,7 +146,7 @@ pub(super) fn backward<T: Real>(
     let n = len as f64;
     let live = if ins.iter().any(View::branched) { branches } else { 1 };
     let summed = live > 1 && outs.iter().any(|o| !o.branched());
-    items(channels, live, summed).into_par_iter().for_each(|(c, range)| {
+    items(channels, live, summed).for_each(|(c, range)| {
         for m in range.clone() {
             let first = m == range.start;
             let stats = Stats::new(mean.branch(m)[c], var.branch(m)[c]);
@@ -223,7 +228,7 @@ pub(super) fn double_backward<T: Real>(
     let n = len as f64;
     let live = if ins.iter().any(View::branched) { branches } else { 1 };
     let summed = live > 1 && outs.iter().any(|o| !o.branched());
-    items(channels, live, summed).into_par_iter().for_each(|(c, range)| {
+    items(channels, live, summed).for_each(|(c, range)| {
         let second = |m: usize| {
             let stats = Stats::new(mean.branch(m)[c], var.branch(m)[c]);
             let (dot, dy, x) = (row(dot, m, c, len), row(dy, m, c, len), row(x, m, c, len));

@@ -34,6 +34,76 @@ pub(super) enum Start<'a, T> {
     From(View<'a, T>),
 }
 
+/// Everything about a convolution that its sizes decide, worked out once.
+pub(super) struct Layout {
+    passes: Vec<Pass>,
+}
+
+/// One product of weights and patches: all of a forward convolution, or one residue class of an input gradient. A
+/// weight gradient uses the patches, tiles and offsets of the forward one.
+struct Pass {
+    patches: Patches,
+    place: Placement,
+    tiles: Vec<Tile>,
+    offsets: TileOffsets,
+    /// Rows of the weight matrix: row r, patch row d is element `r · row_step + at[d]` of a branch's weights.
+    rows: usize,
+    row_step: usize,
+    at: Vec<usize>,
+}
+
+impl Pass {
+    fn new(patches: Patches, place: Placement, rows: usize, row_step: usize, at: Vec<usize>) -> Self {
+        let tiles = patches.tiles(TILE);
+        let offsets = TileOffsets::new(&patches, &tiles);
+        Pass { patches, place, tiles, offsets, rows, row_step, at }
+    }
+}
+
+impl Layout {
+    pub fn new(conv: &Conv) -> Self {
+        let g = &conv.geom;
+        let passes = match conv.kind {
+            ConvKind::Fprop | ConvKind::Wgrad => {
+                let patches = forward_patches(g);
+                let place = Placement { origin: (0, 0), stride: 1, height: g.p, width: g.q };
+                let at = (0..patches.depth()).collect();
+                vec![Pass::new(patches, place, g.k, g.c * g.r * g.s, at)]
+            }
+            ConvKind::Dgrad => {
+                let classes = (0..g.stride.min(g.h)).flat_map(|a| (0..g.stride.min(g.w)).map(move |b| (a, b)));
+                classes.map(|class| dgrad_pass(g, class)).collect()
+            }
+        };
+        Layout { passes }
+    }
+}
+
+/// Input gradient. The input pixels fall into stride² residue classes, each of which sees its own subset of the
+/// kernel: per class a dense product of patches of `dy` with the weights of that subset, without wasted zeros.
+fn dgrad_pass(g: &ConvGeom, (a, b): (usize, usize)) -> Pass {
+    let axis = |origin: usize, size: usize| -> Vec<(usize, isize)> {
+        let reach = |r: &usize| (origin + g.pad).abs_diff(*r).is_multiple_of(g.stride);
+        let shift = |r: usize| (origin as isize + g.pad as isize - r as isize) / g.stride as isize;
+        (0..size).filter(reach).map(|r| (r, shift(r))).collect()
+    };
+    let (rows, cols) = (axis(a, g.r), axis(b, g.s));
+    let taps: Vec<_> = rows.iter().flat_map(|r| cols.iter().map(move |c| (*r, *c))).collect();
+    let filter = g.r * g.s;
+    let at = (0..g.k).flat_map(|k| taps.iter().map(move |((r, _), (s, _))| k * g.c * filter + r * g.s + s));
+    let grid = ((g.h - a).div_ceil(g.stride), (g.w - b).div_ceil(g.stride));
+    let shifts = taps.iter().map(|((_, dr), (_, dc))| (*dr, *dc)).collect();
+    let patches = Patches::new([g.k, g.n, g.p, g.q], grid, 1, shifts);
+    let place = Placement { origin: (a, b), stride: g.stride, height: g.h, width: g.w };
+    Pass::new(patches, place, g.c, filter, at.collect())
+}
+
+fn forward_patches(g: &ConvGeom) -> Patches {
+    let pad = g.pad as isize;
+    let taps = (0..g.r as isize).flat_map(|r| (0..g.s as isize).map(move |s| (r - pad, s - pad)));
+    Patches::new([g.c, g.n, g.h, g.w], (g.p, g.q), g.stride, taps.collect())
+}
+
 /// Elements of launch-wide workspace that `conv` needs.
 pub(super) fn workspace<T>(conv: &Conv, inputs: &[Meta], out: &Meta, branches: usize) -> usize {
     let g = &conv.geom;
@@ -49,8 +119,10 @@ pub(super) fn workspace<T>(conv: &Conv, inputs: &[Meta], out: &Meta, branches: u
 }
 
 /// Runs one convolution.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn run<T: Real>(
     conv: &Conv,
+    layout: &Layout,
     branches: usize,
     a: View<'_, T>,
     b: View<'_, T>,
@@ -58,23 +130,10 @@ pub(super) fn run<T: Real>(
     out: Out<'_, T>,
     work: &mut [T],
 ) {
-    let g = &conv.geom;
     match conv.kind {
-        ConvKind::Fprop => {
-            let patches = forward_patches(g);
-            let place = Placement { origin: (0, 0), stride: 1, height: g.p, width: g.q };
-            let weights = Weights { view: b, rows: g.k, row_step: g.c * g.r * g.s, at: (0..patches.depth()).collect() };
-            product(&patches, &place, branches, a, &weights, start, out, work);
-        }
-        ConvKind::Dgrad => dgrad(g, branches, a, b, start, out, work),
-        ConvKind::Wgrad => wgrad(g, branches, a, b, start, out, work),
+        ConvKind::Wgrad => layout.passes.iter().for_each(|p| wgrad(p, &conv.geom, branches, a, b, start, out, work)),
+        _ => layout.passes.iter().for_each(|p| product(p, branches, a, b, start, out, work)),
     }
-}
-
-fn forward_patches(g: &ConvGeom) -> Patches {
-    let pad = g.pad as isize;
-    let taps = (0..g.r as isize).flat_map(|r| (0..g.s as isize).map(move |s| (r - pad, s - pad)));
-    Patches::new([g.c, g.n, g.h, g.w], (g.p, g.q), g.stride, taps.collect())
 }
 
 /// Where the columns of a product go in the result's images.
@@ -85,21 +144,13 @@ struct Placement {
     width: usize,
 }
 
-/// The matrix of a product: row r, patch row d is `view[r · row_step + at[d]]` of a branch.
-struct Weights<'a, T> {
-    view: View<'a, T>,
-    rows: usize,
-    row_step: usize,
-    at: Vec<usize>,
-}
-
-impl<T: Real> Weights<'_, T> {
-    /// Packs `count` rows from row `first` of branch `branch` on (rows of later branches follow) as the kernel wants.
-    fn pack(&self, branch: usize, count: usize, packed: &mut [T]) {
+impl Pass {
+    /// Packs `count` rows of the weights from branch `branch` on (rows of later branches follow) as the kernel wants.
+    fn pack<T: Real>(&self, weights: View<'_, T>, branch: usize, count: usize, packed: &mut [T]) {
         let depth = self.at.len();
         packed.fill(T::zero());
         for r in 0..count {
-            let source = &self.view.branch(branch + r / self.rows)[r % self.rows * self.row_step..];
+            let source = &weights.branch(branch + r / self.rows)[r % self.rows * self.row_step..];
             let block = &mut packed[r / ROWS * depth * ROWS..];
             for (d, at) in self.at.iter().enumerate() {
                 block[d * ROWS + r % ROWS] = source[*at];
@@ -124,20 +175,18 @@ fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
 }
 
 /// `out = start + weights · patches(src)`; summed over the branches when `out` is shared and an operand is not.
-#[allow(clippy::too_many_arguments)]
 fn product<T: Real>(
-    patches: &Patches,
-    place: &Placement,
+    pass: &Pass,
     branches: usize,
     src: View<'_, T>,
-    weights: &Weights<'_, T>,
+    weights: View<'_, T>,
     start: Start<'_, T>,
     out: Out<'_, T>,
     work: &mut [T],
 ) {
-    let (depth, rows) = (patches.depth(), weights.rows);
-    let tiles = patches.tiles(TILE);
-    let summed = !out.branched() && (src.branched() || weights.view.branched());
+    let Pass { patches, place, tiles, offsets, .. } = pass;
+    let (depth, rows) = (patches.depth(), pass.rows);
+    let summed = !out.branched() && (src.branched() || weights.branched());
     // A tile of a shared image serves all branches in one product, whose rows are (branch, row).
     let stacked = !src.branched() && out.branched();
     let outer = if out.branched() && !stacked { branches } else { 1 };
@@ -145,20 +194,18 @@ fn product<T: Real>(
 
     if patches.is_identity() && place.stride == 1 {
         let task = PlainProduct { depth, out_rows, pixels: patches.pixels(), summed, stacked, outer, branches };
-        return plain_product(&task, src, weights, start, out);
+        return plain_product(&task, pass, src, weights, start, out);
     }
 
     let blocks = out_rows.div_ceil(ROWS);
-    let copies = if weights.view.branched() && !stacked { branches } else { 1 };
+    let copies = if weights.branched() && !stacked { branches } else { 1 };
     let packed_len = blocks * depth * ROWS;
     let packed = &mut work[..copies * packed_len];
     if packed_len > 0 {
-        let pack = |(m, part): (usize, &mut [T])| weights.pack(m, out_rows, part);
+        let pack = |(m, part): (usize, &mut [T])| pass.pack(weights, m, out_rows, part);
         packed.par_chunks_mut(packed_len).enumerate().for_each(pack);
     }
     let packed = &*packed;
-    let groups = TileOffsets::new(patches, &tiles);
-
     (0..outer * tiles.len()).into_par_iter().for_each(|task| {
         let (m, tile) = (task / tiles.len(), &tiles[task % tiles.len()]);
         let columns = patches.columns(tile);
@@ -182,7 +229,7 @@ fn product<T: Real>(
                 T::product(Product {
                     weights: &packed[matrix * packed_len..(matrix + 1) * packed_len],
                     row_blocks: blocks,
-                    offsets: groups.of(tile),
+                    offsets: offsets.of(tile),
                     src: planes,
                     columns,
                     dst: result,
@@ -283,13 +330,14 @@ struct PlainProduct {
 
 fn plain_product<T: Real>(
     p: &PlainProduct,
+    pass: &Pass,
     src: View<'_, T>,
-    weights: &Weights<'_, T>,
+    weights: View<'_, T>,
     start: Start<'_, T>,
     out: Out<'_, T>,
 ) {
     let tiles = p.pixels.div_ceil(TILE);
-    let (row_step, col_step) = (weights.row_step, weights.at.get(1).copied().unwrap_or(1));
+    let (row_step, col_step) = (pass.row_step, pass.at.get(1).copied().unwrap_or(1));
     (0..p.outer * tiles).into_par_iter().for_each(|task| {
         let (m, first) = (task / tiles, task % tiles * TILE);
         let width = TILE.min(p.pixels - first);
@@ -311,7 +359,7 @@ fn plain_product<T: Real>(
             let parts = if p.stacked { p.branches } else { 1 };
             let rows = p.out_rows / parts;
             for part in 0..parts {
-                let data = weights.view.branch(if p.stacked { part } else { branch });
+                let data = weights.branch(if p.stacked { part } else { branch });
                 let a = Mat { data, row_stride: row_step, col_stride: col_step };
                 let b = Mat { data: &src.branch(branch)[first..], row_stride: p.pixels, col_stride: 1 };
                 let dst = out.address(base + part * rows * p.pixels + first);
@@ -321,38 +369,6 @@ fn plain_product<T: Real>(
             add = true;
         }
     });
-}
-
-/// Input gradient. The input pixels fall into stride² residue classes, each of which sees its own subset of the
-/// kernel: per class a dense product of patches of `dy` with the weights of that subset, without wasted zeros.
-fn dgrad<T: Real>(
-    g: &ConvGeom,
-    branches: usize,
-    dy: View<'_, T>,
-    w: View<'_, T>,
-    start: Start<'_, T>,
-    out: Out<'_, T>,
-    work: &mut [T],
-) {
-    for a in 0..g.stride.min(g.h) {
-        for b in 0..g.stride.min(g.w) {
-            let axis = |origin: usize, size: usize| -> Vec<(usize, isize)> {
-                let reach = |r: &usize| (origin + g.pad).abs_diff(*r).is_multiple_of(g.stride);
-                let shift = |r: usize| (origin as isize + g.pad as isize - r as isize) / g.stride as isize;
-                (0..size).filter(reach).map(|r| (r, shift(r))).collect()
-            };
-            let (rows, cols) = (axis(a, g.r), axis(b, g.s));
-            let taps: Vec<_> = rows.iter().flat_map(|r| cols.iter().map(move |c| (*r, *c))).collect();
-            let filter = g.r * g.s;
-            let at = (0..g.k).flat_map(|k| taps.iter().map(move |((r, _), (s, _))| k * g.c * filter + r * g.s + s));
-            let weights = Weights { view: w, rows: g.c, row_step: filter, at: at.collect() };
-            let grid = ((g.h - a).div_ceil(g.stride), (g.w - b).div_ceil(g.stride));
-            let shifts = taps.iter().map(|((_, dr), (_, dc))| (*dr, *dc)).collect();
-            let patches = Patches::new([g.k, g.n, g.p, g.q], grid, 1, shifts);
-            let place = Placement { origin: (a, b), stride: g.stride, height: g.h, width: g.w };
-            product(&patches, &place, branches, dy, &weights, start, out, work);
-        }
-    }
 }
 
 /// Number of partial sums of a weight gradient with `units` elements.
@@ -366,7 +382,9 @@ fn chunk_count<T>(patches: &Patches, units: usize) -> usize {
 }
 
 /// Weight gradient: partial sums over chunks of tiles, then their sum in a fixed order.
+#[allow(clippy::too_many_arguments)]
 fn wgrad<T: Real>(
+    pass: &Pass,
     g: &ConvGeom,
     branches: usize,
     x: View<'_, T>,
@@ -375,10 +393,10 @@ fn wgrad<T: Real>(
     out: Out<'_, T>,
     work: &mut [T],
 ) {
-    let patches = forward_patches(g);
+    let Pass { patches, tiles, offsets, .. } = pass;
     let depth = patches.depth();
     let units = out.total();
-    let chunks = chunk_count::<T>(&patches, units);
+    let chunks = chunk_count::<T>(patches, units);
     let summed = !out.branched() && (x.branched() || dy.branched());
     let stacked = !x.branched() && out.branched();
     let outer = if out.branched() && !stacked { branches } else { 1 };
@@ -403,8 +421,6 @@ fn wgrad<T: Real>(
             }
         });
     } else {
-        let tiles = patches.tiles(TILE);
-        let groups = TileOffsets::new(&patches, &tiles);
         work.par_chunks_mut(size).enumerate().for_each(|(task, partial)| {
             let (chunk, m) = (task / outer, task % outer);
             partial.fill(T::zero());
@@ -427,7 +443,7 @@ fn wgrad<T: Real>(
                                 || patches.fill_columns(rows_of(branch), tile, stride, a),
                             );
                         }
-                        let offsets = groups.of(tile);
+                        let offsets = offsets.of(tile);
                         let dst = &mut *partial;
                         T::dot(Dot { a, a_stride: stride, rows, offsets, src: planes, columns, dst });
                     }

@@ -8,17 +8,25 @@ use super::real::Real;
 use super::softmax::{Head, Target};
 use super::{batch_norm, pool};
 use crate::error::{Error, Result};
-use crate::ops::{Op, Operation};
+use crate::ops::{Conv, Op, Operation};
 use crate::plan::{Args, Buffer, Launch, Place, Plan};
 use crate::tape::{DType, Meta};
+use std::collections::HashMap;
 
-/// The memory of a run, visible to the threads of the pool.
-pub(super) struct Shared<'a, T>(pub Memory<'a, T>);
+/// What the launches of a run have in common, visible to the threads of the pool.
+pub(super) struct Context<'a, T> {
+    pub plan: &'a Plan,
+    pub memory: Memory<'a, T>,
+    /// Values of the runtime scalars.
+    pub scalars: &'a [f64],
+    /// Of every convolution of the plan.
+    pub layouts: &'a HashMap<Conv, conv::Layout>,
+}
 
 // SAFETY: `run` is entered by one thread at a time, and gives its tasks slices that `check_aliasing` has found disjoint.
-unsafe impl<T: Send> Send for Shared<'_, T> {}
+unsafe impl<T: Send> Send for Context<'_, T> {}
 // SAFETY: as above.
-unsafe impl<T: Sync> Sync for Shared<'_, T> {}
+unsafe impl<T: Sync> Sync for Context<'_, T> {}
 
 /// Refuses a plan in which a launch would read what it writes, other than where the kernel works in place.
 ///
@@ -86,14 +94,21 @@ pub(super) fn workspace<T>(plan: &Plan) -> usize {
     plan.launches.iter().map(need).max().unwrap_or(0)
 }
 
-/// Runs one launch of `plan` on the thread pool of the caller.
-pub(super) fn run<T: Real>(plan: &Plan, launch: &Launch, memory: &Shared<'_, T>, scalars: &[f64], work: &mut [T]) {
+/// The layouts of a plan's convolutions.
+pub(super) fn layouts(plan: &Plan) -> HashMap<Conv, conv::Layout> {
+    let convs = plan.launches.iter().filter_map(|l| if let Op::Conv(conv) = l.op { Some(conv) } else { None });
+    convs.map(|conv| (conv, conv::Layout::new(&conv))).collect()
+}
+
+/// Runs one launch on the thread pool of the caller.
+pub(super) fn run<T: Real>(context: &Context<'_, T>, launch: &Launch, work: &mut [T]) {
     for args in &launch.args {
-        run_args(plan, &launch.op, args, &memory.0, scalars, work);
+        run_args(context, &launch.op, args, work);
     }
 }
 
-fn run_args<T: Real>(plan: &Plan, op: &Op, args: &Args, memory: &Memory<'_, T>, scalars: &[f64], work: &mut [T]) {
+fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut [T]) {
+    let Context { plan, memory, scalars, layouts } = context;
     let input = |i: usize| &plan.buffers[args.inputs[i]];
     let output = |i: usize| &plan.buffers[args.outputs[i]];
     // SAFETY (all four): `check_aliasing` has found no overlap of a launch's results with one another or with its
@@ -117,7 +132,7 @@ fn run_args<T: Real>(plan: &Plan, op: &Op, args: &Args, memory: &Memory<'_, T>, 
                 _ if input(2).place == output(0).place => Start::InPlace,
                 _ => Start::From(real(2)),
             };
-            conv::run(op, plan.branches, real(0), real(1), start, out(0), work);
+            conv::run(op, &layouts[op], plan.branches, real(0), real(1), start, out(0), work);
         }
         Op::BnForward(op) => {
             let ins = [real(0), real(1), real(2)];

@@ -21,7 +21,7 @@ pub use real::Real;
 
 use super::{Device, HostSlice, HostVec, PlanId};
 use crate::error::{Error, Result};
-use crate::ops::{Op, Operation};
+use crate::ops::{Conv, Op, Operation};
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
 use memory::{Block, Memory};
@@ -44,6 +44,7 @@ enum Input<T> {
 
 struct Loaded<T> {
     plan: Plan,
+    layouts: HashMap<Conv, conv::Layout>,
     inputs: Vec<Input<T>>,
     /// For every state of the plan its position among the device's, if the plan touches it.
     states: Vec<Option<usize>>,
@@ -144,12 +145,11 @@ impl<T: Real> Cpu<T> {
             branches: loaded.plan.branches,
         };
         let work = self.work.slice_mut();
-        let plan = &loaded.plan;
         // The pointers stay on this thread's stack; tasks see slices only.
-        let memory = launch::Shared(memory);
+        let context = launch::Context { plan: &loaded.plan, memory, scalars, layouts: &loaded.layouts };
         self.pool.install(|| {
-            for l in &plan.launches {
-                each(&l.op, &mut || launch::run(plan, l, &memory, scalars, work));
+            for l in &context.plan.launches {
+                each(&l.op, &mut || launch::run(&context, l, work));
             }
         });
         self.last_run = Some(id);
@@ -207,7 +207,8 @@ impl<T: Real + Default> Device for Cpu<T> {
         if self.work.len() < work {
             self.work = Block::new(work)?;
         }
-        self.plans.push(Loaded { plan, inputs, states });
+        let layouts = launch::layouts(&plan);
+        self.plans.push(Loaded { plan, layouts, inputs, states });
         self.last_run = None;
         Ok(PlanId(self.plans.len() - 1))
     }
