@@ -3,14 +3,15 @@
 use std::path::{Path, PathBuf};
 
 /// The layers, and those that each of them must not import.
-const MUST_NOT_KNOW: [(&str, &[&str]); 12] = [
-    ("error", &["cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("fs", &["cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("rng", &["cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("tape", &["cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("ops", &["cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("plan", &["cli", "data", "device", "fs", "mlnt", "model", "train"]),
-    ("device", &["cli", "data", "mlnt", "model", "train"]),
+const MUST_NOT_KNOW: [(&str, &[&str]); 13] = [
+    ("error", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
+    ("fs", &["cases", "cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
+    ("rng", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
+    ("tape", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
+    ("ops", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
+    ("plan", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "train"]),
+    ("device", &["cases", "cli", "data", "mlnt", "model", "train"]),
+    ("cases", &["cli", "data", "mlnt", "model", "train"]),
     ("model", &["cli", "data", "device", "mlnt", "plan", "train"]),
     ("data", &["cli", "device", "mlnt", "model", "ops", "plan", "tape", "train"]),
     ("mlnt", &["cli", "train"]),
