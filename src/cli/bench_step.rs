@@ -9,7 +9,7 @@ use super::plan::PlanArgs;
 use crate::device::HostSlice;
 use crate::error::Result;
 use crate::mlnt::{Report, StateKind, StepScalars, record_step, state_name};
-use crate::model::{Arch, ModelSpec, he_init};
+use crate::model::he_init;
 use crate::plan::{Plan, PlanOptions};
 use crate::rng::{Purpose, below, normal, stream};
 use crate::train::choice::DeviceKind;
@@ -49,15 +49,7 @@ fn peak_rss() -> Option<u64> {
 pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let before = peak_rss();
     let config = args.plan.config()?;
-    let input = args.plan.input();
-    let model = ModelSpec {
-        arch: Arch::PreactResnet,
-        in_channels: input.channels,
-        size: [input.height, input.width],
-        classes: input.classes,
-        widths: config.widths.clone(),
-        blocks: config.blocks.clone(),
-    };
+    let (input, model) = (args.plan.input(), args.plan.model_spec(&config));
     let (mut device, why) = open_device(DeviceKind::Auto, config.precision, args.threads)?;
     let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &PlanOptions::default())?;
     let scalars = StepScalars { lr: 0.05, eta: 0.4, gamma: 0.99, lambda: 1.0 }.in_order(&plan.scalars);

@@ -104,6 +104,19 @@ impl PlanArgs {
         Config::resolve(None, &flags)
     }
 
+    /// The network of the step.
+    pub fn model_spec(&self, config: &Config) -> ModelSpec {
+        let input = self.input();
+        ModelSpec {
+            arch: Arch::PreactResnet,
+            in_channels: input.channels,
+            size: [input.height, input.width],
+            classes: input.classes,
+            widths: config.widths.clone(),
+            blocks: config.blocks.clone(),
+        }
+    }
+
     /// The shape of the data: the preset's, changed by the flags.
     pub fn input(&self) -> InputShape {
         let preset = self.preset.input();
@@ -122,15 +135,7 @@ impl PlanArgs {
 /// For settings that are no step.
 pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let config = args.config()?;
-    let input = args.input();
-    let model = ModelSpec {
-        arch: Arch::PreactResnet,
-        in_channels: input.channels,
-        size: [input.height, input.width],
-        classes: input.classes,
-        widths: config.widths.clone(),
-        blocks: config.blocks.clone(),
-    };
+    let (input, model) = (args.input(), args.model_spec(&config));
     let real_bytes = if config.precision == Precision::F64 { 8 } else { 4 };
     let options = PlanOptions::default();
     let ce = CeSpec {
