@@ -303,8 +303,8 @@ fn place_tile<T: Real>(
                 let target = &mut dst[line.clone()];
                 match (start, place.stride) {
                     (Start::Zero, 1) => simd::copy_line(target, source),
-                    (Start::InPlace, 1) => simd::update(target, [source], |o, [v]| o + v),
-                    (Start::From(_), 1) => simd::map(target, [&before[line], source], |[b, v]| b + v),
+                    (Start::InPlace, 1) => simd::update_line(target, [source], |o, [v]| o + v),
+                    (Start::From(_), 1) => simd::update_line(target, [&before[line], source], |_, [b, v]| b + v),
                     (Start::Zero, by) => (0..width).for_each(|j| target[j * by] = source[j]),
                     (Start::InPlace, by) => (0..width).for_each(|j| target[j * by] += source[j]),
                     (Start::From(_), by) => {

@@ -88,3 +88,25 @@ pub(super) fn copy_line<T: Copy>(out: &mut [T], from: &[T]) {
         _ => out.iter_mut().zip(from).for_each(|(o, f)| *o = *f),
     }
 }
+
+/// `out[i] = f(out[i], ins[0][i], …)` for short lines: vectors of falling width, so that few elements are left over.
+#[inline(always)]
+pub(super) fn update_line<T: Real, const I: usize>(out: &mut [T], ins: [&[T]; I], f: impl Fn(T, [T; I]) -> T) {
+    #[inline(always)]
+    fn by<T: Real, const I: usize, const W: usize>(
+        at: &mut usize,
+        out: &mut [T],
+        ins: &[&[T]; I],
+        f: &impl Fn(T, [T; I]) -> T,
+    ) {
+        while *at + W <= out.len() {
+            update(&mut out[*at..*at + W], ins.map(|s| &s[*at..*at + W]), f);
+            *at += W;
+        }
+    }
+    let mut at = 0;
+    by::<T, I, 16>(&mut at, out, &ins, &f);
+    by::<T, I, 8>(&mut at, out, &ins, &f);
+    by::<T, I, 4>(&mut at, out, &ins, &f);
+    by::<T, I, 1>(&mut at, out, &ins, &f);
+}
