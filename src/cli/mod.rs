@@ -109,7 +109,7 @@ pub struct NetworkArgs {
     /// Images to run.
     #[arg(long, value_name = "SPLIT", default_value = "test")]
     pub split: Split,
-    /// Images per forward pass: memory only, the results are the same.
+    /// Images per forward pass: memory only; results are the same up to rounding.
     #[arg(long, value_name = "K", default_value_t = 250, value_parser = positive)]
     pub batch: usize,
     /// Threads; 0 = one per core.

@@ -149,7 +149,7 @@ fn start(config: &Config) -> Result<(Prepared, Engine)> {
         "data: {}: {train} training, {val} validation, {test} test images of {images}",
         data.train.images.name
     ))?;
-    let (nominal, realised) = (100.0 * config.noise_rate, 100.0 * data.realised_noise);
+    let (nominal, realised) = (100.0 * data.nominal_noise, 100.0 * data.realised_noise);
     say(format_args!(
         "noise: {}, nominal rate {nominal:.1} %, realised {realised:.1} % of the labels are wrong",
         config.noise

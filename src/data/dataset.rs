@@ -149,6 +149,14 @@ impl Dataset {
         panic!("image {i} of a data set of {}", self.len());
     }
 
+    /// Position of sample `i` in the data set as it was read, of which this may be a view.
+    ///
+    /// # Panics
+    /// If `i >= len()`.
+    pub fn original(&self, i: usize) -> u32 {
+        self.view.as_ref().map_or(i as u32, |view| view[i])
+    }
+
     /// The data set made of samples `indices` of this one, in that order, sharing its pixels.
     ///
     /// # Errors

@@ -70,7 +70,7 @@ pub fn to_csv(data: &Dataset, noisy: &NoisyLabels) -> Result<Vec<u8>> {
     );
     for (i, (label, truth)) in noisy.labels.iter().zip(data.labels()).enumerate() {
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "{i},{label},{truth}");
+        let _ = writeln!(text, "{},{label},{truth}", data.original(i));
     }
     Ok(text.into_bytes())
 }
@@ -123,11 +123,11 @@ fn row(record: &csv::StringRecord, i: usize, data: &Dataset) -> std::result::Res
         *field = text.parse().map_err(|_| format!("{name} `{text}` is not a whole number in range"))?;
     }
     let [index, label, truth]: [u32; 3] = fields;
-    if index as usize != i {
-        return Err(format!("index {index}, expected {i}"));
-    }
     if i >= data.len() {
         return Err(format!("index {index}, but {} has {} samples", data.name, data.len()));
+    }
+    if index != data.original(i) {
+        return Err(format!("index {index}, expected {}", data.original(i)));
     }
     if label as usize >= data.classes {
         return Err(format!("label {label} is outside 0..={}", data.classes - 1));

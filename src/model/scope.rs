@@ -4,15 +4,6 @@ use crate::error::{Error, Result};
 use crate::tape::{Tape, Tensor};
 use std::collections::HashMap;
 
-/// Which statistics batch norm uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Those of the batch.
-    Train,
-    /// The running ones.
-    Eval,
-}
-
 /// Batch statistics of one batch norm, for the running averages.
 #[derive(Clone, Debug)]
 pub struct BnUpdate {
@@ -63,11 +54,6 @@ impl<'a> Scope<'a> {
     /// A pass with running statistics `buffers`, by names like `bn.running_mean`.
     pub fn eval(params: &'a HashMap<String, Tensor>, buffers: &'a HashMap<String, Tensor>) -> Self {
         Scope { buffers: Some(buffers), ..Scope::train(params) }
-    }
-
-    /// The kind of batch norm.
-    pub fn mode(&self) -> Mode {
-        if self.buffers.is_some() { Mode::Eval } else { Mode::Train }
     }
 
     fn find(map: &HashMap<String, Tensor>, name: &str) -> Result<Tensor> {

@@ -27,7 +27,7 @@ pub enum Augment {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceKind {
-    /// The fastest device of this machine.
+    /// The fastest device of this build: so far the processor.
     Auto,
     /// The processor.
     Cpu,

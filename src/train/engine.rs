@@ -47,6 +47,8 @@ impl Network {
 /// # Errors
 /// When it cannot be had.
 pub fn open_device(kind: DeviceKind, precision: Precision, threads: usize) -> Result<(Box<dyn Device>, String)> {
+    // Batches are filled by the process's own pool, beside the device's; the first to ask decides its size.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     let device: Box<dyn Device> = match precision {
         Precision::F32 => Box::new(Cpu::<f32>::new(threads)?),
         Precision::F64 => Box::new(Cpu::<f64>::new(threads)?),

@@ -50,7 +50,7 @@ pub struct TimingRecord {
     pub phase: Phase,
     /// Epoch within the phase, from 1.
     pub epoch: usize,
-    /// Duration of training in the epoch, seconds.
+    /// Duration of training in the epoch, or in the part of it since the run was last resumed, seconds.
     pub train_seconds: f64,
     /// Duration of evaluation after it, seconds.
     pub eval_seconds: f64,

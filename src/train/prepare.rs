@@ -32,6 +32,8 @@ pub struct Prepared {
     pub augment: Augment,
     /// The content of `labels.csv`.
     pub label_file: Vec<u8>,
+    /// Part of the labels that the noise was to touch.
+    pub nominal_noise: f64,
     /// Part of the training and validation labels that are wrong.
     pub realised_noise: f64,
 }
@@ -78,6 +80,7 @@ impl Prepared {
             test: LabelledSet::clean(pair.test),
             augment,
             label_file,
+            nominal_noise: noisy.nominal,
             realised_noise: noisy.realised_rate,
         })
     }

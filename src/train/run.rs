@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::fs::write_atomic;
 use crate::mlnt::{StateKind, StepScalars, state_name};
 use crate::rng::{Purpose, stream};
+use std::fs::File;
 use std::time::Instant;
 
 /// Who watches a run.
@@ -47,6 +48,19 @@ pub struct Run {
     metrics: JsonLines,
     timing: JsonLines,
     position: Position,
+    /// Held as long as this process trains the run.
+    _lock: File,
+}
+
+/// Takes hold of a run's directory, so that no second process continues it at the same time.
+fn lock(dir: &RunDir) -> Result<File> {
+    let path = dir.config();
+    let file = File::open(&path).map_err(Error::io(&path))?;
+    match file.try_lock() {
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::file(dir.path(), "another process is training this run")),
+        // A file system without locks serves as well.
+        _ => Ok(file),
+    }
 }
 
 impl Run {
@@ -60,7 +74,8 @@ impl Run {
         let begin = move || -> Result<Self> {
             write_atomic(dir.labels(), &data.label_file)?;
             let (metrics, timing) = (JsonLines::create(dir.metrics())?, JsonLines::create(dir.timing())?);
-            let mut run = Run { config, data, engine, dir, metrics, timing, position: Position::START };
+            let lock = lock(&dir)?;
+            let mut run = Run { config, data, engine, dir, metrics, timing, position: Position::START, _lock: lock };
             run.save()?;
             Ok(run)
         };
@@ -71,16 +86,17 @@ impl Run {
     /// The run of an existing directory, as its checkpoint left it.
     ///
     /// # Errors
-    /// [`Error::File`] when the checkpoint or the labels do not belong to this run.
+    /// [`Error::File`] when the checkpoint or the labels do not belong to this run, or another process is training it.
     pub fn resume(config: Config, data: Prepared, mut engine: Engine, dir: RunDir) -> Result<Self> {
         let labels = std::fs::read(dir.labels()).map_err(Error::io(dir.labels()))?;
         if labels != data.label_file {
             return Err(Error::file(dir.labels(), "not the labels that this data, noise and seed give"));
         }
+        let lock = lock(&dir)?;
         let (position, lines) = progress::load(&dir.checkpoint(), engine.device_mut(), &config)?;
         let metrics = JsonLines::resume(dir.metrics(), lines.metrics)?;
         let timing = JsonLines::resume(dir.timing(), lines.timing)?;
-        Ok(Run { config, data, engine, dir, metrics, timing, position })
+        Ok(Run { config, data, engine, dir, metrics, timing, position, _lock: lock })
     }
 
     /// The run's directory.

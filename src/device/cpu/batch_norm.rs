@@ -2,6 +2,7 @@
 //! Formulas: [`crate::ops`], batch norm.
 #![allow(unsafe_code)]
 
+use super::elementwise::positive;
 use super::memory::{Out, View};
 use super::real::Real;
 use super::simd::{map, sums, update, wide};
@@ -66,7 +67,7 @@ fn normalise<T: Real>(x: &[T], y: &mut [T], stats: Stats<T>, g: T, b: T, relu: b
     wide(
         #[inline(always)]
         || match relu {
-            true => map(y, [x], |[x]| (g * stats.hat(x) + b).max(T::zero())),
+            true => map(y, [x], |[x]| positive(g * stats.hat(x) + b)),
             false => map(y, [x], |[x]| g * stats.hat(x) + b),
         },
     );

@@ -77,6 +77,12 @@ pub(super) fn mask<T: Real>(x: View<'_, T>, reference: View<'_, T>, sum_over: us
     });
 }
 
+/// `max(x, 0)`. A NaN stays one, so that a broken network is seen and not hidden.
+#[inline(always)]
+pub(super) fn positive<T: Real>(x: T) -> T {
+    if T::zero() > x { T::zero() } else { x }
+}
+
 /// `out = max(x, 0)`.
 pub(super) fn relu<T: Real>(x: View<'_, T>, out: Out<'_, T>) {
     pieces(out.branches(), out.len, |m, range| {
@@ -84,7 +90,7 @@ pub(super) fn relu<T: Real>(x: View<'_, T>, out: Out<'_, T>) {
         let dst = unsafe { out.part(m * out.len + range.start, range.len()) };
         wide(
             #[inline(always)]
-            || map(dst, [&x.branch(m)[range.clone()]], |[x]| x.max(T::zero())),
+            || map(dst, [&x.branch(m)[range.clone()]], |[x]| positive(x)),
         );
     });
 }

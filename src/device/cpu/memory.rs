@@ -102,16 +102,7 @@ impl<E: bytemuck::Pod> Block<E> {
             return Ok(Block { map: None, len, element });
         }
         let bytes = len.saturating_mul(size_of::<E>());
-        let fail = |e: std::io::Error| {
-            let need = bytes as f64 / 1e9;
-            let less = "--batch, --branches, --widths or --blocks lower the need, and mlnt plan shows it";
-            Error::usage(format_args!("device cpu: {need:.3} GB of memory: {e}; {less}"))
-        };
-        // Pages come when they are touched: a block may be promised that the machine does not have.
-        if available().is_some_and(|free| bytes > free) {
-            return Err(fail(std::io::ErrorKind::OutOfMemory.into()));
-        }
-        let map = memmap2::MmapMut::map_anon(bytes).map_err(fail)?;
+        let map = memmap2::MmapMut::map_anon(bytes).map_err(|e| shortage(bytes, e))?;
         #[cfg(target_os = "linux")]
         // A system without huge pages serves as well, only slower.
         let _ = map.advise(memmap2::Advice::HugePage);
@@ -129,11 +120,23 @@ impl<E: bytemuck::Pod> Block<E> {
     }
 }
 
-/// Memory that can be had without swapping, bytes; `None` where the system does not tell.
-fn available() -> Option<usize> {
+/// The error of a machine without `bytes` of memory.
+pub(super) fn shortage(bytes: usize, why: impl std::fmt::Display) -> Error {
+    let need = bytes as f64 / 1e9;
+    let less = "--batch, --branches, --widths or --blocks lower the need, and mlnt plan shows it";
+    Error::usage(format_args!("device cpu: {need:.3} GB of memory: {why}; {less}"))
+}
+
+/// Memory that can be had without swapping and within the limits of a container, bytes; `None` where the system does
+/// not tell.
+pub(super) fn available() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<usize>().ok()?.checked_mul(1024)
+    let machine = line.split_whitespace().nth(1)?.parse::<usize>().ok()?.checked_mul(1024)?;
+    let number = |file: &str| std::fs::read_to_string(file).ok()?.trim().parse::<usize>().ok();
+    let container = number("/sys/fs/cgroup/memory.max")
+        .map(|max| max.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
+    Some(container.map_or(machine, |c| c.min(machine)))
 }
 
 /// Everything one plan can touch while it runs.

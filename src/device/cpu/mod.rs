@@ -60,6 +60,10 @@ pub struct Cpu<T> {
     indices: Block<i32>,
     work: Block<T>,
     last_run: Option<PlanId>,
+    /// Bytes that were free at the start, and those given out since. Pages come when they are touched: a system
+    /// promises more than it has.
+    free: Option<usize>,
+    given: usize,
 }
 
 impl<T: Real> Cpu<T> {
@@ -79,6 +83,8 @@ impl<T: Real> Cpu<T> {
             indices: Block::new(0)?,
             work: Block::new(0)?,
             last_run: None,
+            free: memory::available(),
+            given: 0,
         })
     }
 
@@ -94,10 +100,37 @@ impl<T: Real> Cpu<T> {
         self.by_name.get(name).copied().ok_or_else(|| Self::error(format!("no state named {name}")))
     }
 
+    /// Counts the memory that loading `plan` takes, and refuses what the machine does not have.
+    fn reserve(&mut self, plan: &Plan, work: usize) -> Result<()> {
+        let used = |ports: &[Port], new: &dyn Fn(&Port) -> bool| -> usize {
+            let ports = ports.iter().filter(|p| p.buffer.is_some() && new(p));
+            ports.map(|p| p.meta.total(plan.branches)).fold(0, usize::saturating_add)
+        };
+        let reals = used(&plan.states, &|p| !self.by_name.contains_key(&p.name))
+            .saturating_add(used(&plan.inputs, &|_| true))
+            .saturating_add(plan.arena_reals.saturating_sub(self.reals.len()))
+            .saturating_add(plan.arena_indices.saturating_sub(self.indices.len()))
+            .saturating_add(work.saturating_sub(self.work.len()));
+        let need = self.given.saturating_add(reals.saturating_mul(size_of::<T>()));
+        match self.free {
+            Some(free) if need > free => {
+                Err(memory::shortage(need, format_args!("{:.3} GB are free", free as f64 / 1e9)))
+            }
+            _ => {
+                self.given = need;
+                Ok(())
+            }
+        }
+    }
+
     /// The state for a port of a plan, made with zeros if it is new.
     fn bind_state(&mut self, port: &Port, branches: usize) -> Result<usize> {
         if let Some(&i) = self.by_name.get(&port.name) {
-            let have = &self.states[i].meta;
+            let (have, m) = (&self.states[i].meta, self.states[i].branches);
+            if port.meta.per_branch && m != branches {
+                let what = format!("state {} is kept for {m} branches, the plan has {branches}", port.name);
+                return Err(Self::error(what));
+            }
             if *have != port.meta {
                 return Err(Self::error(format!("state {} is {have}, the plan has {}", port.name, port.meta)));
             }
@@ -183,7 +216,9 @@ impl<T: Real + Default> Device for Cpu<T> {
     }
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
-        launch::check_aliasing(&plan)?;
+        launch::check(&plan)?;
+        let work = launch::workspace::<T>(&plan);
+        self.reserve(&plan, work)?;
         let mut states = Vec::with_capacity(plan.states.len());
         for port in &plan.states {
             states.push(if port.buffer.is_some() { Some(self.bind_state(port, plan.branches)?) } else { None });
@@ -203,7 +238,6 @@ impl<T: Real + Default> Device for Cpu<T> {
         if self.indices.len() < plan.arena_indices {
             self.indices = Block::new(plan.arena_indices)?;
         }
-        let work = launch::workspace::<T>(&plan);
         if self.work.len() < work {
             self.work = Block::new(work)?;
         }

@@ -173,6 +173,9 @@ impl Patches {
             // Plane columns v with a pixel at v·step + b, and within reach of a tap.
             let width = if self.width > b { (self.width - b).div_ceil(step) } else { 0 };
             let width = width.min(self.grid.1 + self.cols.after);
+            if width == 0 {
+                continue;
+            }
             let rows =
                 (first.max(0) as usize)..last.min(if self.height > a { (self.height - a).div_ceil(step) } else { 0 });
             for (n, sample) in tile.images.clone().enumerate() {
@@ -191,8 +194,8 @@ impl Patches {
         }
     }
 
-    #[inline(always)]
     /// Copies the tile's columns of images `[rows, N, grid]` into rows of `columns` elements each, zeros between.
+    #[inline(always)]
     pub fn fill_columns<T: Real>(&self, src: &[T], tile: &Tile, columns: usize, out: &mut [T]) {
         let (lines, width) = self.grid;
         out.fill(T::zero());

@@ -38,7 +38,7 @@ impl Head {
         for (c, v) in log_p.iter_mut().enumerate() {
             *v = z[self.at(c, i)].f64();
         }
-        // `f64::max` would drop a NaN; a fold that keeps it lets a broken network be seen.
+        // Whatever the maximum, a NaN among the values makes the sum one: a broken network is seen.
         let max = log_p.iter().fold(f64::NEG_INFINITY, |a, b| if *b <= a { a } else { *b });
         let log_sum = log_p.iter().map(|v| (v - max).exp()).sum::<f64>().ln() + max;
         log_p.iter_mut().for_each(|v| *v -= log_sum);
@@ -78,7 +78,7 @@ impl Head {
         self.each(z, live, |m, i, log_p| {
             let term = |(c, l): (usize, &f64)| {
                 let t = target.of(self, m, i, c);
-                if t > 0.0 { t * (t.ln() - l) } else { 0.0 }
+                if t == 0.0 { 0.0 } else { t * (t.ln() - l) }
             };
             let sum: f64 = log_p.iter().enumerate().map(term).sum();
             let weight = w.branch(m)[i].f64();
