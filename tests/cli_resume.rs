@@ -136,3 +136,19 @@ fn a_run_interrupted_before_its_first_step_continues() {
     assert_eq!(mlnt(&format!("train --resume {}", run.display())).status, Some(0));
     assert_eq!(results(&run), results(&whole));
 }
+
+#[test]
+fn a_run_has_one_trainer_at_a_time() {
+    let folder = Folder::new();
+    let data = folder.idx_sized("tiny", IMAGES);
+    let run = folder.path("run");
+    let mut child = start(&folder.train(SETTINGS, &data, &run));
+    wait_for(&mut child, &run, [0, 1]);
+    let second = mlnt(&format!("train --resume {}", run.display()));
+    assert_eq!(second.status, Some(2));
+    assert!(second.error_line().contains("another process is training this run"), "{}", second.stderr);
+    assert!(child.try_wait().unwrap().is_none(), "the first goes on");
+    signal(&child, "-INT");
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    assert_eq!(mlnt(&format!("train --resume {}", run.display())).status, Some(0));
+}
