@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use super::gemm::{Mat, gemm};
+use super::lines::{self, Lines};
 use super::memory::{Out, View};
 use super::microkernel::{Dot, Product, ROWS, SLACK};
 use super::patches::{Patches, Tile};
@@ -297,17 +298,25 @@ fn place_tile<T: Real>(
                 Start::From(view) => &view.branch(at / out.len)[at % out.len..][..span],
                 _ => &[],
             };
+            let source = &values[patches.column(tile, n, 0)..];
+            let from_stride = patches.line_stride();
+            if place.stride == 1 {
+                let to = Lines { stride: place.width, count: lines.len() };
+                match start {
+                    Start::Zero => lines::copy(dst, to, source, from_stride, width),
+                    Start::InPlace => lines::add(dst, to, None, source, from_stride, width),
+                    Start::From(_) => lines::add(dst, to, Some(before), source, from_stride, width),
+                }
+                continue;
+            }
             for l in 0..lines.len() {
-                let source = &values[patches.column(tile, n, l)..][..width];
+                let source = &source[l * from_stride..][..width];
                 let line = l * step + place.origin.1..l * step + place.width;
-                let target = &mut dst[line.clone()];
-                match (start, place.stride) {
-                    (Start::Zero, 1) => simd::copy_line(target, source),
-                    (Start::InPlace, 1) => simd::update_line(target, [source], |o, [v]| o + v),
-                    (Start::From(_), 1) => simd::update_line(target, [&before[line], source], |_, [b, v]| b + v),
-                    (Start::Zero, by) => (0..width).for_each(|j| target[j * by] = source[j]),
-                    (Start::InPlace, by) => (0..width).for_each(|j| target[j * by] += source[j]),
-                    (Start::From(_), by) => {
+                let (target, by) = (&mut dst[line.clone()], place.stride);
+                match start {
+                    Start::Zero => (0..width).for_each(|j| target[j * by] = source[j]),
+                    Start::InPlace => (0..width).for_each(|j| target[j * by] += source[j]),
+                    Start::From(_) => {
                         let before = &before[line];
                         (0..width).for_each(|j| target[j * by] = before[j * by] + source[j]);
                     }

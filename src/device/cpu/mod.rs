@@ -9,6 +9,7 @@ mod elementwise;
 mod gemm;
 mod launch;
 mod layout;
+mod lines;
 mod memory;
 mod microkernel;
 mod patches;

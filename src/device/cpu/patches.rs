@@ -5,8 +5,9 @@
 //! the kernel) is one plane from a fixed offset on. Strided convolutions read from stride² planes per channel, one
 //! per residue of the pixel's position. Columns that fall between rows are computed and thrown away.
 
+use super::lines::{self, Lines};
 use super::real::Real;
-use super::simd::copy_line;
+
 use std::ops::Range;
 
 /// How columns are taken from images `[C, N, H, W]`: column (n, i, j), row (c, tap) is the pixel at
@@ -181,14 +182,18 @@ impl Patches {
             for (n, sample) in tile.images.clone().enumerate() {
                 let image = &src[(channel * self.samples + sample) * image_len..][..image_len];
                 let origin = self.rows.before * stride + self.cols.before + n * self.image_stride(tile);
-                for u in rows.clone() {
-                    let at = origin + u * stride - tile.lines.start * stride;
-                    let source = &image[(u * step + a) * self.width + b..(u * step + a + 1) * self.width];
-                    let target = &mut plane[at..at + width];
-                    match step {
-                        1 => copy_line(target, source),
-                        _ => target.iter_mut().zip(source.iter().step_by(step)).for_each(|(t, s)| *t = *s),
-                    }
+                if rows.is_empty() {
+                    continue;
+                }
+                let target = &mut plane[origin + rows.start * stride - tile.lines.start * stride..];
+                let lines = Lines { stride, count: rows.len() };
+                if step == 1 {
+                    lines::copy(target, lines, &image[rows.start * self.width..], self.width, width);
+                    continue;
+                }
+                for (l, u) in rows.clone().enumerate() {
+                    let source = image[(u * step + a) * self.width + b..].iter().step_by(step);
+                    target[l * stride..][..width].iter_mut().zip(source).for_each(|(t, s)| *t = *s);
                 }
             }
         }
@@ -205,11 +210,10 @@ impl Patches {
                 break;
             }
             for (n, sample) in tile.images.clone().enumerate() {
-                for (l, line) in tile.lines.clone().enumerate() {
-                    let at = self.column(tile, n, l);
-                    let from = (sample * lines + line) * width;
-                    copy_line(&mut out[at..at + width], &source[from..from + width]);
-                }
+                let from = (sample * lines + tile.lines.start) * width;
+                let to = &mut out[self.column(tile, n, 0)..];
+                let copied = Lines { stride: self.line_stride(), count: tile.lines.len() };
+                lines::copy(to, copied, &source[from..], width, width);
             }
         }
     }
