@@ -11,7 +11,7 @@ use mlnt::mlnt::{CeSpec, Recipe, Report, record_ce_step, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::ops::{Op, Operation};
 use mlnt::plan::{Place, Plan, PlanOptions};
-use mlnt::tape::{Coef, DType, Meta, Tape};
+use mlnt::tape::{Coef, DType, Fan, Meta, Tape};
 use std::collections::HashMap;
 
 const ARCHS: [Arch; 2] = [Arch::PreactResnet, Arch::ResnetBottleneck];
@@ -358,4 +358,14 @@ fn a_joint_step_costs_nine_passes_per_branch_and_four() {
         }
         assert!(ratio <= (9 * m + 4) as f64 * 1.01, "M={m}: {ratio}");
     }
+}
+
+#[test]
+fn gradients_that_stay_apart_do_not_pass_a_sum_over_the_branches() {
+    let mut tape = Tape::new(3);
+    let x = tape.input("x", Meta::vector(4).branched()).unwrap();
+    let sum = tape.sum_branches(x).unwrap();
+    let seed = tape.input("seed", Meta::vector(4).branched()).unwrap();
+    let error = tape.vjp(&[(sum, seed)], &[x], Fan::Keep).unwrap_err();
+    assert!(error.to_string().contains("sum over the branches"), "{error}");
 }

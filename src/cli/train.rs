@@ -117,9 +117,13 @@ pub(super) fn run(args: &TrainArgs) -> Result<u8> {
 }
 
 fn create(args: &TrainArgs) -> Result<Run> {
-    let config = args.config()?;
+    let mut config = args.config()?;
     if let Some(out) = config.out.as_ref().filter(|out| out.exists()) {
         return Err(Error::file(out, "the run directory exists; choose another --out, or continue it with --resume"));
+    }
+    // The run must find its data again from any folder; what cannot be found now is told when it is read.
+    if let Some(path) = Path::new(&config.data).canonicalize().ok().filter(|_| config.data != "sample") {
+        config.data = path.to_string_lossy().into_owned();
     }
     let (data, engine) = start(&config)?;
     let run = Run::create(config, data, engine)?;

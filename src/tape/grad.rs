@@ -61,6 +61,14 @@ impl Tape {
             if !needs.iter().any(|b| *b) {
                 continue;
             }
+            if fan == Fan::Keep {
+                let branched = |t: &Tensor| self.meta(*t).per_branch;
+                let summed = |(t, cot): (&Tensor, &Option<Tensor>)| !branched(t) && cot.as_ref().is_some_and(branched);
+                if inputs.iter().any(branched) && outputs.iter().zip(&cots).any(summed) {
+                    let what = "a sum over the branches has no gradients that stay apart".to_string();
+                    return Err(Error::NotDifferentiable { op: op.name(), what });
+                }
+            }
             let args = PullbackArgs { inputs: &inputs, outputs: &outputs, cots: &cots, needs: &needs, fan };
             let grads = op.pullback(self, &args)?;
             for (t, grad) in inputs.iter().zip(grads) {
