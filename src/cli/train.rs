@@ -26,7 +26,7 @@ const EXAMPLES: &str = "\
 Examples:
   mlnt train                                          the embedded sample, half its labels noisy
   mlnt train --noise asymmetric --noise-rate 0.4 --seed 2
-  mlnt train --preset cifar10 --data DIR              the paper's setting
+  mlnt train --preset cifar10 --data DIR              the paper's setting (weeks on two cores)
   mlnt train --config mine.toml --epochs 10           flags before file before preset
   mlnt train --resume runs/sample-symmetric-0.5-s1    go on where Ctrl-C stopped, bit for bit
 
@@ -43,7 +43,7 @@ checkpoint.safetensors, summary.txt.";
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct TrainArgs {
-    /// TOML file of settings; flags go before it.
+    /// TOML file of settings; flags override it.
     #[arg(long, value_name = "FILE", help_heading = "Run")]
     pub config: Option<PathBuf>,
     /// Continue the run in this directory from its checkpoint; other settings must agree with the run's.

@@ -24,8 +24,8 @@ with how many did.";
 /// The help below the arguments.
 const EXAMPLES: &str = "\
 Examples:
-  mlnt verify step_joint.safetensors step_sequential.safetensors
-  mlnt verify step_joint.safetensors --precision f32 --json
+  mlnt verify golden/step_joint.safetensors golden/step_sequential.safetensors
+  mlnt verify golden/step_joint.safetensors --precision f32 --json
 
 Exit status: 0 when every group of every file is within tolerance, 1 when one is not, 2 for a file that is no golden
 step.";

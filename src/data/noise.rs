@@ -25,7 +25,7 @@ pub enum NoiseKind {
     #[serde(rename = "symmetric-exclusive")]
     #[value(name = "symmetric-exclusive")]
     SymmetricExclusive,
-    /// By class map ([`ClassMap`]). `rate` of the samples of the classes that have a target are chosen; the other
+    /// By a map of look-alike classes. `rate` of the samples of the classes that have a target are chosen; the other
     /// classes stay clean, so that the realised rate over all samples is lower.
     #[serde(rename = "asymmetric")]
     #[value(name = "asymmetric")]

@@ -58,7 +58,7 @@ fn small() -> Config {
         val_fraction: 0.1,
         val_labels: ValidationLabels::Noisy,
         augment: Augment::None,
-        pad: 0,
+        pad: 4,
         noise: NoiseKind::SymmetricInclusive,
         noise_rate: 0.5,
         recipe: Recipe::Released,
