@@ -12,8 +12,8 @@ use crate::mlnt::{Report, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
 use crate::plan::{Plan, PlanOptions};
 use crate::rng::{Purpose, below, normal, stream};
-use crate::train::choice::DeviceKind;
-use crate::train::engine::{open_device, step_spec};
+use crate::train::engine::step_spec;
+use crate::train::open_device::open_device;
 
 /// The arguments of `mlnt bench-step`: those of `plan`, and how often to run.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
@@ -50,7 +50,8 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let before = peak_rss();
     let config = args.plan.config()?;
     let (input, model) = (args.plan.input(), args.plan.model_spec(&config));
-    let (mut device, why) = open_device(DeviceKind::Auto, config.precision, args.threads)?;
+    let opened = open_device(args.plan.device, config.precision, args.threads)?;
+    let (mut device, why) = (opened.device, opened.text);
     let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &PlanOptions::default())?;
     let scalars = StepScalars { lr: 0.05, eta: 0.4, gamma: 0.99, lambda: 1.0 }.in_order(&plan.scalars);
     let id = device.load(plan)?;

@@ -1,10 +1,8 @@
 //! The networks of a run on a device: their plans and states.
 
-use super::choice::{DeviceKind, Precision};
 use super::config::Config;
 use super::prepare::LabelledSet;
 use crate::data::{Augment, Batcher, Normalise};
-use crate::device::cpu::Cpu;
 use crate::device::{Device, HostSlice, HostVec, PlanId};
 use crate::error::Result;
 use crate::mlnt::{
@@ -40,25 +38,6 @@ impl Network {
             Network::Teacher => "teacher.",
         }
     }
-}
-
-/// The device that `kind` asks for, and the reason in words.
-///
-/// # Errors
-/// When it cannot be had.
-pub fn open_device(kind: DeviceKind, precision: Precision, threads: usize) -> Result<(Box<dyn Device>, String)> {
-    // Batches are filled by the process's own pool, beside the device's; the first to ask decides its size.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    let device: Box<dyn Device> = match precision {
-        Precision::F32 => Box::new(Cpu::<f32>::new(threads)?),
-        Precision::F64 => Box::new(Cpu::<f64>::new(threads)?),
-    };
-    let why = match kind {
-        DeviceKind::Cpu => "asked for",
-        DeviceKind::Auto => "the only device of this build",
-    };
-    let text = format!("device: {}: {why}", device.describe());
-    Ok((device, text))
 }
 
 /// What a training step reports.

@@ -293,6 +293,33 @@ impl Cuda {
     }
 }
 
+/// Lowers for no addresses. Sizes do not depend on them: it tells how much memory there must be.
+fn lower_nowhere(plan: &Plan, operands: Operands) -> Result<Lowered> {
+    let states = vec![Address::NULL; plan.states.len()];
+    let inputs = vec![Address::NULL; plan.inputs.len()];
+    Lowering::run(plan, &Bases { states, inputs, ..Bases::default() }, operands)
+}
+
+/// What a plan takes beyond its arena on this device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelCost {
+    /// Kernel launches of a run.
+    pub launches: usize,
+    /// Bytes of scratch: partial sums and the like.
+    pub scratch_bytes: usize,
+}
+
+impl KernelCost {
+    /// The cost of `plan`, without a machine.
+    ///
+    /// # Errors
+    /// When an operation has sizes that its kernels cannot take.
+    pub fn of(plan: &Plan, operands: Operands) -> Result<Self> {
+        let lowered = lower_nowhere(plan, operands)?;
+        Ok(KernelCost { launches: lowered.launches.len(), scratch_bytes: lowered.scratch })
+    }
+}
+
 impl Device for Cuda {
     fn describe(&self) -> String {
         format!("{} ({}, {})", self.driver.name(), self.operands.name(), self.driver.describe())
@@ -304,13 +331,7 @@ impl Device for Cuda {
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
         check(&self.driver.name(), &plan)?;
-        // Sizes do not depend on addresses: lowering for no addresses tells how much scratch there must be.
-        let nowhere = Bases {
-            states: vec![Address::NULL; plan.states.len()],
-            inputs: vec![Address::NULL; plan.inputs.len()],
-            ..Bases::default()
-        };
-        let Lowered { coefs, tables, scratch, .. } = Lowering::run(&plan, &nowhere, self.operands)?;
+        let Lowered { coefs, tables, scratch, .. } = lower_nowhere(&plan, self.operands)?;
         self.check_memory(&plan, scratch)?;
         let coefs = self.allocate(4 * coefs.len(), "coefficients")?;
         let tables = self.allocate(tables.len(), "tables of operands")?;
