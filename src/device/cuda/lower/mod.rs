@@ -5,11 +5,12 @@
 mod batch_norm;
 mod conv;
 mod elementwise;
+mod neighbours;
 mod pool;
 mod softmax;
 
 use super::driver::{Address, Launch};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{Op, Operation};
 use crate::plan::{Args, Place, Plan};
 use crate::tape::{Coef, DType, Meta};
@@ -145,6 +146,8 @@ impl<'a> Lowering<'a> {
             Op::Fill(op) => elementwise::fill(self, op, args),
             Op::ChannelSum(_) => elementwise::channel_sum(self, args),
             Op::ChannelBroadcast(_) => elementwise::channel_broadcast(self, args),
+            Op::NearestNeighbours(_) => neighbours::nearest(self, args),
+            Op::TransferLabels(_) => neighbours::transfer(self, args),
             Op::AvgPool(_) => pool::average(self, args),
             Op::AvgPoolBackward(_) => pool::average_backward(self, args),
             Op::MaxPoolIndex(op) => pool::max_index(self, &op.0, args),
@@ -155,6 +158,14 @@ impl<'a> Lowering<'a> {
             Op::CeLoss(_) | Op::KlLoss(_) => softmax::loss(self, op, args),
             Op::CeGrad(_) | Op::KlGrad(_) => softmax::grad(self, op, args),
         }
+    }
+
+    /// `size` as a kernel takes it.
+    ///
+    /// # Errors
+    /// When it exceeds 31 bits, with the operation and its shapes.
+    pub fn narrow(&self, size: usize) -> Result<i32> {
+        i32::try_from(size).map_err(|_| Error::usage(format_args!("{}: {size} is beyond 2^31", self.label)))
     }
 
     /// M.
