@@ -3,7 +3,10 @@
 //! A device knows operations and places, neither tapes nor models. Activations cross its border in `[N, C, H, W]`
 //! order, whatever order it keeps them in.
 
+mod check;
 pub mod cpu;
+pub mod cuda;
+mod states;
 
 use crate::error::Result;
 use crate::plan::Plan;

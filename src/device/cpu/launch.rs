@@ -7,10 +7,9 @@ use super::memory::{Memory, View};
 use super::real::Real;
 use super::softmax::{Head, Target};
 use super::{batch_norm, pool};
-use crate::error::{Error, Result};
 use crate::ops::{Conv, Op, Operation};
-use crate::plan::{Args, Buffer, Launch, Place, Plan};
-use crate::tape::{DType, Meta};
+use crate::plan::{Args, Launch, Plan};
+use crate::tape::Meta;
 use std::collections::HashMap;
 
 /// What the launches of a run have in common, visible to the threads of the pool.
@@ -23,104 +22,10 @@ pub(super) struct Context<'a, T> {
     pub layouts: &'a HashMap<Conv, conv::Layout>,
 }
 
-// SAFETY: `run` is entered by one thread at a time, and gives its tasks slices that `check` has found disjoint.
+// SAFETY: `run` is entered by one thread at a time, and gives its tasks slices that `check::check` has found disjoint.
 unsafe impl<T: Send> Send for Context<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for Context<'_, T> {}
-
-/// Refuses a plan whose buffers do not lie in their memory, whose launches take reals for indices or the other way
-/// round, or in which a launch would read what it writes, other than where the kernel works in place.
-///
-/// This is what makes the slices of [`run`] sound.
-///
-/// # Errors
-/// [`Error::Device`], naming the operation.
-pub(super) fn check(plan: &Plan) -> Result<()> {
-    check_places(plan)?;
-    check_types(plan)?;
-    check_aliasing(plan)
-}
-
-fn refuse(what: String) -> Error {
-    Error::Device { device: "cpu".into(), what }
-}
-
-fn check_places(plan: &Plan) -> Result<()> {
-    for buffer in &plan.buffers {
-        let meta = &buffer.meta;
-        let inside = match (buffer.place, meta.dtype) {
-            (Place::Arena(at), DType::Real) => at + meta.total(plan.branches) <= plan.arena_reals,
-            (Place::Arena(at), DType::Index) => at + meta.total(plan.branches) <= plan.arena_indices,
-            (Place::State(i), dtype) => plan.states.get(i).is_some_and(|s| s.meta == *meta) && dtype == DType::Real,
-            (Place::Input(i), _) => plan.inputs.get(i).is_some_and(|s| s.meta == *meta),
-        };
-        if !inside {
-            return Err(refuse(format!("a tensor ({meta}) does not lie in its memory, or is a state of indices")));
-        }
-    }
-    Ok(())
-}
-
-fn check_types(plan: &Plan) -> Result<()> {
-    for launch in &plan.launches {
-        // The one operand or result of an operation that is an index.
-        let (operand, result) = match launch.op {
-            Op::MaxPoolIndex(_) => (None, Some(0)),
-            Op::PoolGather(_) | Op::PoolScatter(_) | Op::CeLoss(_) | Op::CeGrad(_) => (Some(1), None),
-            _ => (None, None),
-        };
-        for args in &launch.args {
-            let fits = |ids: &[usize], index: Option<usize>| {
-                let is_index = |b: &usize| plan.buffers[*b].meta.dtype == DType::Index;
-                ids.iter().enumerate().all(|(i, b)| is_index(b) == (index == Some(i)))
-            };
-            if !fits(&args.inputs, operand) || !fits(&args.outputs, result) {
-                return Err(refuse(format!("{}: takes reals where it was given indices", launch.op.name())));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn check_aliasing(plan: &Plan) -> Result<()> {
-    let span = |b: &Buffer| {
-        let len = b.meta.total(plan.branches);
-        let (space, from) = match b.place {
-            Place::Arena(at) => (if b.meta.dtype == DType::Real { (0, 0) } else { (1, 0) }, at),
-            Place::State(i) => ((2, i), 0),
-            Place::Input(i) => ((3, i), 0),
-        };
-        (space, from, from + len)
-    };
-    let overlap = |a: &Buffer, b: &Buffer| {
-        let ((sa, fa, ta), (sb, fb, tb)) = (span(a), span(b));
-        sa == sb && fa < tb && fb < ta
-    };
-    for launch in &plan.launches {
-        for args in &launch.args {
-            let buffers = |ids: &[usize]| -> Vec<Buffer> { ids.iter().map(|&b| plan.buffers[b]).collect() };
-            let (inputs, outputs) = (buffers(&args.inputs), buffers(&args.outputs));
-            for (o, out) in outputs.iter().enumerate() {
-                let other_output = outputs[..o].iter().any(|other| overlap(other, out));
-                let input = inputs.iter().enumerate().any(|(i, input)| {
-                    let whole = input.place == out.place && input.meta == out.meta;
-                    let in_place = match launch.op {
-                        Op::LinComb(_) => whole,
-                        Op::Conv(_) => whole && i == 2,
-                        _ => false,
-                    };
-                    overlap(input, out) && !in_place
-                });
-                let constant = matches!(out.place, Place::Input(_));
-                if other_output || input || constant {
-                    let what = format!("{}: result {o} ({}) is laid over something else", launch.op.name(), out.meta);
-                    return Err(refuse(what));
-                }
-            }
-        }
-    }
-    Ok(())
-}
 
 /// Elements of workspace the plan's launches need.
 pub(super) fn workspace<T>(plan: &Plan) -> usize {
@@ -152,7 +57,7 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
     let Context { plan, memory, scalars, layouts } = context;
     let input = |i: usize| &plan.buffers[args.inputs[i]];
     let output = |i: usize| &plan.buffers[args.outputs[i]];
-    // SAFETY (all four): `check` has found no overlap of a launch's results with one another or with its
+    // SAFETY (all four): `check::check` has found no overlap of a launch's results with one another or with its
     // operands, except operands worked on in place, which are not turned into slices below.
     let real = |i: usize| -> View<'_, T> { unsafe { memory.read(input(i)) } };
     let index = |i: usize| unsafe { memory.read_indices(input(i)) };

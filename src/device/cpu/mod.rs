@@ -20,6 +20,7 @@ mod softmax;
 
 pub use real::Real;
 
+use super::check::check;
 use super::{Device, HostSlice, HostVec, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, Op, Operation};
@@ -217,7 +218,7 @@ impl<T: Real + Default> Device for Cpu<T> {
     }
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
-        launch::check(&plan)?;
+        check("cpu", &plan)?;
         let work = launch::workspace::<T>(&plan);
         self.reserve(&plan, work)?;
         let mut states = Vec::with_capacity(plan.states.len());

@@ -1,0 +1,95 @@
+//! What every device asks of a plan before it runs it.
+
+use crate::error::{Error, Result};
+use crate::ops::{Op, Operation};
+use crate::plan::{Buffer, Place, Plan};
+use crate::tape::DType;
+
+/// Refuses a plan whose buffers do not lie in their memory, whose launches take reals for indices or the other way
+/// round, or in which a launch would read what it writes, other than where the kernel works in place.
+///
+/// This is what makes the slices that the CPU's kernels get sound, and keeps the kernels of a GPU within their memory.
+///
+/// # Errors
+/// [`Error::Device`], naming the operation.
+pub(super) fn check(device: &str, plan: &Plan) -> Result<()> {
+    let found = check_places(plan).and_then(|()| check_types(plan)).and_then(|()| check_aliasing(plan));
+    found.map_err(|what| Error::Device { device: device.into(), what })
+}
+
+fn check_places(plan: &Plan) -> std::result::Result<(), String> {
+    for buffer in &plan.buffers {
+        let meta = &buffer.meta;
+        let inside = match (buffer.place, meta.dtype) {
+            (Place::Arena(at), DType::Real) => at + meta.total(plan.branches) <= plan.arena_reals,
+            (Place::Arena(at), DType::Index) => at + meta.total(plan.branches) <= plan.arena_indices,
+            (Place::State(i), dtype) => plan.states.get(i).is_some_and(|s| s.meta == *meta) && dtype == DType::Real,
+            (Place::Input(i), _) => plan.inputs.get(i).is_some_and(|s| s.meta == *meta),
+        };
+        if !inside {
+            return Err(format!("a tensor ({meta}) does not lie in its memory, or is a state of indices"));
+        }
+    }
+    Ok(())
+}
+
+fn check_types(plan: &Plan) -> std::result::Result<(), String> {
+    for launch in &plan.launches {
+        // The one operand or result of an operation that is an index.
+        let (operand, result) = match launch.op {
+            Op::MaxPoolIndex(_) => (None, Some(0)),
+            Op::PoolGather(_) | Op::PoolScatter(_) | Op::CeLoss(_) | Op::CeGrad(_) => (Some(1), None),
+            _ => (None, None),
+        };
+        for args in &launch.args {
+            let fits = |ids: &[usize], index: Option<usize>| {
+                let is_index = |b: &usize| plan.buffers[*b].meta.dtype == DType::Index;
+                ids.iter().enumerate().all(|(i, b)| is_index(b) == (index == Some(i)))
+            };
+            if !fits(&args.inputs, operand) || !fits(&args.outputs, result) {
+                return Err(format!("{}: takes reals where it was given indices", launch.op.name()));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
+    let span = |b: &Buffer| {
+        let len = b.meta.total(plan.branches);
+        let (space, from) = match b.place {
+            Place::Arena(at) => (if b.meta.dtype == DType::Real { (0, 0) } else { (1, 0) }, at),
+            Place::State(i) => ((2, i), 0),
+            Place::Input(i) => ((3, i), 0),
+        };
+        (space, from, from + len)
+    };
+    let overlap = |a: &Buffer, b: &Buffer| {
+        let ((sa, fa, ta), (sb, fb, tb)) = (span(a), span(b));
+        sa == sb && fa < tb && fb < ta
+    };
+    for launch in &plan.launches {
+        for args in &launch.args {
+            let buffers = |ids: &[usize]| -> Vec<Buffer> { ids.iter().map(|&b| plan.buffers[b]).collect() };
+            let (inputs, outputs) = (buffers(&args.inputs), buffers(&args.outputs));
+            for (o, out) in outputs.iter().enumerate() {
+                let other_output = outputs[..o].iter().any(|other| overlap(other, out));
+                let input = inputs.iter().enumerate().any(|(i, input)| {
+                    let whole = input.place == out.place && input.meta == out.meta;
+                    let in_place = match launch.op {
+                        Op::LinComb(_) => whole,
+                        Op::Conv(_) => whole && i == 2,
+                        _ => false,
+                    };
+                    overlap(input, out) && !in_place
+                });
+                let constant = matches!(out.place, Place::Input(_));
+                if other_output || input || constant {
+                    let what = format!("{}: result {o} ({}) is laid over something else", launch.op.name(), out.meta);
+                    return Err(what);
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! From a launch of a plan to kernel launches: one file per family of kernels, each beside its parameter structs.
+//!
+//! Lowering computes addresses and sizes only. It touches no memory and needs no machine.
+
+mod batch_norm;
+mod conv;
+mod elementwise;
+mod pool;
+mod softmax;
+
+use super::driver::{Address, Launch};
+use crate::error::Result;
+use crate::ops::{Op, Operation};
+use crate::plan::{Args, Place, Plan};
+use crate::tape::{Coef, DType, Meta};
+
+/// Element type to which the operands of convolutions are rounded; they accumulate in f32 whatever it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operands {
+    /// IEEE single precision, on the ordinary arithmetic units.
+    F32,
+    /// 10 bits of mantissa, range of f32.
+    Tf32,
+    /// IEEE half precision, scaled by powers of two so that nothing leaves its range.
+    F16,
+    /// 7 bits of mantissa, range of f32.
+    Bf16,
+}
+
+impl Operands {
+    /// Its name on the command line and at the end of kernel names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Operands::F32 => "f32",
+            Operands::Tf32 => "tf32",
+            Operands::F16 => "f16",
+            Operands::Bf16 => "bf16",
+        }
+    }
+}
+
+/// Where everything lies that a plan can touch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Bases {
+    pub reals: Address,
+    pub indices: Address,
+    /// Partial sums and the like; dead after the launches of one operation.
+    pub scratch: Address,
+    /// Coefficients of this run, f32.
+    pub coefs: Address,
+    /// Tables of operands.
+    pub tables: Address,
+    /// One per state of the plan; null where the plan does not touch it.
+    pub states: Vec<Address>,
+    /// One per input of the plan; null where the plan does not touch it.
+    pub inputs: Vec<Address>,
+}
+
+/// A tensor as kernels see it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operand {
+    /// Its first element.
+    pub at: Address,
+    /// Shape and branching.
+    pub meta: Meta,
+    /// Elements from one branch to the next; 0 for a shared tensor, which is the same in every branch.
+    pub branch: i64,
+}
+
+impl Operand {
+    /// Elements of one branch.
+    pub fn len(&self) -> usize {
+        self.meta.len()
+    }
+}
+
+/// What lowering a plan yields.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Lowered {
+    /// Kernel launches, in order.
+    pub launches: Vec<Launch>,
+    /// For every launch of the plan the number of kernel launches up to and with it.
+    pub ends: Vec<usize>,
+    /// Coefficients in the order in which they lie in memory.
+    pub coefs: Vec<Coef>,
+    /// Content of the tables.
+    pub tables: Vec<u8>,
+    /// Bytes of scratch.
+    pub scratch: usize,
+}
+
+/// The state of lowering.
+pub(super) struct Lowering<'a> {
+    plan: &'a Plan,
+    bases: &'a Bases,
+    /// Operand type of convolutions.
+    pub operands: Operands,
+    out: Lowered,
+    scratch: usize,
+    label: String,
+}
+
+impl<'a> Lowering<'a> {
+    /// Lowers every launch of `plan`.
+    ///
+    /// # Errors
+    /// When an operation has sizes that its kernels cannot take.
+    pub fn run(plan: &'a Plan, bases: &'a Bases, operands: Operands) -> Result<Lowered> {
+        let out = Lowered::default();
+        let mut lowering = Lowering { plan, bases, operands, out, scratch: 0, label: String::new() };
+        for launch in &plan.launches {
+            lowering.scratch = 0;
+            if let Op::LinComb(op) = &launch.op {
+                // Independent combinations with the same coefficients are one launch.
+                lowering.set_label(&launch.op, &launch.args[0]);
+                elementwise::lin_comb(&mut lowering, op, &launch.args)?;
+            } else {
+                for args in &launch.args {
+                    lowering.set_label(&launch.op, args);
+                    lowering.operation(&launch.op, args)?;
+                }
+            }
+            lowering.out.ends.push(lowering.out.launches.len());
+        }
+        Ok(lowering.out)
+    }
+
+    fn set_label(&mut self, op: &Op, args: &Args) {
+        let metas = |ids: &[usize]| -> String {
+            ids.iter().map(|&b| self.plan.buffers[b].meta.to_string()).collect::<Vec<_>>().join(", ")
+        };
+        self.label = format!("{}: {} -> {}", op.name(), metas(&args.inputs), metas(&args.outputs));
+    }
+
+    fn operation(&mut self, op: &Op, args: &Args) -> Result<()> {
+        match op {
+            Op::Conv(op) => conv::conv(self, op, args),
+            Op::BnForward(op) => batch_norm::forward(self, op.relu, args),
+            Op::BnEval(op) => batch_norm::eval(self, op.relu, args),
+            Op::BnBackward(op) => batch_norm::backward(self, op.relu, args),
+            Op::BnDoubleBackward(op) => batch_norm::double_backward(self, op.relu, args),
+            Op::Relu(_) => elementwise::relu(self, args),
+            Op::Mask(_) => elementwise::mask(self, args),
+            Op::LinComb(op) => elementwise::lin_comb(self, op, std::slice::from_ref(args)),
+            Op::Fill(op) => elementwise::fill(self, op, args),
+            Op::ChannelSum(_) => elementwise::channel_sum(self, args),
+            Op::ChannelBroadcast(_) => elementwise::channel_broadcast(self, args),
+            Op::AvgPool(_) => pool::average(self, args),
+            Op::AvgPoolBackward(_) => pool::average_backward(self, args),
+            Op::MaxPoolIndex(op) => pool::max_index(self, &op.0, args),
+            Op::PoolGather(op) => pool::gather(self, &op.0, args),
+            Op::PoolScatter(op) => pool::scatter(self, &op.0, args),
+            Op::Softmax(_) => softmax::softmax(self, args),
+            Op::SoftmaxJvp(_) => softmax::jvp(self, args),
+            Op::CeLoss(_) | Op::KlLoss(_) => softmax::loss(self, op, args),
+            Op::CeGrad(_) | Op::KlGrad(_) => softmax::grad(self, op, args),
+        }
+    }
+
+    /// M.
+    pub fn branches(&self) -> usize {
+        self.plan.branches
+    }
+
+    /// Branches that an operation runs over: M if any operand is per-branch, else 1.
+    pub fn live_branches(&self, args: &Args) -> usize {
+        if args.inputs.iter().any(|&b| self.plan.buffers[b].meta.per_branch) { self.plan.branches } else { 1 }
+    }
+
+    /// Operand `i`.
+    pub fn input(&self, args: &Args, i: usize) -> Operand {
+        self.operand(args.inputs[i])
+    }
+
+    /// Operand `i`, if there is one.
+    pub fn optional_input(&self, args: &Args, i: usize) -> Option<Operand> {
+        args.inputs.get(i).map(|&b| self.operand(b))
+    }
+
+    /// Result `i`.
+    pub fn output(&self, args: &Args, i: usize) -> Operand {
+        self.operand(args.outputs[i])
+    }
+
+    fn operand(&self, buffer: usize) -> Operand {
+        let buffer = &self.plan.buffers[buffer];
+        let at = match (buffer.place, buffer.meta.dtype) {
+            (Place::Arena(at), DType::Real) => self.bases.reals.offset(4 * at),
+            (Place::Arena(at), DType::Index) => self.bases.indices.offset(4 * at),
+            (Place::State(i), _) => self.bases.states[i],
+            (Place::Input(i), _) => self.bases.inputs[i],
+        };
+        let branch = if buffer.meta.per_branch { buffer.meta.len() as i64 } else { 0 };
+        Operand { at, meta: buffer.meta, branch }
+    }
+
+    /// `bytes` of scratch, aligned to 256, for the launches of the present operation.
+    pub fn scratch(&mut self, bytes: usize) -> Address {
+        let at = self.bases.scratch.offset(self.scratch);
+        self.scratch += bytes.next_multiple_of(256);
+        self.out.scratch = self.out.scratch.max(self.scratch);
+        at
+    }
+
+    /// Where the values of `coefs` will lie, one after the other, as f32.
+    pub fn coefs(&mut self, coefs: &[Coef]) -> Address {
+        let at = self.bases.coefs.offset(4 * self.out.coefs.len());
+        self.out.coefs.extend_from_slice(coefs);
+        at
+    }
+
+    /// Where a copy of `table` will lie that never changes: operand lists too long for a parameter struct.
+    pub fn table<E: bytemuck::Pod>(&mut self, table: &[E]) -> Address {
+        let at = self.bases.tables.offset(self.out.tables.len());
+        self.out.tables.extend_from_slice(bytemuck::cast_slice(table));
+        self.out.tables.resize(self.out.tables.len().next_multiple_of(16), 0);
+        at
+    }
+
+    /// Appends a launch: blocks in x, y and z, threads of a block, bytes of dynamic shared memory of a block.
+    pub fn push<P: bytemuck::Pod>(
+        &mut self,
+        kernel: &'static str,
+        params: &P,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+    ) {
+        // What does not fit 32 bits is beyond every machine's limits and is refused there.
+        let narrow = |v: usize| u32::try_from(v).unwrap_or(u32::MAX);
+        self.out.launches.push(Launch {
+            kernel,
+            params: bytemuck::bytes_of(params).into(),
+            grid: grid.map(narrow),
+            threads: narrow(threads),
+            shared: narrow(shared),
+            label: self.label.as_str().into(),
+        });
+    }
+}

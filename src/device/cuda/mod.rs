@@ -1,0 +1,428 @@
+//! The CUDA device: runs plans through hand-written kernels, on a GPU or on the SIMT host machine.
+//!
+//! A plan is lowered once to kernel launches with all their addresses; a run uploads the coefficients of the step and
+//! replays the launches as one graph. Every tensor in device memory is f32 (indices: i32), activations NHWC.
+
+pub mod driver;
+mod layout;
+mod lower;
+
+pub use lower::Operands;
+
+use super::check::check;
+use super::states::States;
+use super::{Device, HostSlice, HostVec, PlanId};
+use crate::error::{Error, Result};
+use crate::ops::Operation;
+use crate::plan::{Place, Plan, Port};
+use crate::tape::{DType, Meta};
+use driver::{Address, Driver, Graph, Stream};
+use layout::{Towards, permute};
+use lower::{Bases, Lowered, Lowering};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+/// How a plan's launches reach the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Recorded once as a graph, then replayed.
+    Graph,
+    /// One by one, at every run.
+    Eager,
+}
+
+/// Memory of the device that grows when a plan needs more.
+#[derive(Clone, Copy, Debug, Default)]
+struct Growing {
+    at: Address,
+    bytes: usize,
+}
+
+/// A plan on the device.
+struct Loaded {
+    plan: Plan,
+    inputs: Vec<Address>,
+    /// For every state of the plan its position among the device's, if the plan touches it.
+    states: Vec<Option<usize>>,
+    coefs: Address,
+    tables: Address,
+    /// Launches for the addresses of now; none after shared memory has moved.
+    lowered: Option<Lowered>,
+    graph: Option<Graph>,
+}
+
+/// The device. See the [module documentation](self).
+pub struct Cuda {
+    driver: Box<dyn Driver>,
+    operands: Operands,
+    mode: Mode,
+    plans: Vec<Loaded>,
+    states: States<Address>,
+    reals: Growing,
+    indices: Growing,
+    scratch: Growing,
+    last_run: Option<PlanId>,
+    /// Values on their way to or from the device, in its order.
+    staging: RefCell<Vec<u32>>,
+}
+
+impl Cuda {
+    /// The device on `driver`, whose convolutions round their operands to `operands`.
+    pub fn new(driver: Box<dyn Driver>, operands: Operands, mode: Mode) -> Self {
+        let states = States::new(driver.name());
+        let (reals, indices, scratch) = Default::default();
+        let (plans, last_run, staging) = (Vec::new(), None, RefCell::default());
+        Cuda { driver, operands, mode, plans, states, reals, indices, scratch, last_run, staging }
+    }
+
+    /// The machine.
+    pub fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
+
+    fn error(&self, what: String) -> Error {
+        Error::Device { device: self.driver.name(), what }
+    }
+
+    fn plan(&self, id: PlanId) -> Result<&Loaded> {
+        self.plans.get(id.0).ok_or_else(|| self.error("no such plan".into()))
+    }
+
+    /// Memory for `bytes`, or none.
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Address> {
+        if bytes == 0 { Ok(Address::NULL) } else { self.driver.allocate(bytes, what) }
+    }
+
+    /// Refuses a plan whose memory cannot be had, before any of it is taken.
+    fn check_memory(&self, plan: &Plan, scratch: usize) -> Result<()> {
+        let ports = |ports: &[Port], new: &dyn Fn(&Port) -> bool| -> usize {
+            let ports = ports.iter().filter(|p| p.buffer.is_some() && new(p));
+            ports.map(|p| p.meta.total(plan.branches).saturating_mul(4)).fold(0, usize::saturating_add)
+        };
+        let growth = |have: &Growing, bytes: usize| if bytes > have.bytes { bytes } else { 0 };
+        let need = ports(&plan.states, &|p| !self.states.contains(&p.name))
+            .saturating_add(ports(&plan.inputs, &|_| true))
+            .saturating_add(growth(&self.reals, plan.arena_reals.saturating_mul(4)))
+            .saturating_add(growth(&self.indices, plan.arena_indices.saturating_mul(4)))
+            .saturating_add(growth(&self.scratch, scratch));
+        match self.driver.free_bytes() {
+            Some(free) if need > free => Err(Error::usage(format_args!(
+                "device {}: the plan needs {:.3} GB of memory, {:.3} GB are free; --batch, --branches, --widths or \
+                 --blocks lower the need, and mlnt plan shows it",
+                self.driver.name(),
+                need as f64 / 1e9,
+                free as f64 / 1e9
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets `which` hold `bytes`; true when it moved.
+    fn grow(&mut self, which: fn(&mut Self) -> &mut Growing, bytes: usize, what: &str) -> Result<bool> {
+        let Growing { at, bytes: have } = *which(self);
+        if bytes <= have {
+            return Ok(false);
+        }
+        self.driver.synchronize()?;
+        if at != Address::NULL {
+            self.driver.free(at);
+        }
+        *which(self) = Growing::default();
+        let at = self.driver.allocate(bytes, what)?;
+        *which(self) = Growing { at, bytes };
+        Ok(true)
+    }
+
+    /// Launches of all plans hold addresses of shared memory: they are made anew after it has moved.
+    fn forget_launches(&mut self) {
+        for loaded in &mut self.plans {
+            loaded.lowered = None;
+            if let Some(graph) = loaded.graph.take() {
+                self.driver.forget(graph);
+            }
+        }
+    }
+
+    fn bases(&self, loaded: &Loaded) -> Bases {
+        let state = |s: &Option<usize>| s.map_or(Address::NULL, |i| self.states.list()[i].data);
+        Bases {
+            reals: self.reals.at,
+            indices: self.indices.at,
+            scratch: self.scratch.at,
+            coefs: loaded.coefs,
+            tables: loaded.tables,
+            states: loaded.states.iter().map(state).collect(),
+            inputs: loaded.inputs.clone(),
+        }
+    }
+
+    /// Makes the launches of a plan for the addresses of now.
+    fn lower(&mut self, id: PlanId) -> Result<()> {
+        let loaded = self.plan(id)?;
+        if loaded.lowered.is_some() {
+            return Ok(());
+        }
+        let lowered = Lowering::run(&loaded.plan, &self.bases(loaded), self.operands)?;
+        for launch in &lowered.launches {
+            let kernel = self.driver.kernel(launch.kernel)?;
+            if let Some(why) = self.driver.limits().refuse(launch, &kernel) {
+                return Err(self.error(why));
+            }
+        }
+        if !lowered.tables.is_empty() {
+            self.driver.upload(Stream::Compute, loaded.tables, &lowered.tables)?;
+        }
+        self.plans[id.0].lowered = Some(lowered);
+        Ok(())
+    }
+
+    /// Checks the scalars of a run, makes the plan's launches if need be, and uploads this run's coefficients.
+    fn prepare(&mut self, id: PlanId, scalars: &[f64]) -> Result<()> {
+        let want = self.plan(id)?.plan.scalars.len();
+        if scalars.len() != want {
+            return Err(self.error(format!("{} runtime scalars for a plan with {want}", scalars.len())));
+        }
+        self.lower(id)?;
+        let loaded = &self.plans[id.0];
+        let coefs = loaded.lowered.as_ref().map_or(&[][..], |l| &l.coefs);
+        if !coefs.is_empty() {
+            let mut staging = self.staging.borrow_mut();
+            staging.clear();
+            staging.extend(coefs.iter().map(|c| (c.value(scalars) as f32).to_bits()));
+            self.driver.upload(Stream::Compute, loaded.coefs, bytemuck::cast_slice(&staging))?;
+        }
+        Ok(())
+    }
+
+    /// Queues the launches of a lowered plan one by one.
+    fn launch_all(&self, id: PlanId) -> Result<()> {
+        let loaded = self.plan(id)?;
+        let Some(lowered) = &loaded.lowered else { return Ok(()) };
+        let (mut from, mut phase) = (0, "");
+        for (launch, end) in loaded.plan.launches.iter().zip(&lowered.ends) {
+            if launch.phase != phase {
+                if !phase.is_empty() {
+                    self.driver.range_pop();
+                }
+                self.driver.range_push(launch.phase);
+                phase = launch.phase;
+            }
+            self.driver.range_push(launch.op.name());
+            let queued = lowered.launches[from..*end].iter().try_for_each(|l| self.driver.launch(Stream::Compute, l));
+            self.driver.range_pop();
+            queued?;
+            from = *end;
+        }
+        if !phase.is_empty() {
+            self.driver.range_pop();
+        }
+        Ok(())
+    }
+
+    fn upload(&self, meta: &Meta, branches: usize, to: Address, values: HostSlice<'_>, name: &str) -> Result<()> {
+        let total = meta.total(branches);
+        let given = match values {
+            HostSlice::F32(v) => v.len(),
+            HostSlice::F64(v) => v.len(),
+            HostSlice::I32(v) => v.len(),
+        };
+        if given != total {
+            return Err(self.error(format!("{name} is {meta}, {total} values in all, and was given {given}")));
+        }
+        let mut staging = self.staging.borrow_mut();
+        staging.resize(total, 0);
+        let to_device = Towards::Device;
+        match (meta.dtype, values) {
+            (DType::Real, HostSlice::F32(v)) => permute(meta, branches, v, &mut staging, to_device, f32::to_bits),
+            (DType::Real, HostSlice::F64(v)) => {
+                permute(meta, branches, v, &mut staging, to_device, |x| (x as f32).to_bits());
+            }
+            (DType::Index, HostSlice::I32(v)) => permute(meta, branches, v, &mut staging, to_device, |x| x as u32),
+            (DType::Real, HostSlice::I32(_)) => return Err(self.error(format!("{name} takes reals"))),
+            (DType::Index, _) => return Err(self.error(format!("{name} takes indices"))),
+        }
+        self.driver.upload(Stream::Compute, to, bytemuck::cast_slice(&staging))
+    }
+
+    /// Reads a tensor; `read` gets its bits in the order of the device.
+    fn download(&self, from: Address, total: usize, read: impl FnOnce(&[u32])) -> Result<()> {
+        let mut staging = self.staging.borrow_mut();
+        staging.resize(total, 0);
+        self.driver.download(Stream::Compute, from, bytemuck::cast_slice_mut(&mut staging))?;
+        read(&staging);
+        Ok(())
+    }
+
+    fn read(&self, meta: &Meta, branches: usize, from: Address) -> Result<HostVec> {
+        let total = meta.total(branches);
+        Ok(match meta.dtype {
+            DType::Real => {
+                let mut values = vec![0.0; total];
+                self.download(from, total, |bits| {
+                    permute(meta, branches, bits, &mut values, Towards::Host, f32::from_bits);
+                })?;
+                HostVec::F32(values)
+            }
+            DType::Index => {
+                let mut values = vec![0; total];
+                self.download(from, total, |bits| {
+                    permute(meta, branches, bits, &mut values, Towards::Host, |b| b as i32);
+                })?;
+                HostVec::I32(values)
+            }
+        })
+    }
+
+    /// Shape and address of an output of the plan that ran last.
+    fn output(&self, id: PlanId, name: &str) -> Result<(Meta, usize, Address)> {
+        let loaded = self.plan(id)?;
+        if self.last_run != Some(id) {
+            return Err(self.error(format!("output {name} of a plan that did not run last")));
+        }
+        let port = loaded.plan.output(name);
+        let Some((port, b)) = port.and_then(|p| p.buffer.map(|b| (p, b))) else {
+            return Err(self.error(format!("the plan has no output named {name}")));
+        };
+        let at = match (loaded.plan.buffers[b].place, port.meta.dtype) {
+            (Place::Arena(at), DType::Real) => self.reals.at.offset(4 * at),
+            (Place::Arena(at), DType::Index) => self.indices.at.offset(4 * at),
+            (Place::State(i), _) => loaded.states[i].map_or(Address::NULL, |s| self.states.list()[s].data),
+            (Place::Input(i), _) => loaded.inputs[i],
+        };
+        Ok((port.meta, loaded.plan.branches, at))
+    }
+}
+
+impl Device for Cuda {
+    fn describe(&self) -> String {
+        format!("{} ({}, {})", self.driver.name(), self.operands.name(), self.driver.describe())
+    }
+
+    fn real_bytes(&self) -> usize {
+        4
+    }
+
+    fn load(&mut self, plan: Plan) -> Result<PlanId> {
+        check(&self.driver.name(), &plan)?;
+        // Sizes do not depend on addresses: lowering for no addresses tells how much scratch there must be.
+        let nowhere = Bases {
+            states: vec![Address::NULL; plan.states.len()],
+            inputs: vec![Address::NULL; plan.inputs.len()],
+            ..Bases::default()
+        };
+        let Lowered { coefs, tables, scratch, .. } = Lowering::run(&plan, &nowhere, self.operands)?;
+        self.check_memory(&plan, scratch)?;
+        let coefs = self.allocate(4 * coefs.len(), "coefficients")?;
+        let tables = self.allocate(tables.len(), "tables of operands")?;
+        let mut states = Vec::with_capacity(plan.states.len());
+        for port in &plan.states {
+            let driver = &*self.driver;
+            let create = || {
+                let bytes = 4 * port.meta.total(plan.branches);
+                let at = driver.allocate(bytes, &port.name)?;
+                driver.zero(Stream::Compute, at, bytes).map(|()| at)
+            };
+            states.push(match port.buffer {
+                Some(_) => Some(self.states.bind(port, plan.branches, create)?),
+                None => None,
+            });
+        }
+        let input = |port: &Port| match port.buffer {
+            Some(_) => self.allocate(4 * port.meta.total(plan.branches), &port.name),
+            None => Ok(Address::NULL),
+        };
+        let inputs = plan.inputs.iter().map(input).collect::<Result<_>>()?;
+        let mut moved = self.grow(|d| &mut d.reals, 4 * plan.arena_reals, "activations")?;
+        moved |= self.grow(|d| &mut d.indices, 4 * plan.arena_indices, "indices")?;
+        moved |= self.grow(|d| &mut d.scratch, scratch, "scratch")?;
+        if moved {
+            self.forget_launches();
+        }
+        self.plans.push(Loaded { plan, inputs, states, coefs, tables, lowered: None, graph: None });
+        self.last_run = None;
+        let id = PlanId(self.plans.len() - 1);
+        // What a launch cannot do is known now, not at the first step.
+        self.lower(id)?;
+        Ok(id)
+    }
+
+    fn write_input(&mut self, id: PlanId, name: &str, values: HostSlice<'_>) -> Result<bool> {
+        let Loaded { plan, inputs, .. } = self.plan(id)?;
+        let Some(i) = plan.inputs.iter().position(|p| p.name == name) else {
+            return Err(self.error(format!("the plan has no input named {name}")));
+        };
+        if plan.inputs[i].buffer.is_none() {
+            return Ok(false);
+        }
+        self.upload(&plan.inputs[i].meta, plan.branches, inputs[i], values, name)?;
+        Ok(true)
+    }
+
+    fn run(&mut self, id: PlanId, scalars: &[f64]) -> Result<()> {
+        self.prepare(id, scalars)?;
+        match (self.mode, self.plans[id.0].graph) {
+            (Mode::Eager, _) => self.launch_all(id)?,
+            (Mode::Graph, Some(graph)) => self.driver.replay(graph)?,
+            (Mode::Graph, None) => {
+                let graph = self.driver.capture(&mut || self.launch_all(id))?;
+                self.plans[id.0].graph = Some(graph);
+                self.driver.replay(graph)?;
+            }
+        }
+        self.last_run = Some(id);
+        Ok(())
+    }
+
+    fn profile(&mut self, id: PlanId, scalars: &[f64]) -> Result<Vec<(String, usize, f64)>> {
+        self.prepare(id, scalars)?;
+        let loaded = self.plan(id)?;
+        let Some(lowered) = &loaded.lowered else { return Ok(Vec::new()) };
+        let (start, stop) = (self.driver.event()?, self.driver.event()?);
+        let mut times: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
+        let mut from = 0;
+        for (launch, end) in loaded.plan.launches.iter().zip(&lowered.ends) {
+            self.driver.record(Stream::Compute, start)?;
+            lowered.launches[from..*end].iter().try_for_each(|l| self.driver.launch(Stream::Compute, l))?;
+            self.driver.record(Stream::Compute, stop)?;
+            let entry = times.entry(launch.op.name()).or_default();
+            *entry = (entry.0 + end - from, entry.1 + self.driver.seconds(start, stop)?);
+            from = *end;
+        }
+        let mut list: Vec<_> = times.into_iter().map(|(name, (n, t))| (name.to_string(), n, t)).collect();
+        list.sort_by(|a, b| b.2.total_cmp(&a.2));
+        self.last_run = Some(id);
+        Ok(list)
+    }
+
+    fn read_output(&self, id: PlanId, name: &str) -> Result<HostVec> {
+        let (meta, branches, at) = self.output(id, name)?;
+        self.read(&meta, branches, at)
+    }
+
+    fn states(&self) -> Vec<(String, Meta)> {
+        self.states.list().iter().map(|s| (s.name.clone(), s.meta)).collect()
+    }
+
+    fn write_state(&mut self, name: &str, values: HostSlice<'_>) -> Result<()> {
+        let state = &self.states.list()[self.states.position(name)?];
+        self.upload(&state.meta, state.branches, state.data, values, name)
+    }
+
+    fn read_state(&self, name: &str) -> Result<HostVec> {
+        let state = &self.states.list()[self.states.position(name)?];
+        self.read(&state.meta, state.branches, state.data)
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // Errors have been told where they arose; memory goes with the machine in any case.
+        let _ = self.driver.synchronize();
+        self.forget_launches();
+        let shared = [self.reals.at, self.indices.at, self.scratch.at];
+        let plans = self.plans.iter().flat_map(|l| l.inputs.iter().chain([&l.coefs, &l.tables]));
+        let states = self.states.list().iter().map(|s| s.data);
+        let all = plans.copied().chain(states).chain(shared);
+        all.filter(|at| *at != Address::NULL).for_each(|at| self.driver.free(at));
+    }
+}
