@@ -4,6 +4,7 @@
 //! order, whatever order it keeps them in.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::error::Result;
 use crate::plan::Plan;
