@@ -15,7 +15,7 @@ pub use batch_norm::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnForward, Bn
 pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
 pub use lin_comb::{Fill, LinComb};
-pub use pool::{AvgPool, AvgPoolBackward, MaxPoolIndex, PoolGather, PoolScatter, Window};
+pub use pool::{AvgPool, AvgPoolBackward, MaxPool, MaxPoolIndex, PoolGather, PoolScatter, Window};
 pub use relu::{Mask, Relu};
 pub use softmax::{CeGrad, CeLoss, KlGrad, KlLoss, Softmax, SoftmaxJvp};
 
