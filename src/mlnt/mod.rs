@@ -3,6 +3,7 @@
 mod ce;
 pub mod golden;
 mod names;
+pub mod replay;
 mod step;
 mod synthetic;
 

@@ -17,7 +17,7 @@ pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
 pub use lin_comb::{Fill, LinComb};
 pub use neighbours::{NearestNeighbours, TransferLabels};
-pub use pool::{AvgPool, AvgPoolBackward, MaxPoolIndex, PoolGather, PoolScatter, Window};
+pub use pool::{AvgPool, AvgPoolBackward, MaxPool, MaxPoolIndex, PoolGather, PoolScatter, Window};
 pub use relu::{Mask, Relu};
 pub use softmax::{CeGrad, CeLoss, KlGrad, KlLoss, Softmax, SoftmaxJvp};
 

@@ -1,5 +1,6 @@
 //! The settings that take one of a few names. The name is the same on the command line and in TOML.
 
+use crate::mlnt::golden::TOLERANCE_F64;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -94,6 +95,18 @@ pub enum Precision {
     F16,
     /// 32-bit floats; convolutions with operands of 7 bits of mantissa. CUDA only.
     Bf16,
+}
+
+impl Precision {
+    /// Largest relative error of a group of a golden step: in double precision against the file, in every other one
+    /// against double precision with the same decisions of ReLUs and max-pools. A few times what rounding alone makes
+    /// of the meta-gradient of a trained network.
+    pub fn tolerance(self) -> f64 {
+        match self {
+            Precision::F32 => 1e-5,
+            Precision::F64 => TOLERANCE_F64,
+        }
+    }
 }
 
 /// The name of a choice, as it stands on the command line and in TOML.

@@ -6,7 +6,7 @@ use super::elementwise::{self, Term};
 use super::memory::{Memory, View};
 use super::real::Real;
 use super::softmax::{Head, Target};
-use super::{batch_norm, pool};
+use super::{batch_norm, neighbours, pool};
 use crate::ops::{Conv, Op, Operation};
 use crate::plan::{Args, Launch, Plan};
 use crate::tape::Meta;
@@ -120,6 +120,8 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
         Op::MaxPoolIndex(op) => pool::max_index(&op.0, real(0), index_out(0)),
         Op::PoolGather(op) => pool::gather(&op.0, real(0), index(1), sum_over, out(0)),
         Op::PoolScatter(op) => pool::scatter(&op.0, real(0), index(1), sum_over, out(0)),
+        Op::NearestNeighbours(_) => neighbours::nearest(real(0), input(0).meta.dims[0], index_out(0)),
+        Op::TransferLabels(_) => neighbours::transfer(index(0), index(1), index(2), index_out(0)),
         Op::Softmax(op) => head(&op.logits).softmax(real(0), out(0)),
         Op::SoftmaxJvp(op) => head(&op.logits).jvp(real(0), real(1), [real(2), real(3)], live, out(0)),
         Op::CeLoss(op) => head(&op.logits).loss(real(0), Target::Labels(index(1)), real(2), live, out(0)),

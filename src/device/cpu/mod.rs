@@ -12,6 +12,7 @@ mod layout;
 mod lines;
 mod memory;
 mod microkernel;
+mod neighbours;
 mod patches;
 mod pool;
 mod real;
