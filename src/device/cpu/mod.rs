@@ -22,7 +22,7 @@ mod softmax;
 pub use real::Real;
 
 use super::check::check;
-use super::{Device, HostSlice, HostVec, PlanId};
+use super::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, Op, Operation};
 use crate::plan::{Place, Plan, Port};
@@ -269,6 +269,10 @@ impl<T: Real + Default> Device for Cpu<T> {
             (Input::Indices(_), _) => return Err(Self::error(format!("input {name} takes indices"))),
         }
         Ok(true)
+    }
+
+    fn stage(&mut self, _: ImagesId, _: PlanId, _: &str, _: &[Crop]) -> Result<()> {
+        Err(Self::error("batches are made on the host".into()))
     }
 
     fn run(&mut self, id: PlanId, scalars: &[f64]) -> Result<()> {
