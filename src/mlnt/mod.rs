@@ -1,4 +1,4 @@
-//! The method: the training step as a tape, synthetic labels, and golden steps to check it against.
+//! The method: the training step as a tape, synthetic labels, and golden steps to check it against, free and replayed.
 
 mod ce;
 pub mod golden;

@@ -13,8 +13,11 @@ use crate::ops::{Op, Window};
 use crate::plan::{Plan, PlanOptions, Port};
 use std::collections::BTreeMap;
 
-/// Largest relative error of a group against the file, decisions being free: what other decisions near a tie may cost.
-const TOLERANCE_FREE: f64 = 0.1;
+/// Largest relative error of a group against the file, decisions being free, in tolerances of a group; and the least
+/// and the greatest that this may come to. A few other decisions near a tie cost far more than all rounding: with
+/// parameters and images rounded to 11 bits the velocities of the bottleneck step are off by 0.15, replayed by 7e-4.
+const FREE: f64 = 100.0;
+const FREE_BOUNDS: [f64; 2] = [0.1, 0.5];
 /// Largest [`Replay::tie_distance`], in tolerances of a group: one element strays farther than many do on average.
 const TIES: f64 = 10.0;
 
@@ -88,7 +91,7 @@ impl Judgement {
     pub fn pass(&self, tolerance: f64) -> bool {
         within(&self.replayed, tolerance)
             && self.tie_distance <= TIES * tolerance
-            && within(&self.free, TOLERANCE_FREE)
+            && within(&self.free, (FREE * tolerance).clamp(FREE_BOUNDS[0], FREE_BOUNDS[1]))
             && self.file_right
     }
 }
