@@ -199,7 +199,7 @@ impl Golden {
     pub fn run(&self, device: &mut dyn Device, options: &PlanOptions) -> Result<StepResult> {
         let tape = record_step(&self.spec, Report::Everything)?;
         let plan = Plan::build(&tape, options)?;
-        let scalars = self.scalars.in_order(&plan.scalars);
+        let scalars: Vec<f64> = self.scalars.in_order(&plan.scalars).collect();
         let outputs: Vec<String> = plan.outputs.iter().map(|o| o.name.clone()).collect();
         let id = device.load(plan)?;
         for (name, _) in self.state_list() {
