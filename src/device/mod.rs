@@ -146,6 +146,13 @@ pub trait Device {
     /// When there is no such output or another plan has run since.
     fn read_output(&self, plan: PlanId, name: &str) -> Result<HostVec>;
 
+    /// As [`Device::read_output`], in double precision, which holds each value exactly: replaces what `to` holds, and
+    /// allocates only while `to` is too small.
+    ///
+    /// # Errors
+    /// As [`Device::read_output`].
+    fn read_output_into(&self, plan: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()>;
+
     /// Names and shapes of all states, in order of creation.
     fn states(&self) -> Vec<(String, Meta)>;
 

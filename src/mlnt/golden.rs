@@ -228,7 +228,7 @@ impl Golden {
         let report = if forced.is_some() { Report::Replay } else { Report::Everything };
         let plan = Plan::build(&record_step(&self.spec, report)?, options)?;
         forced.map_or(Ok(()), |decisions| decisions.check(&plan))?;
-        let scalars = self.scalars.in_order(&plan.scalars);
+        let scalars: Vec<f64> = self.scalars.in_order(&plan.scalars).collect();
         let outputs: Vec<String> = plan.outputs.iter().map(|o| o.name.clone()).collect();
         let id = device.load(plan)?;
         for (name, _) in self.state_list() {

@@ -64,8 +64,8 @@ pub struct StepScalars {
 
 impl StepScalars {
     /// Values in the order of a plan's names.
-    pub fn in_order(&self, names: &[String]) -> Vec<f64> {
-        let value = |name: &String| match name.as_str() {
+    pub fn in_order(self, names: &[String]) -> impl Iterator<Item = f64> {
+        let value = move |name: &String| match name.as_str() {
             "lr" => self.lr,
             "eta" => self.eta,
             "gamma" => self.gamma,
@@ -74,7 +74,7 @@ impl StepScalars {
             "one_minus_lambda" => 1.0 - self.lambda,
             other => unreachable!("the step records no scalar {other}"),
         };
-        names.iter().map(value).collect()
+        names.iter().map(value)
     }
 }
 

@@ -81,6 +81,17 @@ pub struct Engine {
     mlnt: Loaded,
     feature_eval: PlanId,
     evals: [(Network, PlanId); 3],
+    /// `[k]` of 1/k: every sample of a batch counts alike.
+    weights: Vec<f64>,
+    kept: Kept,
+}
+
+/// What a step hands over to the device and gets back, kept so that the next step need not allocate it.
+#[derive(Default)]
+struct Kept {
+    scalars: Vec<f64>,
+    output: Vec<f64>,
+    features: Vec<f32>,
 }
 
 /// A plan and the order of its scalars.
@@ -115,7 +126,9 @@ impl Engine {
         };
         let evals = [eval(Network::Baseline)?, eval(Network::Student)?, eval(Network::Teacher)?];
         let batch = config.batch;
-        let mut engine = Engine { device, model, batch, baseline, features, mlnt, feature_eval, evals };
+        let weights = vec![1.0 / batch as f64; batch];
+        let kept = Kept::default();
+        let mut engine = Engine { device, model, batch, baseline, features, mlnt, feature_eval, evals, weights, kept };
         engine.initialise(config.seed)?;
         Ok(engine)
     }
@@ -189,27 +202,27 @@ impl Engine {
     /// When the device fails.
     pub fn mlnt_step(&mut self, x: &[f32], y: &[i32], y_syn: &[i32], scalars: StepScalars) -> Result<StepOutcome> {
         let id = self.mlnt.id;
-        let weights = vec![1.0 / self.batch as f64; self.batch];
         self.device.write_input(id, "x", HostSlice::F32(x))?;
         self.device.write_input(id, "y", HostSlice::I32(y))?;
         self.device.write_input(id, "y_syn", HostSlice::I32(y_syn))?;
-        self.device.write_input(id, "class_weight", HostSlice::F64(&weights))?;
-        let scalars = scalars.in_order(&self.mlnt.scalars);
-        self.device.run(id, &scalars)?;
+        self.device.write_input(id, "class_weight", HostSlice::F64(&self.weights))?;
+        self.kept.scalars.clear();
+        self.kept.scalars.extend(scalars.in_order(&self.mlnt.scalars));
+        self.device.run(id, &self.kept.scalars)?;
         self.outcome(id, y, true)
     }
 
-    fn outcome(&self, id: PlanId, y: &[i32], meta: bool) -> Result<StepOutcome> {
-        let loss = self.device.read_output(id, "class_loss")?.to_f64()[0];
-        let logits = self.device.read_output(id, "class_logits")?.to_f64();
-        let meta_loss = match meta {
-            true => {
-                let j = self.device.read_output(id, "consistency")?.to_f64();
-                Some(j.iter().sum::<f64>() / j.len() as f64)
-            }
-            false => None,
-        };
-        let predicted = logits.chunks_exact(self.model.classes).map(argmax);
+    fn outcome(&mut self, id: PlanId, y: &[i32], meta: bool) -> Result<StepOutcome> {
+        let Engine { device, kept: Kept { output, .. }, .. } = self;
+        device.read_output_into(id, "class_loss", output)?;
+        let loss = output[0];
+        let mut meta_loss = None;
+        if meta {
+            device.read_output_into(id, "consistency", output)?;
+            meta_loss = Some(output.iter().sum::<f64>() / output.len() as f64);
+        }
+        device.read_output_into(id, "class_logits", output)?;
+        let predicted = output.chunks_exact(self.model.classes).map(argmax);
         let correct = predicted.zip(y).filter(|(p, y)| *p == **y as usize).count();
         Ok(StepOutcome { loss, meta_loss, correct })
     }
@@ -222,11 +235,11 @@ impl Engine {
         let id = self.feature_eval;
         self.device.write_input(id, "x", HostSlice::F32(x))?;
         self.device.run(id, &[])?;
-        let features: Vec<f32> = match self.device.read_output(id, "features")? {
-            HostVec::F32(v) => v,
-            other => other.to_f64().iter().map(|v| *v as f32).collect(),
-        };
-        Ok(Neighbours::new(&features, self.batch, self.model.features(), count))
+        let Kept { output, features, .. } = &mut self.kept;
+        self.device.read_output_into(id, "features", output)?;
+        features.clear();
+        features.extend(output.iter().map(|v| *v as f32));
+        Ok(Neighbours::new(features, self.batch, self.model.features(), count))
     }
 
     /// Accuracy of a network on a set, with its running statistics; `None` for an empty set.
@@ -264,13 +277,15 @@ pub fn for_each_batch(
 ) -> Result<()> {
     let batcher = Batcher::new(&set.images, normalise, Augment::NONE, 0)?;
     let mut x = vec![0.0f32; batch * set.images.shape().numel()];
+    let (mut indices, mut probabilities) = (Vec::with_capacity(batch), Vec::new());
     for from in (0..set.len()).step_by(batch) {
         let to = (from + batch).min(set.len());
-        let indices: Vec<u32> = (from..from + batch).map(|i| i.min(set.len() - 1) as u32).collect();
+        indices.clear();
+        indices.extend((from..from + batch).map(|i| i.min(set.len() - 1) as u32));
         batcher.fill(0, &indices, &mut x)?;
         device.write_input(plan, "x", HostSlice::F32(&x))?;
         device.run(plan, &[])?;
-        let probabilities = device.read_output(plan, "probabilities")?.to_f64();
+        device.read_output_into(plan, "probabilities", &mut probabilities)?;
         let classes = probabilities.len() / batch;
         use_batch(from..to, &probabilities[..(to - from) * classes])?;
     }
