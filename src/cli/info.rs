@@ -1,9 +1,6 @@
 //! `mlnt info`.
 
 use super::console::say;
-use crate::device::cuda::driver::gpu::Gpu;
-use crate::device::cuda::driver::simt::Simt;
-use crate::device::cuda::embedded;
 use crate::error::Result;
 use serde_json::json;
 
@@ -21,3 +18,4 @@ pub struct InfoArgs {
     #[arg(long)]
     pub json: bool,
 }
+pub(super) fn run(_: &InfoArgs) -> Result<u8> { Ok(0) }

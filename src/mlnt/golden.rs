@@ -2,7 +2,7 @@
 //! The format is described in `golden/FORMAT.md`.
 
 use super::replay::{Decisions, Replay, tie_distance};
-use super::{KlScale, Recipe, Report, StepScalars, StepSpec, record_step};
+use super::{KlScale, Recipe, Report, StepScalars, StepSpec, Synthetic, record_step};
 use crate::device::{Device, HostSlice, PlanId};
 use crate::error::{Error, Result};
 use crate::model::{Arch, ModelSpec};
@@ -326,6 +326,7 @@ impl Config {
             weight_decay: self.weight_decay,
             mentor: self.mentor,
             first_order: false,
+            synthetic: Synthetic::Given,
         };
         Ok((spec, StepScalars { lr: self.lr, eta: self.eta, gamma: self.gamma, lambda: self.lambda }))
     }

@@ -9,5 +9,5 @@ mod synthetic;
 
 pub use ce::{CeSpec, record_ce_step, record_eval};
 pub use names::{StateKind, state_name};
-pub use step::{KlScale, Recipe, Report, StepScalars, StepSpec, record_step};
-pub use synthetic::Neighbours;
+pub use step::{KlScale, Recipe, Report, StepScalars, StepSpec, Synthetic, record_step};
+pub use synthetic::draw_ranks;

@@ -24,6 +24,20 @@ pub enum KlScale {
     Mean,
 }
 
+/// Where the M sets of synthetic labels come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Synthetic {
+    /// Input `y_syn` `[M, k]`.
+    Given,
+    /// Label transfer within the step: the network of states `features.*` runs in evaluation mode, and a sample takes
+    /// the label of one of its nearest neighbours by the pooled features. Input `ranks` `[M, k]`, as
+    /// [`draw_ranks`](super::draw_ranks) makes them, in place of `y_syn`.
+    Transfer {
+        /// Neighbours to choose from.
+        neighbours: usize,
+    },
+}
+
 /// What decides the plan of a step.
 #[derive(Clone, Debug)]
 pub struct StepSpec {
@@ -31,6 +45,8 @@ pub struct StepSpec {
     pub model: ModelSpec,
     /// k, samples of a batch.
     pub batch: usize,
+    /// Where the synthetic labels come from.
+    pub synthetic: Synthetic,
     /// M, sets of synthetic labels.
     pub branches: usize,
     /// Order of the updates.
@@ -144,6 +160,7 @@ struct Step<'a> {
     report: Report,
     tape: Tape,
     x: Tensor,
+    y: Tensor,
     student: Tensors,
     teacher: Tensors,
     velocity: Tensors,
@@ -160,11 +177,12 @@ impl<'a> Step<'a> {
     fn new(spec: &'a StepSpec, report: Report) -> Result<Self> {
         let mut tape = Tape::new(spec.branches);
         let x = images(&mut tape, &spec.model, spec.batch)?;
+        let y = tape.input("y", Meta::labels(spec.batch))?;
         let student = Tensors::states(&mut tape, &spec.model, "", StateKind::Param)?;
         let velocity = Tensors::states(&mut tape, &spec.model, "", StateKind::Momentum)?;
         let buffers = Tensors::states(&mut tape, &spec.model, "", StateKind::Buffer)?;
         let teacher = Tensors::states(&mut tape, &spec.model, "teacher.", StateKind::Param)?;
-        Ok(Step { spec, report, tape, x, student, teacher, velocity, buffers })
+        Ok(Step { spec, report, tape, x, y, student, teacher, velocity, buffers })
     }
 
     fn everything(&self) -> bool {
@@ -218,6 +236,21 @@ impl<'a> Step<'a> {
         Ok(target)
     }
 
+    /// S: the M sets of synthetic labels.
+    fn synthetic_labels(&mut self) -> Result<Tensor> {
+        let (spec, tape) = (self.spec, &mut self.tape);
+        let labels = Meta::labels(spec.batch).branched();
+        let Synthetic::Transfer { neighbours } = spec.synthetic else { return tape.input("y_syn", labels) };
+        tape.set_phase("S synthetic labels");
+        let params = Tensors::states(tape, &spec.model, "features.", StateKind::Param)?;
+        let buffers = Tensors::states(tape, &spec.model, "features.", StateKind::Buffer)?;
+        let mut scope = Scope::eval(&params.by_name, &buffers.by_name);
+        let features = spec.model.forward(tape, &mut scope, self.x)?.features;
+        let nearest = tape.nearest_neighbours(features, neighbours)?;
+        let ranks = tape.input("ranks", labels)?;
+        tape.transfer_labels(self.y, nearest, ranks)
+    }
+
     /// A and B: the shared forward at θ, the M inner gradients, the fast weights θ_m = θ − α g_m.
     fn inner(&mut self) -> Result<(Fast, Tensor, Vec<BnUpdate>)> {
         let (k, forced, tape) = (self.spec.batch, self.forced(), &mut self.tape);
@@ -225,7 +258,9 @@ impl<'a> Step<'a> {
         let mut scope = Scope::train(&self.student.by_name).pass("student", forced);
         let out = self.spec.model.forward(tape, &mut scope, self.x)?;
         let (updates, decisions) = (scope.bn_updates, scope.decisions);
-        let y_syn = tape.input("y_syn", Meta::labels(k).branched())?;
+        let y_syn = self.synthetic_labels()?;
+        let tape = &mut self.tape;
+        tape.set_phase("A forward");
         let weights = tape.fill(Meta::vector(k), Coef::constant(1.0 / k as f64))?;
         let losses = tape.ce_loss(out.logits, y_syn, weights)?;
         tape.output("inner_loss", losses);
@@ -321,9 +356,8 @@ impl<'a> Step<'a> {
 
     fn class_loss(&mut self, logits: Tensor) -> Result<Tensor> {
         let k = self.spec.batch;
-        let y = self.tape.input("y", Meta::labels(k))?;
         let weights = self.tape.input("class_weight", Meta::vector(k))?;
-        let loss = self.tape.ce_loss(logits, y, weights)?;
+        let loss = self.tape.ce_loss(logits, self.y, weights)?;
         self.tape.output("class_loss", loss);
         self.tape.output("class_logits", logits);
         Ok(loss)

@@ -105,6 +105,8 @@ impl Precision {
         match self {
             Precision::F32 => 1e-5,
             Precision::F64 => TOLERANCE_F64,
+            Precision::Tf32 | Precision::F16 => 3e-3,
+            Precision::Bf16 => 3e-2,
         }
     }
 }

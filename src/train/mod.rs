@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod choice;
 pub mod config;
 pub mod engine;
+pub mod feed;
 pub mod metrics;
 pub mod open_device;
 pub mod prepare;

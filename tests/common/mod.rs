@@ -3,7 +3,7 @@
 
 use mlnt::device::cpu::{Cpu, Real};
 use mlnt::device::{Device, HostVec, PlanId};
-use mlnt::mlnt::{KlScale, Recipe, Report, StepScalars, StepSpec, record_step};
+use mlnt::mlnt::{KlScale, Recipe, Report, StepScalars, StepSpec, Synthetic, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::rng::{Purpose, below, normal, stream};
@@ -81,6 +81,7 @@ pub fn step_spec(model: ModelSpec, batch: usize, branches: usize, recipe: Recipe
     StepSpec {
         model,
         batch,
+        synthetic: Synthetic::Given,
         branches,
         recipe,
         kl: KlScale::BatchMean,

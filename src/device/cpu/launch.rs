@@ -7,7 +7,7 @@ use super::memory::{Memory, Need, View};
 use super::real::Real;
 use super::softmax::{Head, Target};
 use super::{batch_norm, neighbours, pool};
-use crate::ops::{Conv, Op, Operation};
+use crate::ops::{Conv, Op};
 use crate::plan::{Args, Launch, Plan};
 use crate::tape::Meta;
 use std::collections::HashMap;

@@ -435,6 +435,17 @@ impl Device for Cuda {
         self.read(&meta, branches, at)
     }
 
+    fn read_output_into(&self, id: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()> {
+        let (meta, branches, at) = self.output(id, name)?;
+        to.resize(meta.total(branches), 0.0);
+        let real = |bits| f64::from(f32::from_bits(bits));
+        let index = |bits| f64::from(bits as i32);
+        self.download(at, to.len(), |bits| match meta.dtype {
+            DType::Real => permute(&meta, branches, bits, to, Towards::Host, real),
+            DType::Index => permute(&meta, branches, bits, to, Towards::Host, index),
+        })
+    }
+
     fn states(&self) -> Vec<(String, Meta)> {
         self.states.list().iter().map(|s| (s.name.clone(), s.meta)).collect()
     }
