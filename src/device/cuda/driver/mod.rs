@@ -3,11 +3,13 @@
 //! Two implementations: the GPU through cudarc, and the SIMT host machine, which runs the same kernel sources as
 //! C++. Nothing above this module knows which of the two it talks to.
 
+pub mod gpu;
+
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 
 /// An address in device memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
 #[repr(transparent)]
 pub struct Address(pub u64);
 
