@@ -33,7 +33,7 @@ pub fn open_device(kind: DeviceKind, precision: Precision, threads: usize) -> Re
     let (device, kind, why) = match kind {
         DeviceKind::Cpu => (cpu(precision, threads)?, kind, "asked for".to_string()),
         DeviceKind::Cuda(n) => (cuda(Gpu::open(n)?, precision)?, kind, "asked for".to_string()),
-        DeviceKind::Simt => (cuda(Simt::new(SIMT_SEED, threads)?, precision)?, kind, "asked for".to_string()),
+        DeviceKind::Simt => (cuda(Simt::open(SIMT_SEED)?, precision)?, kind, "asked for".to_string()),
         DeviceKind::Auto if precision == Precision::F64 => {
             (cpu(precision, threads)?, DeviceKind::Cpu, "the only one that computes in f64".to_string())
         }

@@ -7,9 +7,10 @@ mod conv;
 mod elementwise;
 mod neighbours;
 mod pool;
+mod rows;
 mod softmax;
 
-use super::driver::{Address, Launch};
+use super::driver::{Address, Launch, Limits};
 use crate::error::{Error, Result};
 use crate::ops::{Op, Operation};
 use crate::plan::{Args, Place, Plan};
@@ -73,6 +74,11 @@ impl Operand {
     pub fn len(&self) -> usize {
         self.meta.len()
     }
+
+    /// Branches it holds: `branches`, or 1 if it is shared.
+    pub fn branches(&self, branches: usize) -> usize {
+        if self.meta.per_branch { branches } else { 1 }
+    }
 }
 
 /// What lowering a plan yields.
@@ -88,6 +94,11 @@ pub(super) struct Lowered {
     pub tables: Vec<u8>,
     /// Bytes of scratch.
     pub scratch: usize,
+}
+
+/// Blocks in y or z for `extent` pieces of work. What is beyond the limit is left to loops in the kernels.
+fn folded(extent: usize) -> usize {
+    extent.min(Limits::COMMON.grid[1] as usize)
 }
 
 /// The state of lowering.
@@ -160,14 +171,6 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    /// `size` as a kernel takes it.
-    ///
-    /// # Errors
-    /// When it exceeds 31 bits, with the operation and its shapes.
-    pub fn narrow(&self, size: usize) -> Result<i32> {
-        i32::try_from(size).map_err(|_| Error::usage(format_args!("{}: {size} is beyond 2^31", self.label)))
-    }
-
     /// M.
     pub fn branches(&self) -> usize {
         self.plan.branches
@@ -203,6 +206,19 @@ impl<'a> Lowering<'a> {
         };
         let branch = if buffer.meta.per_branch { buffer.meta.len() as i64 } else { 0 };
         Operand { at, meta: buffer.meta, branch }
+    }
+
+    /// Branches that a launch adds up in each element of the result `output`, and 1 where it adds none.
+    pub fn summed(&self, args: &Args, output: &Operand) -> usize {
+        if output.meta.per_branch { 1 } else { self.live_branches(args) }
+    }
+
+    /// `value` for a field of 32 bits.
+    ///
+    /// # Errors
+    /// When it does not fit.
+    pub fn narrow(&self, what: &str, value: usize) -> Result<i32> {
+        i32::try_from(value).map_err(|_| Error::usage(format_args!("{}: {value} {what} are too many", self.label)))
     }
 
     /// `bytes` of scratch, aligned to 256, for the launches of the present operation.

@@ -47,9 +47,9 @@ pub(super) fn nearest(l: &mut Lowering<'_>, args: &Args) -> Result<()> {
         indices: out.at,
         features_branch: x.branch,
         indices_branch: out.branch,
-        samples: l.narrow(samples)?,
-        dim: l.narrow(dim)?,
-        count: l.narrow(count)?,
+        samples: l.narrow("samples", samples)?,
+        dim: l.narrow("features", dim)?,
+        count: l.narrow("neighbours", count)?,
         padding: 0,
     };
     // Distances, and one candidate (distance and index) per thread.
@@ -70,8 +70,8 @@ pub(super) fn transfer(l: &mut Lowering<'_>, args: &Args) -> Result<()> {
         labels_branch: labels.branch,
         neighbours_branch: neighbours.branch,
         ranks_branch: ranks.branch,
-        samples: l.narrow(samples)?,
-        count: l.narrow(count)?,
+        samples: l.narrow("samples", samples)?,
+        count: l.narrow("neighbours", count)?,
     };
     let grid = [samples.div_ceil(THREADS), l.live_branches(args), 1];
     l.push("transfer_labels_i32", &params, grid, THREADS, 0);

@@ -1,0 +1,123 @@
+// Max-pooling as a choice of positions, and what moves values along the chosen positions.
+//
+// All images are [H, W, C] (pooled ones [P, Q, C]) of fewer than 2^31 elements, so that positions inside one fit 32
+// bits; a block works on neighbouring elements of one image of the result.
+
+#include "platform.cuh"
+
+// A pooling window, as in src/ops/pool.rs.
+struct PoolWindow {
+    int32_t h, w;  // image
+    int32_t p, q;  // pooled image
+    int32_t c;     // channels of both
+    int32_t size, stride, pad;
+};
+static_assert(sizeof(PoolWindow) == 32);
+
+struct MaxPoolIndexParams {
+    const float* x;   // [images, H, W, C]
+    int32_t* index;   // [images, P, Q, C], h·W + w
+    int64_t images;   // all branches
+    PoolWindow window;
+};
+static_assert(sizeof(MaxPoolIndexParams) == 56);
+
+struct PoolMoveParams {
+    const float* x;         // gather: [M or 1, samples, H, W, C]; scatter: [M or 1, samples, P, Q, C]
+    const int32_t* index;   // [M or 1, samples, P, Q, C]
+    float* y;               // gather: [branches, samples, P, Q, C]; scatter: [branches, samples, H, W, C]
+    int64_t x_branch;       // elements of a branch, or 0 where shared
+    int64_t index_branch;   // elements of a branch, or 0 where shared
+    int64_t images;         // branches of the result · samples
+    int32_t samples;
+    int32_t summed;         // branches that a shared result sums over, else 1
+    PoolWindow window;
+};
+static_assert(sizeof(PoolMoveParams) == 88);
+
+// Coordinates of this thread's element in an image with `columns` columns.
+struct Pixel {
+    int32_t row, column, channel;
+};
+
+DEVICE Pixel pixel(int32_t element, int32_t columns, int32_t channels) {
+    const int32_t place = element / channels;
+    return {place / columns, place % columns, element % channels};
+}
+
+DEVICE int32_t element_of_thread() { return static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x); }
+
+DEVICE int32_t lower(int32_t a, int32_t b) { return a < b ? a : b; }
+DEVICE int32_t higher(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// Position of each window's maximum: the first on ties, and the last NaN if there is one, so that it is seen.
+KERNEL(max_pool_index_f32, MaxPoolIndexParams, 256) {
+    const PoolWindow& k = p.window;
+    const int32_t e = element_of_thread(), pooled = k.p * k.q * k.c;
+    if (e >= pooled) return;
+    const Pixel at = pixel(e, k.q, k.c);
+    const int32_t top = at.row * k.stride - k.pad, left = at.column * k.stride - k.pad;
+    const int32_t bottom = lower(top + k.size, k.h), right = lower(left + k.size, k.w);
+    for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y) {
+        const float* x = p.x + image * k.h * k.w * k.c + at.channel;
+        int32_t best = -1;
+        float most = 0.0f;
+        for (int32_t h = higher(top, 0); h < bottom; h++) {
+            for (int32_t w = higher(left, 0); w < right; w++) {
+                const int32_t here = h * k.w + w;
+                const float v = x[static_cast<int64_t>(here) * k.c];
+                if (best < 0 || v > most || v != v) {
+                    best = here;
+                    most = v;
+                }
+            }
+        }
+        p.index[image * pooled + e] = higher(best, 0);
+    }
+}
+
+KERNEL(pool_gather_f32, PoolMoveParams, 256) {
+    const PoolWindow& k = p.window;
+    const int32_t e = element_of_thread(), pooled = k.p * k.q * k.c;
+    if (e >= pooled) return;
+    const int32_t channel = e % k.c;
+    for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y) {
+        const int64_t branch = image / p.samples, sample = image % p.samples;
+        float sum = 0.0f;
+        for (int64_t m = branch; m < branch + p.summed; m++) {
+            const int64_t place = p.index[m * p.index_branch + sample * pooled + e];
+            sum += p.x[m * p.x_branch + (sample * k.h * k.w + place) * k.c + channel];
+        }
+        p.y[image * pooled + e] = sum;
+    }
+}
+
+// Adds each value at its position, seen from there: a pixel asks all windows that cover it, in order, whether they
+// chose it.
+KERNEL(pool_scatter_f32, PoolMoveParams, 256) {
+    const PoolWindow& k = p.window;
+    const int32_t e = element_of_thread(), area = k.h * k.w * k.c, pooled = k.p * k.q * k.c;
+    if (e >= area) return;
+    const Pixel at = pixel(e, k.w, k.c);
+    const int32_t here = at.row * k.w + at.column;
+    // Window o begins at o·stride - pad: the first that reaches a pixel, and the last that begins at or before it.
+    const int32_t rows_from = higher(at.row + k.pad - k.size + k.stride, 0) / k.stride;
+    const int32_t rows_to = lower((at.row + k.pad) / k.stride, k.p - 1);
+    const int32_t columns_from = higher(at.column + k.pad - k.size + k.stride, 0) / k.stride;
+    const int32_t columns_to = lower((at.column + k.pad) / k.stride, k.q - 1);
+    for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y) {
+        const int64_t branch = image / p.samples, sample = image % p.samples;
+        float sum = 0.0f;
+        for (int64_t m = branch; m < branch + p.summed; m++) {
+            const int32_t* index = p.index + m * p.index_branch + sample * pooled;
+            const float* x = p.x + m * p.x_branch + sample * pooled;
+            for (int32_t row = rows_from; row <= rows_to; row++) {
+                for (int32_t column = columns_from; column <= columns_to; column++) {
+                    const int32_t window = (row * k.q + column) * k.c + at.channel;
+                    if (index[window] == here) sum += x[window];
+                }
+            }
+        }
+        p.y[image * area + e] = sum;
+    }
+}
