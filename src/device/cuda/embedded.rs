@@ -42,6 +42,16 @@ impl Arch {
     }
 }
 
+impl std::fmt::Display for Arch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Arch::Sm(number) => write!(f, "sm_{number}"),
+            Arch::SmOnly(number) => write!(f, "sm_{number}a"),
+            Arch::Ptx(number) => write!(f, "PTX of compute_{number}"),
+        }
+    }
+}
+
 /// One source file compiled for one architecture.
 #[derive(Debug)]
 pub struct EmbeddedModule {

@@ -14,7 +14,7 @@ use memory::Memory;
 use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::CStr;
 use std::time::Instant;
 
 /// Work that a graph replays.
