@@ -71,23 +71,32 @@ static_assert(sizeof(BnDoubleParams) == 248);
 
 // ---- Forward ----
 
+// Knuth's sum: a + b exactly, as the rounded sum and the rest.
+DEVICE void bn_exact_sum(float a, float b, float& sum, float& rest) {
+    sum = a + b;
+    const float of_b = sum - a;
+    rest = (a - (sum - of_b)) + (b - of_b);
+}
+
 // Mean and sum of squares around it of some rows. The mean is relative to the branch's first row, the pivot, so that
-// a large mean costs no digits.
+// a large mean costs no digits; it has a second number for the digits that a small mean would lose to the pivot.
 struct BnForwardSums {
-    float n, mean, squares;
+    float n, mean, mean_rest, squares;
 
     // Chan's formula.
     DEVICE void add(const BnForwardSums& other) {
         if (other.n == 0.0f) return;
         const float total = n + other.n;
         const float part = other.n / total;
-        const float apart = other.mean - mean;
-        mean += apart * part;
+        const float apart = (other.mean - mean) + (other.mean_rest - mean_rest);
+        float rest;
+        bn_exact_sum(mean, apart * part, mean, rest);
+        mean_rest += rest;
         squares += other.squares + apart * apart * n * part;
         n = total;
     }
 };
-static_assert(sizeof(BnForwardSums) == 12);
+static_assert(sizeof(BnForwardSums) == 16);
 
 KERNEL(bn_forward_reduce_f32, BnForwardParams, 256) {
     const BnTile tile = bn_tile(p.shape, p.shape.reduce_rows);
@@ -109,7 +118,11 @@ KERNEL(bn_forward_reduce_f32, BnForwardParams, 256) {
         }
     }
     BnForwardSums mine = {};
-    if (n != 0.0f) mine = {n, shift + sum / n, fmaxf(squares - sum * sum / n, 0.0f)};
+    if (n != 0.0f) {
+        mine.n = n;
+        bn_exact_sum(shift, sum / n, mine.mean, mine.mean_rest);
+        mine.squares = fmaxf(squares - sum * sum / n, 0.0f);
+    }
     bn_write_partial(mine, p.partials, p.shape, tile);
 }
 
@@ -144,7 +157,9 @@ DEVICE void bn_forward(const BnForwardParams& p) {
         factors[tile.lane] = {pivot, sums.mean, scale, *bn_channel(p.b, m, tile)};
         // Statistics of a shared x are the same in all branches: the first writes them.
         if (tile.leads() && blockIdx.x == 0 && (m == 0 || p.mean.branch != 0)) {
-            *bn_channel(p.mean, m, tile) = pivot + sums.mean;
+            float mean, rest;
+            bn_exact_sum(pivot, sums.mean, mean, rest);
+            *bn_channel(p.mean, m, tile) = mean + (rest + sums.mean_rest);
             *bn_channel(p.var, m, tile) = var;
         }
     }

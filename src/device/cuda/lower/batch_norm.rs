@@ -124,7 +124,7 @@ struct BnDoubleParams {
 const _: () = assert!(size_of::<BnDoubleParams>() == 248);
 
 /// Bytes of `BnForwardSums` and `BnForwardFactors`, and so on.
-const FORWARD: Sizes = Sizes { sums: 12, factors: 16 };
+const FORWARD: Sizes = Sizes { sums: 16, factors: 16 };
 const BACKWARD: Sizes = Sizes { sums: 8, factors: 20 };
 const DOUBLE: Sizes = Sizes { sums: 24, factors: 44 };
 
