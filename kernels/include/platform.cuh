@@ -1,0 +1,185 @@
+// The vocabulary in which kernels are written, with two meanings: CUDA, and the SIMT host machine of `kernels/simt/`.
+//
+// All inline PTX of the project stands in this file, each instruction with its host meaning beside it. A kernel that
+// keeps to this vocabulary (and to plain C++20 and the functions of <math.h>) means the same on both machines.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+
+#define DEVICE __device__ __forceinline__
+
+// Defines a kernel: `p` is its parameter struct, `threads` the most threads a block may have.
+#define KERNEL(name, Params, threads) \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+
+// Start of the block's dynamic shared memory, 16-byte aligned.
+template <class T>
+DEVICE T* shared_memory() {
+    extern __shared__ __align__(16) unsigned char shared_area[];
+    return reinterpret_cast<T*>(shared_area);
+}
+
+#elif defined(MLNT_SIMT)
+
+#include "simt.h"
+
+// Always inlined, as on CUDA: helpers of one name in different `.cu` files then never meet in the linker.
+#define DEVICE inline __attribute__((always_inline))
+
+#define KERNEL(name, Params, threads)                                                                             \
+    static void name##_body(const Params& p);                                                                     \
+    extern "C" {                                                                                                  \
+    extern const simt::Kernel mlnt_simt_##name;                                                                   \
+    const simt::Kernel mlnt_simt_##name = {                                                                       \
+        #name, [](const void* p) { name##_body(*static_cast<const Params*>(p)); }, sizeof(Params), threads};      \
+    }                                                                                                             \
+    static void name##_body([[maybe_unused]] const Params& p)
+
+template <class T>
+DEVICE T* shared_memory() {
+    static_assert(alignof(T) <= 16);
+    return static_cast<T*>(simt::state.shared);
+}
+
+#else
+#error "kernels are compiled by nvcc, or as C++ with MLNT_SIMT"
+#endif
+
+// ---- Barriers and warp collectives: every thread of the block, or all 32 lanes of the warp, take part ----
+
+#if defined(__CUDACC__)
+
+DEVICE void sync_threads() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEVICE int32_t shuffle_xor(int32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+
+#else
+
+DEVICE void sync_threads(simt::Site site = simt::Site::here()) { simt::sync_threads(site); }
+DEVICE void sync_warp(simt::Site site = simt::Site::here()) { simt::sync_warp(site); }
+DEVICE uint32_t shuffle_xor(uint32_t v, int mask, simt::Site site = simt::Site::here()) {
+    return simt::shuffle_xor(v, mask, site);
+}
+DEVICE float shuffle_xor(float v, int mask, simt::Site site = simt::Site::here()) {
+    return simt::from_bits(simt::shuffle_xor(simt::to_bits(v), mask, site));
+}
+DEVICE int32_t shuffle_xor(int32_t v, int mask, simt::Site site = simt::Site::here()) {
+    return static_cast<int32_t>(simt::shuffle_xor(static_cast<uint32_t>(v), mask, site));
+}
+
+#endif
+
+// ---- Atomics on integers: the order of arrival cannot change the result. They return the former value. ----
+
+#if defined(__CUDACC__)
+
+DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) { return atomicMax(at, v); }
+DEVICE uint32_t atomic_add(uint32_t* at, uint32_t v) { return atomicAdd(at, v); }
+
+#else
+
+DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) {
+    uint32_t old = __atomic_load_n(at, __ATOMIC_RELAXED);
+    while (old < v && !__atomic_compare_exchange_n(at, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return old;
+}
+DEVICE uint32_t atomic_add(uint32_t* at, uint32_t v) { return __atomic_fetch_add(at, v, __ATOMIC_RELAXED); }
+
+#endif
+
+// ---- Conversions ----
+//
+// f16 and bf16 round to nearest, ties to even, and keep subnormal numbers. tf32 rounds the mantissa to 10 bits, ties
+// away from zero, which is all that `cvt.tf32` offers before sm_90; its result is an f32 with 13 low bits of zero.
+
+#if defined(__CUDACC__)
+
+DEVICE uint16_t float_to_f16(float v) {
+    uint16_t h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
+    return h;
+}
+DEVICE float f16_to_float(uint16_t h) {
+    float v;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(h));
+    return v;
+}
+DEVICE uint16_t float_to_bf16(float v) {
+    uint16_t h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v));
+    return h;
+}
+DEVICE float bf16_to_float(uint16_t h) { return __uint_as_float(static_cast<uint32_t>(h) << 16); }
+DEVICE float round_tf32(float v) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+    return __uint_as_float(bits);
+}
+
+#else
+
+DEVICE uint16_t float_to_f16(float v) { return simt::float_to_f16(v); }
+DEVICE float f16_to_float(uint16_t h) { return simt::f16_to_float(h); }
+DEVICE uint16_t float_to_bf16(float v) { return simt::float_to_bf16(v); }
+DEVICE float bf16_to_float(uint16_t h) { return simt::from_bits(static_cast<uint32_t>(h) << 16); }
+DEVICE float round_tf32(float v) { return simt::round_tf32(v); }
+
+#endif
+
+// ---- Tensor cores: d += a·b for one warp, f32 accumulators (PTX ISA, "Matrix fragments for mma") ----
+//
+// With g = lane / 4 and t = lane % 4, the lanes of a warp hold
+//
+//   m16n8k16, f16 and bf16: a 32-bit register packs two neighbours along k, the lower k in the lower half.
+//     A [16, 16]  a[0]: row g,   k 2t, 2t+1     a[2]: row g,   k 2t+8, 2t+9
+//                 a[1]: row g+8, k 2t, 2t+1     a[3]: row g+8, k 2t+8, 2t+9
+//     B [16, 8]   b[0]: k 2t, 2t+1, column g    b[1]: k 2t+8, 2t+9, column g
+//   m16n8k8, tf32: a register holds one f32, whose 13 low bits are ignored.
+//     A [16, 8]   a[0]: row g,   k t            a[2]: row g,   k t+4
+//                 a[1]: row g+8, k t            a[3]: row g+8, k t+4
+//     B [8, 8]    b[0]: k t, column g           b[1]: k t+4, column g
+//   D [16, 8]     d[0]: row g,   column 2t      d[2]: row g+8, column 2t
+//                 d[1]: row g,   column 2t+1    d[3]: row g+8, column 2t+1
+
+#if defined(__CUDACC__)
+
+#define MLNT_MMA(instruction)                                                                              \
+    asm volatile("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "         \
+                 "{%0, %1, %2, %3};"                                                                       \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+DEVICE void mma_m16n8k16_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    MLNT_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+}
+DEVICE void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    MLNT_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+}
+DEVICE void mma_m16n8k8_tf32(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    MLNT_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+}
+
+#undef MLNT_MMA
+
+#else
+
+DEVICE void mma_m16n8k16_f16(float d[4], const uint32_t a[4], const uint32_t b[2],
+                             simt::Site site = simt::Site::here()) {
+    simt::mma(simt::Operands::f16, d, a, b, site);
+}
+DEVICE void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2],
+                              simt::Site site = simt::Site::here()) {
+    simt::mma(simt::Operands::bf16, d, a, b, site);
+}
+DEVICE void mma_m16n8k8_tf32(float d[4], const uint32_t a[4], const uint32_t b[2],
+                             simt::Site site = simt::Site::here()) {
+    simt::mma(simt::Operands::tf32, d, a, b, site);
+}
+
+#endif

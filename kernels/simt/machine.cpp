@@ -1,0 +1,433 @@
+// The SIMT machine: runs the blocks of a grid one after another on the calling OS thread, a block's threads as fibers.
+//
+// A warp runs until all its lanes wait at a barrier of the block or have ended, then the next warp runs. Within a warp a
+// lane runs until it waits for the others, at a barrier or a collective. Both orders are drawn from the seed, anew in
+// each phase between barriers: what lacks a barrier gives different results with different seeds. A thread
+// that never waits costs no switch: the next one begins on the same stack.
+//
+// Needs the C library only, not the C++ runtime.
+#include "simt.h"
+
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fiber.h"
+#include "mma.h"
+
+#if defined(MLNT_SIMT_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace simt {
+
+constinit thread_local State state = {};
+
+namespace {
+
+constexpr uint32_t LANES = 32;
+constexpr uint32_t MOST_THREADS = 1024;
+constexpr uint32_t NONE = ~0u;
+constexpr size_t MOST_PARAMS = 4096;  // what CUDA takes for a kernel's parameters
+
+constexpr size_t GUARD_BYTES = 1024;
+constexpr unsigned char GUARD = 0xa5;
+constexpr unsigned char POISON = 0xff;  // NaN in floats, -1 in integers
+
+enum class Collective : uint8_t { sync_warp, shuffle, mma };
+
+constexpr const char* NAMES[] = {"sync_warp", "shuffle", "mma"};
+
+// A warp. Its lanes stand in a ring, in an order drawn anew in each phase; sets of lanes are bits by place in the ring.
+struct Warp {
+    Fragments fragments;
+    // What lanes show each other, of this collective and of the one before, which some lanes may not have read yet.
+    uint32_t shown[2][LANES];
+    uint32_t waiting, parked, ended;  // at a collective, at the block's barrier, for good
+    uint32_t factor, shift;           // the lane at place p of the ring is p·factor + shift, mod 32
+    uint32_t round;
+    Collective kind;
+    Site site;
+
+    uint32_t lane(uint32_t place) const { return (place * factor + shift) % LANES; }
+};
+
+struct Fiber {
+    Stack stack;
+    Context context;
+};
+
+}  // namespace
+
+struct Machine {
+    const Kernel* kernel;
+    alignas(16) unsigned char params[MOST_PARAMS];
+    uint32_t threads, warps;
+    uint64_t random;
+
+    uint32_t warp, place;  // the running lane
+    uint32_t order[LANES], turn;
+    uint32_t parked, ended;  // threads
+    Site barrier;
+    Warp all[LANES];
+
+    Context host;
+    int fiber_of[MOST_THREADS];
+    Fiber fibers[MOST_THREADS];
+    int fibers_made;
+    int free_fibers[MOST_THREADS];
+    int free_count;
+
+    unsigned char* shared_area;
+    size_t shared_capacity, shared_bytes;
+
+    char* error;
+    size_t error_size;
+    bool failed;
+};
+
+namespace {
+
+[[gnu::format(printf, 2, 3)]] void report(Machine& m, const char* format, ...) {
+    char what[512];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(what, sizeof what, format, list);
+    va_end(list);
+    snprintf(m.error, m.error_size, "kernel %s, block (%u, %u, %u): %s", m.kernel->name, state.block.x, state.block.y,
+             state.block.z, what);
+    m.failed = true;
+}
+
+Context& running(Machine& m) { return m.fibers[m.fiber_of[state.thread.x]].context; }
+
+// Ends the launch from within a fiber. The block's fibers are abandoned where they stand.
+[[noreturn]] void give_up(Machine& m) {
+    change(running(m), m.host, true);
+    __builtin_unreachable();
+}
+
+// splitmix64
+uint64_t draw(Machine& m) {
+    uint64_t z = m.random += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+void enter_warp(Machine& m) {
+    m.warp = m.order[m.turn];
+    m.place = LANES - 1;
+    const uint64_t bits = draw(m);
+    m.all[m.warp].factor = static_cast<uint32_t>(bits % LANES) | 1u;
+    m.all[m.warp].shift = static_cast<uint32_t>(bits >> 8) % LANES;
+}
+
+void begin_phase(Machine& m) {
+    for (uint32_t left = m.warps; left > 1; --left) {
+        const uint32_t other = static_cast<uint32_t>(draw(m) >> 32) % left;
+        const uint32_t warp = m.order[left - 1];
+        m.order[left - 1] = m.order[other];
+        m.order[other] = warp;
+    }
+    m.turn = 0;
+    enter_warp(m);
+}
+
+// The first thread of the warp that is in the set, which is not empty.
+uint32_t one_of(const Machine& m, uint32_t set) {
+    return m.warp * LANES + m.all[m.warp].lane(static_cast<uint32_t>(__builtin_ctz(set)));
+}
+
+[[noreturn]] void stuck_warp(Machine& m, const Warp& w) {
+    const char* name = NAMES[static_cast<int>(w.kind)];
+    const uint32_t waits = one_of(m, w.waiting);
+    if (w.parked) {
+        report(m, "thread %u waits for its warp at %s (%s:%d), but thread %u at sync_threads (%s:%d)", waits, name,
+               w.site.file, w.site.line, one_of(m, w.parked), m.barrier.file, m.barrier.line);
+    } else {
+        report(m, "thread %u waits for its warp at %s (%s:%d), but thread %u has ended", waits, name, w.site.file,
+               w.site.line, one_of(m, w.ended));
+    }
+    give_up(m);
+}
+
+[[noreturn]] void stuck_block(Machine& m) {
+    report(m, "%u of %u threads wait at sync_threads (%s:%d), the others have ended", m.parked, m.threads,
+           m.barrier.file, m.barrier.line);
+    give_up(m);
+}
+
+// The thread that runs next, or NONE at the end of the block.
+uint32_t next_thread(Machine& m) {
+    for (;;) {
+        const Warp& w = m.all[m.warp];
+        const uint32_t ready = ~(w.waiting | w.parked | w.ended);
+        if (ready) {
+            const uint32_t ahead = ready & (~1u << m.place);
+            m.place = static_cast<uint32_t>(__builtin_ctz(ahead ? ahead : ready));
+            return m.warp * LANES + w.lane(m.place);
+        }
+        if (w.waiting) stuck_warp(m, w);
+        if (++m.turn < m.warps) {
+            enter_warp(m);
+            continue;
+        }
+        if (!m.parked) return NONE;
+        if (m.ended) stuck_block(m);
+        m.parked = 0;
+        for (uint32_t i = 0; i < m.warps; ++i) m.all[i].parked = 0;
+        begin_phase(m);
+    }
+}
+
+// A thread has ended. Returns when another one begins on the same stack.
+void end_thread(Machine& m) {
+    const int fiber = m.fiber_of[state.thread.x];
+    m.all[m.warp].ended |= 1u << m.place;
+    ++m.ended;
+    const uint32_t next = next_thread(m);
+    if (next != NONE && m.fiber_of[next] < 0) {
+        m.fiber_of[next] = fiber;
+        state.thread.x = next;
+        return;
+    }
+    m.free_fibers[m.free_count++] = fiber;
+    Context& to = next == NONE ? m.host : m.fibers[m.fiber_of[next]].context;
+    if (next != NONE) state.thread.x = next;
+    change(m.fibers[fiber].context, to, true);
+}
+
+void run_fiber() {
+    arrived();
+    Machine& m = *state.machine;
+    for (;;) {
+        m.kernel->body(m.params);
+        end_thread(m);
+    }
+}
+
+// A fiber for a thread that has not begun; false when there is no memory for its stack.
+bool begin_thread(Machine& m, uint32_t thread) {
+    if (m.free_count == 0) {
+        if (!m.fibers[m.fibers_made].stack.allocate(static_cast<size_t>(m.fibers_made))) {
+            report(m, "no memory for the stacks of %u threads", m.threads);
+            return false;
+        }
+        m.free_fibers[m.free_count++] = m.fibers_made++;
+    }
+    const int fiber = m.free_fibers[--m.free_count];
+    m.fiber_of[thread] = fiber;
+    m.fibers[fiber].context.create(m.fibers[fiber].stack, run_fiber);
+    return true;
+}
+
+// Goes on with other threads until the running one may continue.
+void wait(Machine& m) {
+    const uint32_t next = next_thread(m);
+    if (next == state.thread.x) return;
+    if (m.fiber_of[next] < 0 && !begin_thread(m, next)) give_up(m);
+    Context& from = running(m);
+    state.thread.x = next;
+    change(from, m.fibers[m.fiber_of[next]].context);
+}
+
+// Enters the running lane at a collective. True for the last lane of the warp, which does not wait.
+inline bool join(Machine& m, Warp& w, Collective kind, Site site) {
+    if (w.waiting == 0) {
+        w.kind = kind;
+        w.site = site;
+    } else if (w.kind != kind || w.site.line != site.line) {
+        const uint32_t other = one_of(m, w.waiting);
+        report(m, "thread %u is at %s (%s:%d), but thread %u of its warp at %s (%s:%d)", state.thread.x,
+               NAMES[static_cast<int>(kind)], site.file, site.line, other, NAMES[static_cast<int>(w.kind)],
+               w.site.file, w.site.line);
+        give_up(m);
+    }
+    w.waiting |= 1u << m.place;
+    if (w.waiting != ~0u) return false;
+    w.waiting = 0;
+    ++w.round;
+    return true;
+}
+
+}  // namespace
+
+void sync_threads(Site site) {
+    Machine& m = *state.machine;
+    if (m.parked == 0) {
+        m.barrier = site;
+    } else if (m.barrier.line != site.line) {
+        report(m, "thread %u is at sync_threads (%s:%d), but another thread at another one (%s:%d)", state.thread.x,
+               site.file, site.line, m.barrier.file, m.barrier.line);
+        give_up(m);
+    }
+    m.all[m.warp].parked |= 1u << m.place;
+    ++m.parked;
+    wait(m);
+}
+
+void sync_warp(Site site) {
+    Machine& m = *state.machine;
+    if (!join(m, m.all[m.warp], Collective::sync_warp, site)) wait(m);
+}
+
+uint32_t shuffle_xor(uint32_t bits, int mask, Site site) {
+    Machine& m = *state.machine;
+    Warp& w = m.all[m.warp];
+    const uint32_t lane = state.thread.x % LANES;
+    uint32_t* shown = w.shown[w.round % 2];
+    shown[lane] = bits;
+    if (!join(m, w, Collective::shuffle, site)) wait(m);
+    return shown[lane ^ (static_cast<uint32_t>(mask) % LANES)];
+}
+
+void mma(Operands operands, float d[4], const uint32_t a[4], const uint32_t b[2], Site site) {
+    Machine& m = *state.machine;
+    Warp& w = m.all[m.warp];
+    const uint32_t lane = state.thread.x % LANES;
+    Fragments& f = w.fragments;
+    for (int r = 0; r < 4; ++r) f.a[r][lane] = a[r];
+    for (int r = 0; r < 2; ++r) f.b[r][lane] = b[r];
+    memcpy(f.d[0][lane], d, 2 * sizeof(float));
+    memcpy(f.d[1][lane], d + 2, 2 * sizeof(float));
+    if (join(m, w, Collective::mma, site)) {
+        multiply(operands, f);
+    } else {
+        wait(m);
+    }
+    memcpy(d, f.d[0][lane], 2 * sizeof(float));
+    memcpy(d + 2, f.d[1][lane], 2 * sizeof(float));
+}
+
+namespace {
+
+// The OS thread's machine, made at its first launch and freed when the thread ends; null without memory.
+Machine* this_machine() {
+    static pthread_key_t key;
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    if (state.machine) return state.machine;
+    pthread_once(&once, [] {
+        pthread_key_create(&key, [](void* value) {
+            Machine* m = static_cast<Machine*>(value);
+            for (int i = 0; i < m->fibers_made; ++i) m->fibers[i].stack.release();
+            free(m->shared_area);
+            free(m);
+        });
+    });
+    void* memory = nullptr;
+    if (posix_memalign(&memory, alignof(Machine), sizeof(Machine)) != 0) return nullptr;
+    memset(memory, 0, sizeof(Machine));
+    pthread_setspecific(key, memory);
+    return state.machine = static_cast<Machine*>(memory);
+}
+
+#if defined(MLNT_SIMT_ASAN)
+#define MLNT_SIMT_FORBID(at, bytes) __asan_poison_memory_region(at, bytes)
+#define MLNT_SIMT_ALLOW(at, bytes) __asan_unpoison_memory_region(at, bytes)
+#else
+#define MLNT_SIMT_FORBID(at, bytes) (void)0
+#define MLNT_SIMT_ALLOW(at, bytes) (void)0
+#endif
+
+// Shared memory of the launch: guard, area, guard. The area starts a multiple of 64 bytes.
+bool reserve_shared(Machine& m, size_t bytes) {
+    const size_t needed = bytes + 2 * GUARD_BYTES;
+    if (m.shared_capacity < needed) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, needed) != 0) return false;
+        if (m.shared_area) MLNT_SIMT_ALLOW(m.shared_area, m.shared_capacity);
+        free(m.shared_area);
+        m.shared_area = static_cast<unsigned char*>(memory);
+        m.shared_capacity = needed;
+    }
+    MLNT_SIMT_ALLOW(m.shared_area, m.shared_capacity);
+    memset(m.shared_area, GUARD, GUARD_BYTES);
+    memset(m.shared_area + GUARD_BYTES + bytes, GUARD, GUARD_BYTES);
+    MLNT_SIMT_FORBID(m.shared_area, GUARD_BYTES);
+    MLNT_SIMT_FORBID(m.shared_area + GUARD_BYTES + bytes, GUARD_BYTES);
+    m.shared_bytes = bytes;
+    state.shared = m.shared_area + GUARD_BYTES;
+    return true;
+}
+
+#if !defined(MLNT_SIMT_ASAN)
+bool intact(const unsigned char* guard) {
+    return guard[0] == GUARD && memcmp(guard, guard + 1, GUARD_BYTES - 1) == 0;
+}
+#endif
+
+void check_shared([[maybe_unused]] Machine& m) {
+#if !defined(MLNT_SIMT_ASAN)
+    const bool before = intact(m.shared_area);
+    if (before && intact(m.shared_area + GUARD_BYTES + m.shared_bytes)) return;
+    report(m, "a thread wrote %s its %zu bytes of shared memory", before ? "behind" : "before", m.shared_bytes);
+#endif
+}
+
+void run_block(Machine& m, uint64_t seed, uint64_t block) {
+    m.random = seed * 0xd1342543de82ef95u + block;
+    m.parked = m.ended = 0;
+    for (uint32_t i = 0; i < m.warps; ++i) {
+        m.order[i] = i;
+        m.all[i].waiting = m.all[i].parked = m.all[i].ended = 0;
+    }
+    for (uint32_t i = 0; i < m.threads; ++i) m.fiber_of[i] = -1;
+    memset(m.shared_area + GUARD_BYTES, POISON, m.shared_bytes);
+    begin_phase(m);
+    const uint32_t first = next_thread(m);
+    state.thread = {first, 0, 0};
+    if (!begin_thread(m, first)) return;
+    change(m.host, m.fibers[m.fiber_of[first]].context);
+    if (!m.failed) check_shared(m);
+}
+
+}  // namespace
+}  // namespace simt
+
+extern "C" int mlnt_simt_launch(const simt::Kernel* kernel, const void* params, size_t params_size,
+                                const uint32_t grid[3], uint32_t threads, size_t shared_bytes, uint64_t block_from,
+                                uint64_t block_to, uint64_t seed, char* error, size_t error_size) {
+    using namespace simt;
+    const auto refuse = [&](const char* what, size_t given, size_t limit) {
+        snprintf(error, error_size, "kernel %s: %s: %zu given, %zu allowed", kernel->name, what, given, limit);
+        return 1;
+    };
+    if (params_size != kernel->params_size) return refuse("bytes of parameters", params_size, kernel->params_size);
+    if (params_size > MOST_PARAMS) return refuse("bytes of parameters", params_size, MOST_PARAMS);
+    const uint32_t most = kernel->most_threads < MOST_THREADS ? kernel->most_threads : MOST_THREADS;
+    if (threads > most) return refuse("threads per block", threads, most);
+    if (threads == 0 || threads % LANES != 0) return refuse("threads beyond whole warps", threads, threads / LANES * LANES);
+    const uint64_t blocks = static_cast<uint64_t>(grid[0]) * grid[1] * grid[2];
+    if (block_to > blocks) return refuse("blocks", block_to, blocks);
+
+    Machine* m = this_machine();
+    if (!m || !reserve_shared(*m, shared_bytes)) {
+        snprintf(error, error_size, "kernel %s: no memory for the machine", kernel->name);
+        return 1;
+    }
+    m->kernel = kernel;
+    if (params_size > 0) memcpy(m->params, params, params_size);
+    m->threads = threads;
+    m->warps = threads / LANES;
+    m->error = error;
+    m->error_size = error_size;
+    m->failed = false;
+    state.block_size = {threads, 1, 1};
+    state.grid_size = {grid[0], grid[1], grid[2]};
+    for (uint64_t i = block_from; i < block_to; ++i) {
+        // Half of the seeds take the blocks from the last to the first.
+        const uint64_t block = seed % 2 ? block_from + (block_to - 1 - i) : i;
+        state.block = {static_cast<uint32_t>(block % grid[0]), static_cast<uint32_t>(block / grid[0] % grid[1]),
+                       static_cast<uint32_t>(block / grid[0] / grid[1])};
+        run_block(*m, seed, block);
+        if (m->failed) {
+            m->free_count = 0;
+            for (int fiber = 0; fiber < m->fibers_made; ++fiber) m->free_fibers[m->free_count++] = fiber;
+            return 1;
+        }
+    }
+    return 0;
+}
