@@ -4,6 +4,7 @@
 //! replays the launches as one graph. Every tensor in device memory is f32 (indices: i32), activations NHWC.
 
 pub mod driver;
+pub mod embedded;
 mod layout;
 mod lower;
 
