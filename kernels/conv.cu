@@ -321,7 +321,7 @@ KERNEL(conv2d_sum_f32, ConvSumParams, 256) {
         for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.len; i += step) {
             const float* partial = p.partial + branch * p.len + i;
             float sum = 0.0f;
-            for (int split = 0; split < p.splits; ++split) sum += partial[split * p.branches * p.len];
+            for (int split = 0; split < p.splits; ++split) sum += partial[int64_t(split) * p.branches * p.len];
             p.out[branch * p.len + i] = p.start ? sum + p.start[branch * p.start_branch + i] : sum;
         }
     }
