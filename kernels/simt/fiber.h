@@ -3,7 +3,7 @@
 
 #include <stddef.h>
 
-#if !defined(MLNT_SIMT_UCONTEXT) && !defined(__x86_64__) && !defined(__aarch64__)
+#if defined(MLNT_SIMT_PORTABLE) || (!defined(__x86_64__) && !defined(__aarch64__))
 #define MLNT_SIMT_UCONTEXT
 #endif
 #if defined(MLNT_SIMT_UCONTEXT)
