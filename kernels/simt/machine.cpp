@@ -429,7 +429,7 @@ extern "C" int mlnt_simt_launch(const simt::Kernel* kernel, const void* params, 
     if (params_size > MOST_PARAMS) return refuse("bytes of parameters", params_size, MOST_PARAMS);
     const uint32_t most = kernel->most_threads < MOST_THREADS ? kernel->most_threads : MOST_THREADS;
     if (threads > most) return refuse("threads per block", threads, most);
-    if (threads == 0 || threads % LANES != 0) return refuse("threads beyond whole warps", threads, threads / LANES * LANES);
+    if (threads == 0 || threads % LANES != 0) return refuse("threads, not whole warps", threads, most);
     const uint64_t blocks = static_cast<uint64_t>(grid[0]) * grid[1] * grid[2];
     if (block_to > blocks) return refuse("blocks", block_to, blocks);
 
