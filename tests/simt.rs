@@ -455,36 +455,43 @@ fn conversions_round_as_documented() {
     converts("from_bf16_u16", &all, |b| bf16::from_bits(b as u16).to_f32().to_bits(), f32_nan);
 }
 
-#[test]
-fn tensor_cores_read_every_f16() {
-    let Some(simt) = machine(7) else { return };
-    // Negative zero vanishes in the sum with the accumulator's zero.
+/// That a tensor core of `simt` multiplies each of the numbers in f16 by one.
+fn reads_every_f16(simt: &Simt) {
     let all: Vec<u32> = (0..=0xffff).collect();
     let each = Try { grid: [65_536, 1, 1], ..Try::warp("mma_reads_f16") };
-    let got = each.bits(&simt, &all, &[], None).unwrap();
-    for (&x, y) in all.iter().zip(got.into_iter().map(f32::from_bits)) {
+    let got = each.bits(simt, &all, &[], None).unwrap();
+    for (&x, y) in all.iter().zip(floats(got)) {
         let want = f16::from_bits(x as u16).to_f32();
         assert!(y == want || y.is_nan() && want.is_nan(), "{x:#06x}: {y}, not {want}");
     }
 }
 
 #[test]
-fn the_portable_fibers_work_like_the_fast_ones() {
+fn tensor_cores_read_every_f16() {
+    let Some(simt) = machine(7) else { return };
+    reads_every_f16(&simt);
+}
+
+#[test]
+fn the_portable_machine_works_like_the_fast_one() {
     if !cfg!(target_os = "linux") {
         println!("skipped: other systems discourage ucontext");
         return;
     }
-    let Some(library) = load(&["-DMLNT_SIMT_UCONTEXT"], "simt_ucontext.so") else { return };
+    let Some(library) = load(&["-DMLNT_SIMT_PORTABLE"], "simt_portable.so") else { return };
     let library: &'static _ = Box::leak(Box::new(library));
     for seed in SEEDS {
         let simt = machine_of(library, seed);
         let sum = Try::block("sum_right_f32").floats(&simt, &ramp(256));
         assert_eq!(sum, Ok(vec![256.0 * 257.0 / 2.0; 256]));
-        let (got, want) = products(&simt, "product_right_f16", 16, 3);
-        assert_eq!(got, want);
+        for (kernel, depth) in [("product_right_f16", 16), ("product_right_bf16", 16), ("product_right_tf32", 8)] {
+            let (got, want) = products(&simt, kernel, depth, 3);
+            assert_eq!(got, want, "{kernel}");
+        }
         let error = Try::block("barrier_divergent_f32").floats(&simt, &ramp(256)).unwrap_err();
         assert!(error.contains("40 of 256"), "{error}");
     }
+    reads_every_f16(&machine_of(library, 7));
 }
 
 #[test]

@@ -1,7 +1,8 @@
 // The host meaning of the kernels' vocabulary: what a kernel sees of the SIMT machine, and its entry point.
 //
 // Kernels include this through `platform.cuh`. Compile them with -std=c++20 -DMLNT_SIMT -fno-strict-aliasing (kernels
-// read shared memory as several types, as CUDA allows), and link `machine.cpp`, `fiber.cpp` and `mma.cpp`.
+// read shared memory as several types, as CUDA allows), and link `machine.cpp`, `fiber.cpp` and `mma.cpp`. MLNT_SIMT_PORTABLE compiles
+// these three as for a processor that they do not know.
 #pragma once
 
 #include <stddef.h>
