@@ -7,7 +7,7 @@
 
 use super::gemm::{Mat, gemm};
 use super::lines::{self, Lines};
-use super::memory::{Need, Out, View};
+use super::memory::{Out, View};
 use super::microkernel::{Dot, Product, ROWS, SLACK};
 use super::patches::{Patches, Tile, TileOffsets};
 use super::real::Real;
@@ -105,26 +105,32 @@ fn forward_patches(g: &ConvGeom) -> Patches {
     Patches::new([g.c, g.n, g.h, g.w], (g.p, g.q), g.stride, taps.collect())
 }
 
-/// What `conv` needs beside its operands `[a, b]` and its result.
-pub(super) fn need<T>(conv: &Conv, layout: &Layout, [a, b]: [&Meta; 2], out: &Meta, branches: usize) -> Need {
+/// Elements of launch-wide workspace that `conv` needs.
+pub(super) fn workspace<T>(conv: &Conv, weights: &Meta, out: &Meta, branches: usize) -> usize {
     let g = &conv.geom;
-    let stacks = if !a.per_branch && out.per_branch { branches } else { 1 };
-    let copies = if b.per_branch { branches } else { 1 };
-    let units = out.total(branches);
-    let work = match conv.kind {
+    let copies = if weights.per_branch { branches } else { 1 };
+    match conv.kind {
         ConvKind::Fprop => copies * g.k.next_multiple_of(ROWS) * g.c * g.r * g.s,
         ConvKind::Dgrad => copies * g.c.next_multiple_of(ROWS) * g.k * g.r * g.s,
-        ConvKind::Wgrad => layout.passes.iter().map(|pass| units * pass.chunks::<T>(units)).max().unwrap_or(0),
-    };
+        ConvKind::Wgrad => {
+            let units = out.total(branches);
+            units * chunk_count::<T>(&forward_patches(g), units)
+        }
+    }
+}
+
+/// Bytes of a thread's scratch that a task of `conv` needs; `src` is what patches are taken from.
+pub(super) fn scratch<T>(conv: &Conv, layout: &Layout, src: &Meta, out: &Meta, branches: usize) -> usize {
+    let stacks = if !src.per_branch && out.per_branch { branches } else { 1 };
     let tiles = layout.passes.iter().filter(|pass| !pass.is_plain()).flat_map(|p| p.tiles.iter().map(move |t| (p, t)));
     let elements = tiles.map(|(pass, tile)| {
         let room = match conv.kind {
-            ConvKind::Wgrad => pass.dot_room(tile, stacks * g.k),
+            ConvKind::Wgrad => pass.dot_room(tile, stacks * conv.geom.k),
             _ => pass.product_room(tile, stacks * pass.rows),
         };
         room.planes + room.rows
     });
-    Need { work, scratch: elements.max().unwrap_or(0) * size_of::<T>() }
+    elements.max().unwrap_or(0) * size_of::<T>()
 }
 
 /// Runs one convolution.
@@ -181,13 +187,6 @@ impl Pass {
         let stride = self.patches.columns(tile).next_multiple_of(16);
         let planes = self.patches.planes_len(tile, SLACK) + SLACK;
         Room { planes, rows: rows * stride, stride }
-    }
-
-    /// Number of partial sums of a weight gradient with `units` elements.
-    fn chunks<T>(&self, units: usize) -> usize {
-        let tiles = if self.is_plain() { self.patches.pixels().div_ceil(TILE) } else { self.tiles.len() };
-        let fit = PARTIAL_BYTES / (units * size_of::<T>()).max(1);
-        tiles.min(CHUNKS).min(fit).max(1)
     }
 
     /// Packs `count` rows of the weights from branch `branch` on (rows of later branches follow) as the kernel wants.
@@ -386,6 +385,16 @@ fn plain_product<T: Real>(
     });
 }
 
+/// Number of partial sums of a weight gradient with `units` elements.
+fn chunk_count<T>(patches: &Patches, units: usize) -> usize {
+    let tiles = match patches.is_identity() {
+        true => patches.pixels().div_ceil(TILE),
+        false => patches.tile_count(TILE),
+    };
+    let fit = PARTIAL_BYTES / (units * size_of::<T>()).max(1);
+    tiles.min(CHUNKS).min(fit).max(1)
+}
+
 /// Weight gradient: partial sums over chunks of tiles, then their sum in a fixed order.
 #[allow(clippy::too_many_arguments)]
 fn wgrad<T: Real>(
@@ -401,7 +410,7 @@ fn wgrad<T: Real>(
     let Pass { patches, tiles, offsets, .. } = pass;
     let depth = patches.depth();
     let units = out.total();
-    let chunks = pass.chunks::<T>(units);
+    let chunks = chunk_count::<T>(patches, units);
     let summed = !out.branched() && (x.branched() || dy.branched());
     let stacked = !x.branched() && out.branched();
     let outer = if out.branched() && !stacked { branches } else { 1 };

@@ -3,7 +3,7 @@
 
 use super::conv::{self, Start};
 use super::elementwise::{self, Term};
-use super::memory::{Memory, Need, View};
+use super::memory::{Memory, View};
 use super::real::Real;
 use super::softmax::{Head, Target};
 use super::{batch_norm, neighbours, pool};
@@ -22,29 +22,43 @@ pub(super) struct Context<'a, T> {
     pub layouts: &'a HashMap<Conv, conv::Layout>,
 }
 
+/// Elements of workspace the plan's launches need.
+pub(super) fn workspace<T>(plan: &Plan) -> usize {
+    let need = |launch: &Launch| match &launch.op {
+        Op::Conv(conv) => {
+            let [_, weights, out] = conv_metas(plan, &launch.args[0]);
+            conv::workspace::<T>(conv, &weights, &out, plan.branches)
+        }
+        _ => 0,
+    };
+    plan.launches.iter().map(need).max().unwrap_or(0)
+}
+
+/// Bytes of scratch of every thread that the plan's launches need.
+pub(super) fn scratch<T>(plan: &Plan, layouts: &HashMap<Conv, conv::Layout>) -> usize {
+    let need = |launch: &Launch| match &launch.op {
+        Op::Conv(conv) => {
+            let [src, _, out] = conv_metas(plan, &launch.args[0]);
+            conv::scratch::<T>(conv, &layouts[conv], &src, &out, plan.branches)
+        }
+        Op::Softmax(_) | Op::SoftmaxJvp(_) | Op::CeLoss(_) | Op::CeGrad(_) | Op::KlLoss(_) | Op::KlGrad(_) => {
+            head(&plan.buffers[launch.args[0].inputs[0]].meta).scratch()
+        }
+        Op::NearestNeighbours(_) => neighbours::scratch(plan.buffers[launch.args[0].inputs[0]].meta.dims[0]),
+        _ => 0,
+    };
+    plan.launches.iter().map(need).max().unwrap_or(0)
+}
+
+/// Of a convolution's operands and its result.
+fn conv_metas(plan: &Plan, args: &Args) -> [Meta; 3] {
+    [args.inputs[0], args.inputs[1], args.outputs[0]].map(|i| plan.buffers[i].meta)
+}
+
 /// The layouts of a plan's convolutions.
 pub(super) fn layouts(plan: &Plan) -> HashMap<Conv, conv::Layout> {
     let convs = plan.launches.iter().filter_map(|l| if let Op::Conv(conv) = l.op { Some(conv) } else { None });
     convs.map(|conv| (conv, conv::Layout::new(&conv))).collect()
-}
-
-/// What the plan's launches need.
-pub(super) fn need<T>(plan: &Plan, layouts: &HashMap<Conv, conv::Layout>) -> Need {
-    let of = |launch: &Launch| {
-        let args = &launch.args[0];
-        let first = || plan.buffers[args.inputs[0]].meta;
-        match &launch.op {
-            Op::Conv(conv) => {
-                let [a, b, out] = [args.inputs[0], args.inputs[1], args.outputs[0]].map(|i| plan.buffers[i].meta);
-                conv::need::<T>(conv, &layouts[conv], [&a, &b], &out, plan.branches)
-            }
-            Op::Softmax(_) | Op::SoftmaxJvp(_) | Op::CeLoss(_) | Op::CeGrad(_) | Op::KlLoss(_) | Op::KlGrad(_) => {
-                Need { work: 0, scratch: head(&first()).scratch() }
-            }
-            _ => Need::default(),
-        }
-    };
-    plan.launches.iter().map(of).fold(Need::default(), Need::or)
 }
 
 /// The head whose logits have this shape.
@@ -63,8 +77,9 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
     let Context { plan, memory, scalars, layouts } = context;
     let input = |i: usize| &plan.buffers[args.inputs[i]];
     let output = |i: usize| &plan.buffers[args.outputs[i]];
-    // SAFETY (all four): `check::check` has found no overlap of a launch's results with one another or with its
-    // operands, except operands worked on in place, which are not turned into slices below.
+    // SAFETY (all four): the run has the device to itself and launches one after the other, and `check::check` has found no
+    // overlap of a launch's results with one another or with its operands, except operands worked on in place, which
+    // are not turned into slices below.
     let real = |i: usize| -> View<'_, T> { unsafe { memory.read(input(i)) } };
     let index = |i: usize| unsafe { memory.read_indices(input(i)) };
     let out = |i: usize| unsafe { memory.write(output(i)) };

@@ -149,22 +149,6 @@ pub(super) fn available() -> Option<usize> {
     Some(container.map_or(machine, |c| c.min(machine)))
 }
 
-/// Memory that launches need beside the plan's tensors.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Need {
-    /// Elements of workspace, which a launch's tasks divide.
-    pub work: usize,
-    /// Bytes of scratch of every thread.
-    pub scratch: usize,
-}
-
-impl Need {
-    /// The larger of two needs: launches run one after the other.
-    pub fn or(self, other: Need) -> Need {
-        Need { work: self.work.max(other.work), scratch: self.scratch.max(other.scratch) }
-    }
-}
-
 /// A state: its shape, the branches it is kept for, and its values in device order.
 pub(super) struct State<T> {
     pub name: String,

@@ -30,7 +30,7 @@ use crate::ops::{Conv, Op, Operation};
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
 use border::{Data, Entry, Values};
-use memory::{Block, Input, Memory, Need, State};
+use memory::{Block, Input, Memory, State};
 use std::collections::HashMap;
 
 struct Loaded<T> {
@@ -92,7 +92,7 @@ impl<T: Real> Cpu<T> {
     }
 
     /// Counts the memory that loading `plan` takes, and refuses what the machine does not have.
-    fn reserve(&mut self, plan: &Plan, need: Need) -> Result<()> {
+    fn reserve(&mut self, plan: &Plan, work: usize) -> Result<()> {
         let used = |ports: &[Port], new: &dyn Fn(&Port) -> bool| -> usize {
             let ports = ports.iter().filter(|p| p.buffer.is_some() && new(p));
             ports.map(|p| p.meta.total(plan.branches)).fold(0, usize::saturating_add)
@@ -101,7 +101,7 @@ impl<T: Real> Cpu<T> {
             .saturating_add(used(&plan.inputs, &|_| true))
             .saturating_add(plan.arena_reals.saturating_sub(self.reals.len()))
             .saturating_add(plan.arena_indices.saturating_sub(self.indices.len()))
-            .saturating_add(need.work.saturating_sub(self.work.len()));
+            .saturating_add(work.saturating_sub(self.work.len()));
         let need = self.given.saturating_add(reals.saturating_mul(size_of::<T>()));
         match self.free {
             Some(free) if need > free => {
@@ -205,9 +205,8 @@ impl<T: Real + Default> Device for Cpu<T> {
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
         check("cpu", &plan)?;
-        let layouts = launch::layouts(&plan);
-        let need = launch::need::<T>(&plan, &layouts);
-        self.reserve(&plan, need)?;
+        let work = launch::workspace::<T>(&plan);
+        self.reserve(&plan, work)?;
         let mut states = Vec::with_capacity(plan.states.len());
         for port in &plan.states {
             states.push(if port.buffer.is_some() { Some(self.bind_state(port, plan.branches)?) } else { None });
@@ -227,11 +226,13 @@ impl<T: Real + Default> Device for Cpu<T> {
         if self.indices.len() < plan.arena_indices {
             self.indices = Block::new(plan.arena_indices)?;
         }
-        if self.work.len() < need.work {
-            self.work = Block::new(need.work)?;
+        if self.work.len() < work {
+            self.work = Block::new(work)?;
         }
+        let layouts = launch::layouts(&plan);
         // Which thread meets the largest tile first is chance: all of them are ready for it.
-        self.pool.broadcast(|_| scratch::reserve(need.scratch));
+        let scratch = launch::scratch::<T>(&plan, &layouts);
+        self.pool.broadcast(|_| scratch::reserve(scratch));
         self.plans.push(Loaded { plan, layouts, inputs, states });
         self.last_run = None;
         Ok(PlanId(self.plans.len() - 1))

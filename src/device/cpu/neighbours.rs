@@ -6,6 +6,11 @@ use super::real::Real;
 use super::scratch::with_scratch;
 use rayon::prelude::*;
 
+/// Bytes of a thread's scratch that `samples` distances take.
+pub(super) fn scratch(samples: usize) -> usize {
+    samples * size_of::<f64>()
+}
+
 /// For every sample the indices of the nearest others, nearest first, the smaller index first on ties; distances in
 /// double precision. Features lie feature by feature, results rank by rank.
 pub(super) fn nearest<T: Real>(x: View<'_, T>, samples: usize, out: Out<'_, i32>) {

@@ -90,20 +90,30 @@ impl Patches {
         self.taps == [(0, 0)] && self.step == 1 && self.grid == (self.height, self.width)
     }
 
-    /// Tiles of about `target` columns: as many whole images as fit, or some lines of one.
-    pub fn tiles(&self, target: usize) -> Vec<Tile> {
+    /// Images and lines of a tile of about `target` columns: as many whole images as fit, or some lines of one.
+    fn tile_size(&self, target: usize) -> (usize, usize) {
         let area = self.grid.0 * self.grid.1;
-        if area > 2 * target {
-            let lines = (target / self.grid.1).max(1);
-            let cuts = |image: usize| {
-                let from = (0..self.grid.0).step_by(lines);
-                from.map(move |i| Tile { images: image..image + 1, lines: i..(i + lines).min(self.grid.0) })
-            };
-            return (0..self.samples).flat_map(cuts).collect();
+        match area > 2 * target {
+            true => (1, (target / self.grid.1).max(1)),
+            false => ((target / area.max(1)).max(1), self.grid.0.max(1)),
         }
-        let images = (target / area.max(1)).max(1);
-        let from = (0..self.samples).step_by(images);
-        from.map(|n| Tile { images: n..(n + images).min(self.samples), lines: 0..self.grid.0 }).collect()
+    }
+
+    /// Number of tiles of about `target` columns.
+    pub fn tile_count(&self, target: usize) -> usize {
+        let (images, lines) = self.tile_size(target);
+        self.samples.div_ceil(images) * self.grid.0.div_ceil(lines)
+    }
+
+    /// Tiles of about `target` columns.
+    pub fn tiles(&self, target: usize) -> Vec<Tile> {
+        let (images, lines) = self.tile_size(target);
+        let cuts = |n: usize| {
+            let images = n..(n + images).min(self.samples);
+            let from = (0..self.grid.0).step_by(lines);
+            from.map(move |i| Tile { images: images.clone(), lines: i..(i + lines).min(self.grid.0) })
+        };
+        (0..self.samples).step_by(images).flat_map(cuts).collect()
     }
 
     /// Elements from one plane row to the next.
