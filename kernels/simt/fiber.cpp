@@ -56,12 +56,9 @@ static void make(Context& context, const Stack& stack, void (*entry)()) {
     makecontext(&context.machine, entry, 0);
 }
 
-static void jump(Context& from, Context& to) { swapcontext(&from.machine, &to.machine); }
+[[maybe_unused]] static void jump(Context& from, Context& to) { swapcontext(&from.machine, &to.machine); }
 
 #else
-
-// Pushes the registers that a call must preserve, stores the stack pointer in `*from`, and undoes the same with `to`.
-extern "C" void mlnt_simt_switch(void** from, void* to) __asm__("mlnt_simt_switch");
 
 #if defined(__x86_64__)
 
@@ -140,7 +137,7 @@ static void make(Context& context, const Stack& stack, void (*entry)()) {
     context.sp = frame;
 }
 
-static inline void jump(Context& from, Context& to) { mlnt_simt_switch(&from.sp, to.sp); }
+[[maybe_unused]] static void jump(Context& from, Context& to) { mlnt_simt_switch(&from.sp, to.sp); }
 
 #endif
 
@@ -154,16 +151,16 @@ void Context::create(const Stack& stack, void (*entry)()) {
     make(*this, stack, entry);
 }
 
-void change(Context& from, Context& to, [[maybe_unused]] bool last) {
 #if defined(MLNT_SIMT_ASAN)
+void change(Context& from, Context& to, bool last) {
     came_from = &from;
     __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.low, to.size);
     jump(from, to);
     __sanitizer_finish_switch_fiber(from.fake_stack, &came_from->low, &came_from->size);
-#else
-    jump(from, to);
-#endif
 }
+#elif defined(MLNT_SIMT_UCONTEXT)
+void change(Context& from, Context& to, bool) { jump(from, to); }
+#endif
 
 void arrived() {
 #if defined(MLNT_SIMT_ASAN)

@@ -48,8 +48,17 @@ struct Context {
     void create(const Stack& stack, void (*entry)());
 };
 
+#if !defined(MLNT_SIMT_UCONTEXT)
+// Pushes the registers that a call must preserve, stores the stack pointer in `*from`, and undoes the same with `to`.
+extern "C" void mlnt_simt_switch(void** from, void* to) __asm__("mlnt_simt_switch");
+#endif
+
 // Suspends the running flow into `from` and goes on with `to`. With `last`, `from` is never resumed.
+#if defined(MLNT_SIMT_UCONTEXT) || defined(MLNT_SIMT_ASAN)
 void change(Context& from, Context& to, bool last = false);
+#else
+inline void change(Context& from, Context& to, bool = false) { mlnt_simt_switch(&from.sp, to.sp); }
+#endif
 
 // The first thing a new fiber does.
 void arrived();

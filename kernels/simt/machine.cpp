@@ -29,34 +29,47 @@ namespace {
 
 constexpr uint32_t LANES = 32;
 constexpr uint32_t MOST_THREADS = 1024;
-constexpr uint32_t NONE = ~0u;
 constexpr size_t MOST_PARAMS = 4096;  // what CUDA takes for a kernel's parameters
 
 constexpr size_t GUARD_BYTES = 1024;
-constexpr unsigned char GUARD = 0xa5;
+constexpr uint32_t GUARD = 0x7fe5a5a5u;   // a NaN too, but one that no computation gives
 constexpr unsigned char POISON = 0xff;  // NaN in floats, -1 in integers
 
 enum class Collective : uint8_t { sync_warp, shuffle, mma };
 
 constexpr const char* NAMES[] = {"sync_warp", "shuffle", "mma"};
 
+struct Fiber {
+    Stack stack;
+    Context context;
+};
+
+// A collective as a lane calls it.
+struct Call {
+    Collective kind;
+    Site site;
+
+    bool operator==(const Call& other) const {
+        return kind == other.kind && site.line == other.site.line && site.file == other.site.file;
+    }
+};
+
 // A warp. Its lanes stand in a ring, in an order drawn anew in each phase; sets of lanes are bits by place in the ring.
 struct Warp {
     Fragments fragments;
     // What lanes show each other, of this collective and of the one before, which some lanes may not have read yet.
     uint32_t shown[2][LANES];
-    uint32_t waiting, parked, ended;  // at a collective, at the block's barrier, for good
-    uint32_t factor, shift;           // the lane at place p of the ring is p·factor + shift, mod 32
-    uint32_t round;
-    Collective kind;
-    Site site;
+    Fiber* fibers[LANES];           // by lane; null for those that have not begun
+    uint32_t first;                 // the thread that is lane 0
+    uint32_t ready, parked, ended;  // may run; at the block's barrier; for good. All others wait at `call`.
+    uint32_t factor, shift;         // the lane at place p of the ring is p·factor + shift, mod 32
+    uint32_t round;                 // collectives completed
+    Call call;
 
     uint32_t lane(uint32_t place) const { return (place * factor + shift) % LANES; }
-};
-
-struct Fiber {
-    Stack stack;
-    Context context;
+    uint32_t waiting() const { return ~(ready | parked | ended); }
+    // A thread of the set, which is not empty.
+    uint32_t one_of(uint32_t set) const { return first + lane(static_cast<uint32_t>(__builtin_ctz(set))); }
 };
 
 }  // namespace
@@ -67,17 +80,18 @@ struct Machine {
     uint32_t threads, warps;
     uint64_t random;
 
-    uint32_t warp, place;  // the running lane
-    uint32_t order[LANES], turn;
+    // The running lane.
+    Warp* warp;
+    uint32_t place, lane;
+    uint32_t order[LANES], turn;  // of warps
     uint32_t parked, ended;  // threads
     Site barrier;
     Warp all[LANES];
 
     Context host;
-    int fiber_of[MOST_THREADS];
     Fiber fibers[MOST_THREADS];
     int fibers_made;
-    int free_fibers[MOST_THREADS];
+    Fiber* free_fibers[MOST_THREADS];
     int free_count;
 
     unsigned char* shared_area;
@@ -101,11 +115,11 @@ namespace {
     m.failed = true;
 }
 
-Context& running(Machine& m) { return m.fibers[m.fiber_of[state.thread.x]].context; }
+Fiber& running(Machine& m) { return *m.warp->fibers[m.lane]; }
 
 // Ends the launch from within a fiber. The block's fibers are abandoned where they stand.
 [[noreturn]] void give_up(Machine& m) {
-    change(running(m), m.host, true);
+    change(running(m).context, m.host, true);
     __builtin_unreachable();
 }
 
@@ -118,11 +132,11 @@ uint64_t draw(Machine& m) {
 }
 
 void enter_warp(Machine& m) {
-    m.warp = m.order[m.turn];
+    m.warp = &m.all[m.order[m.turn]];
     m.place = LANES - 1;
     const uint64_t bits = draw(m);
-    m.all[m.warp].factor = static_cast<uint32_t>(bits % LANES) | 1u;
-    m.all[m.warp].shift = static_cast<uint32_t>(bits >> 8) % LANES;
+    m.warp->factor = static_cast<uint32_t>(bits % LANES) | 1u;
+    m.warp->shift = static_cast<uint32_t>(bits >> 8) % LANES;
 }
 
 void begin_phase(Machine& m) {
@@ -136,20 +150,16 @@ void begin_phase(Machine& m) {
     enter_warp(m);
 }
 
-// The first thread of the warp that is in the set, which is not empty.
-uint32_t one_of(const Machine& m, uint32_t set) {
-    return m.warp * LANES + m.all[m.warp].lane(static_cast<uint32_t>(__builtin_ctz(set)));
-}
-
 [[noreturn]] void stuck_warp(Machine& m, const Warp& w) {
-    const char* name = NAMES[static_cast<int>(w.kind)];
-    const uint32_t waits = one_of(m, w.waiting);
+    const char* name = NAMES[static_cast<int>(w.call.kind)];
+    const Site site = w.call.site;
+    const uint32_t waits = w.one_of(w.waiting());
     if (w.parked) {
         report(m, "thread %u waits for its warp at %s (%s:%d), but thread %u at sync_threads (%s:%d)", waits, name,
-               w.site.file, w.site.line, one_of(m, w.parked), m.barrier.file, m.barrier.line);
+               site.file, site.line, w.one_of(w.parked), m.barrier.file, m.barrier.line);
     } else {
-        report(m, "thread %u waits for its warp at %s (%s:%d), but thread %u has ended", waits, name, w.site.file,
-               w.site.line, one_of(m, w.ended));
+        report(m, "thread %u waits for its warp at %s (%s:%d), but thread %u has ended", waits, name, site.file,
+               site.line, w.one_of(w.ended));
     }
     give_up(m);
 }
@@ -160,44 +170,49 @@ uint32_t one_of(const Machine& m, uint32_t set) {
     give_up(m);
 }
 
-// The thread that runs next, or NONE at the end of the block.
-uint32_t next_thread(Machine& m) {
-    for (;;) {
-        const Warp& w = m.all[m.warp];
-        const uint32_t ready = ~(w.waiting | w.parked | w.ended);
-        if (ready) {
-            const uint32_t ahead = ready & (~1u << m.place);
-            m.place = static_cast<uint32_t>(__builtin_ctz(ahead ? ahead : ready));
-            return m.warp * LANES + w.lane(m.place);
-        }
-        if (w.waiting) stuck_warp(m, w);
-        if (++m.turn < m.warps) {
-            enter_warp(m);
-            continue;
-        }
-        if (!m.parked) return NONE;
-        if (m.ended) stuck_block(m);
-        m.parked = 0;
-        for (uint32_t i = 0; i < m.warps; ++i) m.all[i].parked = 0;
-        begin_phase(m);
+// Goes over to the next warp that can run; false at the end of the block.
+bool next_warp(Machine& m) {
+    const Warp& w = *m.warp;
+    if (w.waiting()) stuck_warp(m, w);
+    if (++m.turn < m.warps) {
+        enter_warp(m);
+        return true;
     }
+    if (!m.parked) return false;
+    if (m.ended) stuck_block(m);
+    m.parked = 0;
+    for (uint32_t i = 0; i < m.warps; ++i) {
+        m.all[i].parked = 0;
+        m.all[i].ready = ~0u;
+    }
+    begin_phase(m);
+    return true;
+}
+
+// Makes the next lane that can run the running one; false at the end of the block.
+inline bool next_lane(Machine& m) {
+    if (m.warp->ready == 0 && !next_warp(m)) return false;
+    const uint32_t ready = m.warp->ready;
+    const uint32_t ahead = ready & (~1u << m.place);
+    m.place = static_cast<uint32_t>(__builtin_ctz(ahead ? ahead : ready));
+    m.lane = m.warp->lane(m.place);
+    state.thread.x = m.warp->first + m.lane;
+    return true;
 }
 
 // A thread has ended. Returns when another one begins on the same stack.
 void end_thread(Machine& m) {
-    const int fiber = m.fiber_of[state.thread.x];
-    m.all[m.warp].ended |= 1u << m.place;
+    Fiber& fiber = running(m);
+    m.warp->ended |= 1u << m.place;
+    m.warp->ready &= ~(1u << m.place);
     ++m.ended;
-    const uint32_t next = next_thread(m);
-    if (next != NONE && m.fiber_of[next] < 0) {
-        m.fiber_of[next] = fiber;
-        state.thread.x = next;
+    const bool more = next_lane(m);
+    if (more && !m.warp->fibers[m.lane]) {
+        m.warp->fibers[m.lane] = &fiber;
         return;
     }
-    m.free_fibers[m.free_count++] = fiber;
-    Context& to = next == NONE ? m.host : m.fibers[m.fiber_of[next]].context;
-    if (next != NONE) state.thread.x = next;
-    change(m.fibers[fiber].context, to, true);
+    m.free_fibers[m.free_count++] = &fiber;
+    change(fiber.context, more ? running(m).context : m.host, true);
 }
 
 void run_fiber() {
@@ -209,46 +224,54 @@ void run_fiber() {
     }
 }
 
-// A fiber for a thread that has not begun; false when there is no memory for its stack.
-bool begin_thread(Machine& m, uint32_t thread) {
+// Gives the running thread, which has not begun, a fiber; false when there is no memory for its stack.
+bool begin_thread(Machine& m) {
     if (m.free_count == 0) {
-        if (!m.fibers[m.fibers_made].stack.allocate(static_cast<size_t>(m.fibers_made))) {
+        Fiber& made = m.fibers[m.fibers_made];
+        if (!made.stack.allocate(static_cast<size_t>(m.fibers_made))) {
             report(m, "no memory for the stacks of %u threads", m.threads);
             return false;
         }
-        m.free_fibers[m.free_count++] = m.fibers_made++;
+        ++m.fibers_made;
+        m.free_fibers[m.free_count++] = &made;
     }
-    const int fiber = m.free_fibers[--m.free_count];
-    m.fiber_of[thread] = fiber;
-    m.fibers[fiber].context.create(m.fibers[fiber].stack, run_fiber);
+    Fiber* fiber = m.free_fibers[--m.free_count];
+    m.warp->fibers[m.lane] = fiber;
+    fiber->context.create(fiber->stack, run_fiber);
     return true;
 }
 
 // Goes on with other threads until the running one may continue.
 void wait(Machine& m) {
-    const uint32_t next = next_thread(m);
-    if (next == state.thread.x) return;
-    if (m.fiber_of[next] < 0 && !begin_thread(m, next)) give_up(m);
-    Context& from = running(m);
-    state.thread.x = next;
-    change(from, m.fibers[m.fiber_of[next]].context);
+    Fiber& from = running(m);
+    // The end of the block is no outcome: the running thread has not ended.
+    next_lane(m);
+    Fiber* to = m.warp->fibers[m.lane];
+    if (to == &from) return;
+    if (!to) {
+        if (!begin_thread(m)) change(from.context, m.host, true);
+        to = m.warp->fibers[m.lane];
+    }
+    change(from.context, to->context);
+}
+
+// The running lane calls something else than the warp's last call: right when no lane waits there.
+void meet(Machine& m, Warp& w, Call call) {
+    if (w.waiting()) {
+        report(m, "thread %u is at %s (%s:%d), but thread %u of its warp at %s (%s:%d)", state.thread.x,
+               NAMES[static_cast<int>(call.kind)], call.site.file, call.site.line, w.one_of(w.waiting()),
+               NAMES[static_cast<int>(w.call.kind)], w.call.site.file, w.call.site.line);
+        give_up(m);
+    }
+    w.call = call;
 }
 
 // Enters the running lane at a collective. True for the last lane of the warp, which does not wait.
-inline bool join(Machine& m, Warp& w, Collective kind, Site site) {
-    if (w.waiting == 0) {
-        w.kind = kind;
-        w.site = site;
-    } else if (w.kind != kind || w.site.line != site.line) {
-        const uint32_t other = one_of(m, w.waiting);
-        report(m, "thread %u is at %s (%s:%d), but thread %u of its warp at %s (%s:%d)", state.thread.x,
-               NAMES[static_cast<int>(kind)], site.file, site.line, other, NAMES[static_cast<int>(w.kind)],
-               w.site.file, w.site.line);
-        give_up(m);
-    }
-    w.waiting |= 1u << m.place;
-    if (w.waiting != ~0u) return false;
-    w.waiting = 0;
+inline bool join(Machine& m, Warp& w, Call call) {
+    if (!(w.call == call)) meet(m, w, call);
+    w.ready &= ~(1u << m.place);
+    if (w.ready || w.parked || w.ended) return false;
+    w.ready = ~0u;
     ++w.round;
     return true;
 }
@@ -264,36 +287,37 @@ void sync_threads(Site site) {
                site.file, site.line, m.barrier.file, m.barrier.line);
         give_up(m);
     }
-    m.all[m.warp].parked |= 1u << m.place;
+    m.warp->parked |= 1u << m.place;
+    m.warp->ready &= ~(1u << m.place);
     ++m.parked;
     wait(m);
 }
 
 void sync_warp(Site site) {
     Machine& m = *state.machine;
-    if (!join(m, m.all[m.warp], Collective::sync_warp, site)) wait(m);
+    if (!join(m, *m.warp, {Collective::sync_warp, site})) wait(m);
 }
 
 uint32_t shuffle_xor(uint32_t bits, int mask, Site site) {
     Machine& m = *state.machine;
-    Warp& w = m.all[m.warp];
-    const uint32_t lane = state.thread.x % LANES;
+    Warp& w = *m.warp;
+    const uint32_t lane = m.lane;
     uint32_t* shown = w.shown[w.round % 2];
     shown[lane] = bits;
-    if (!join(m, w, Collective::shuffle, site)) wait(m);
+    if (!join(m, w, {Collective::shuffle, site})) wait(m);
     return shown[lane ^ (static_cast<uint32_t>(mask) % LANES)];
 }
 
 void mma(Operands operands, float d[4], const uint32_t a[4], const uint32_t b[2], Site site) {
     Machine& m = *state.machine;
-    Warp& w = m.all[m.warp];
-    const uint32_t lane = state.thread.x % LANES;
+    Warp& w = *m.warp;
+    const uint32_t lane = m.lane;
     Fragments& f = w.fragments;
     for (int r = 0; r < 4; ++r) f.a[r][lane] = a[r];
     for (int r = 0; r < 2; ++r) f.b[r][lane] = b[r];
     memcpy(f.d[0][lane], d, 2 * sizeof(float));
     memcpy(f.d[1][lane], d + 2, 2 * sizeof(float));
-    if (join(m, w, Collective::mma, site)) {
+    if (join(m, w, {Collective::mma, site})) {
         multiply(operands, f);
     } else {
         wait(m);
@@ -332,6 +356,10 @@ Machine* this_machine() {
 #define MLNT_SIMT_ALLOW(at, bytes) (void)0
 #endif
 
+void fill_guard(unsigned char* guard) {
+    for (size_t i = 0; i < GUARD_BYTES; i += sizeof GUARD) memcpy(guard + i, &GUARD, sizeof GUARD);
+}
+
 // Shared memory of the launch: guard, area, guard. The area starts a multiple of 64 bytes.
 bool reserve_shared(Machine& m, size_t bytes) {
     const size_t needed = bytes + 2 * GUARD_BYTES;
@@ -344,8 +372,8 @@ bool reserve_shared(Machine& m, size_t bytes) {
         m.shared_capacity = needed;
     }
     MLNT_SIMT_ALLOW(m.shared_area, m.shared_capacity);
-    memset(m.shared_area, GUARD, GUARD_BYTES);
-    memset(m.shared_area + GUARD_BYTES + bytes, GUARD, GUARD_BYTES);
+    fill_guard(m.shared_area);
+    fill_guard(m.shared_area + GUARD_BYTES + bytes);
     MLNT_SIMT_FORBID(m.shared_area, GUARD_BYTES);
     MLNT_SIMT_FORBID(m.shared_area + GUARD_BYTES + bytes, GUARD_BYTES);
     m.shared_bytes = bytes;
@@ -355,7 +383,8 @@ bool reserve_shared(Machine& m, size_t bytes) {
 
 #if !defined(MLNT_SIMT_ASAN)
 bool intact(const unsigned char* guard) {
-    return guard[0] == GUARD && memcmp(guard, guard + 1, GUARD_BYTES - 1) == 0;
+    return memcmp(guard, &GUARD, sizeof GUARD) == 0 &&
+           memcmp(guard, guard + sizeof GUARD, GUARD_BYTES - sizeof GUARD) == 0;
 }
 #endif
 
@@ -372,15 +401,16 @@ void run_block(Machine& m, uint64_t seed, uint64_t block) {
     m.parked = m.ended = 0;
     for (uint32_t i = 0; i < m.warps; ++i) {
         m.order[i] = i;
-        m.all[i].waiting = m.all[i].parked = m.all[i].ended = 0;
+        m.all[i].first = i * LANES;
+        m.all[i].ready = ~0u;
+        m.all[i].parked = m.all[i].ended = 0;
+        memset(m.all[i].fibers, 0, sizeof m.all[i].fibers);
     }
-    for (uint32_t i = 0; i < m.threads; ++i) m.fiber_of[i] = -1;
     memset(m.shared_area + GUARD_BYTES, POISON, m.shared_bytes);
     begin_phase(m);
-    const uint32_t first = next_thread(m);
-    state.thread = {first, 0, 0};
-    if (!begin_thread(m, first)) return;
-    change(m.host, m.fibers[m.fiber_of[first]].context);
+    next_lane(m);
+    if (!begin_thread(m)) return;
+    change(m.host, running(m).context);
     if (!m.failed) check_shared(m);
 }
 
@@ -425,7 +455,9 @@ extern "C" int mlnt_simt_launch(const simt::Kernel* kernel, const void* params, 
         run_block(*m, seed, block);
         if (m->failed) {
             m->free_count = 0;
-            for (int fiber = 0; fiber < m->fibers_made; ++fiber) m->free_fibers[m->free_count++] = fiber;
+            for (int fiber = 0; fiber < m->fibers_made; ++fiber) {
+                m->free_fibers[m->free_count++] = &m->fibers[fiber];
+            }
             return 1;
         }
     }

@@ -1,0 +1,291 @@
+//! The SIMT host machine as a driver: the kernels' sources, compiled as C++, run on the CPU's threads.
+//!
+//! Work runs when it is queued, so streams and events need nothing. The blocks of a launch are divided over rayon's
+//! threads; the machine itself is `kernels/simt/`. After every launch the guard bands around all allocations are
+//! checked, so that a stray write is reported with its kernel.
+#![allow(unsafe_code)]
+
+mod memory;
+
+use super::{Address, Driver, Event, Graph, KernelInfo, Launch, Limits, Stream};
+use crate::error::{Error, Result};
+use memory::Memory;
+use rayon::prelude::*;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::time::Instant;
+
+/// A kernel as the macro `KERNEL` defines it for the host (`simt::Kernel`).
+#[repr(C)]
+pub struct HostKernel {
+    name: *const c_char,
+    body: unsafe extern "C" fn(*const c_void),
+    params_size: u32,
+    most_threads: u32,
+}
+
+// SAFETY: a constant of the program; nothing is ever written through its pointers.
+unsafe impl Sync for HostKernel {}
+
+/// `mlnt_simt_launch` of `kernels/simt/machine.cpp`.
+pub type LaunchFn = unsafe extern "C" fn(
+    kernel: *const HostKernel,
+    params: *const c_void,
+    params_size: usize,
+    grid: *const u32,
+    threads: u32,
+    shared_bytes: usize,
+    block_from: u64,
+    block_to: u64,
+    seed: u64,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int;
+
+/// Work that a graph replays.
+enum Work {
+    Zero(Address, usize),
+    Copy(Address, Address, usize),
+    Launch(Launch),
+}
+
+/// The machine.
+pub struct Simt {
+    launch: LaunchFn,
+    kernels: BTreeMap<&'static str, &'static HostKernel>,
+    seed: u64,
+    memory: RefCell<Memory>,
+    events: RefCell<Vec<Option<Instant>>>,
+    graphs: RefCell<Vec<Option<Vec<Work>>>>,
+    recording: RefCell<Option<Vec<Work>>>,
+    launches: Cell<u64>,
+}
+
+impl Simt {
+    /// A machine with these kernels. `seed` draws the order in which warps, lanes and blocks run: a right kernel gives
+    /// the same bits with every seed.
+    ///
+    /// # Safety
+    /// `launch` is the entry of the machine, and `kernels` are descriptors that were compiled for it.
+    pub unsafe fn new(launch: LaunchFn, kernels: &[&'static HostKernel], seed: u64) -> Self {
+        // SAFETY: `KERNEL` names a kernel by a string constant of ASCII letters.
+        let name = |k: &'static HostKernel| unsafe { CStr::from_ptr(k.name) }.to_str().unwrap_or_default();
+        let kernels = kernels.iter().map(|&k| (name(k), k)).collect();
+        let (memory, events, graphs, recording) = Default::default();
+        Simt { launch, kernels, seed, memory, events, graphs, recording, launches: Cell::new(0) }
+    }
+
+    /// Checks the guard bands around all allocations.
+    ///
+    /// # Errors
+    /// When something was written before or behind an allocation; names it.
+    pub fn check(&self) -> Result<()> {
+        self.memory.borrow().fault().map_or(Ok(()), |what| Err(self.error(what)))
+    }
+
+    /// Launches run so far, those of graphs included.
+    pub fn launches(&self) -> u64 {
+        self.launches.get()
+    }
+
+    fn error(&self, what: impl Into<String>) -> Error {
+        Error::Device { device: self.name(), what: what.into() }
+    }
+
+    fn find(&self, name: &str) -> Result<&'static HostKernel> {
+        self.kernels.get(name).copied().ok_or_else(|| {
+            let known: Vec<_> = self.kernels.keys().copied().collect();
+            self.error(format!("no kernel named {name}; it has {}", known.join(", ")))
+        })
+    }
+
+    /// A pointer to `bytes` bytes of device memory.
+    fn range(&self, at: Address, bytes: usize) -> Result<*mut u8> {
+        let found = self.memory.borrow().range(at, bytes);
+        found.ok_or_else(|| self.error(format!("{bytes} bytes at {:#x} are in no allocation", at.0)))
+    }
+
+    /// Runs work now, or adds it to the recording.
+    fn queue(&self, stream: Stream, work: Work) -> Result<()> {
+        match self.recording.borrow_mut().as_mut() {
+            Some(list) if stream == Stream::Compute => list.push(work),
+            _ => return self.run(&work),
+        }
+        Ok(())
+    }
+
+    /// The host's side of a copy is not part of a recording.
+    fn refuse_recording(&self, stream: Stream) -> Result<()> {
+        match stream == Stream::Compute && self.recording.borrow().is_some() {
+            true => Err(self.error("a copy between host and device cannot be recorded")),
+            false => Ok(()),
+        }
+    }
+
+    fn run(&self, work: &Work) -> Result<()> {
+        match work {
+            // SAFETY: the range lies in an allocation.
+            Work::Zero(at, bytes) => unsafe { self.range(*at, *bytes)?.write_bytes(0, *bytes) },
+            Work::Copy(from, to, bytes) => {
+                let (from, to) = (self.range(*from, *bytes)?, self.range(*to, *bytes)?);
+                // SAFETY: both ranges lie in allocations.
+                unsafe { from.copy_to(to, *bytes) }
+            }
+            Work::Launch(launch) => return self.run_launch(launch),
+        }
+        Ok(())
+    }
+
+    /// Divides a launch's blocks over rayon's threads.
+    fn run_launch(&self, launch: &Launch) -> Result<()> {
+        let kernel = self.find(launch.kernel)?;
+        let [x, y, z] = launch.grid.map(u64::from);
+        let blocks = x * y * z;
+        let pieces = blocks.min(4 * rayon::current_num_threads() as u64);
+        let cut = |piece: u64| (u128::from(blocks) * u128::from(piece) / u128::from(pieces)) as u64;
+        let (enter, seed) = (self.launch, self.seed);
+        let run_piece = |piece: u64| {
+            let mut error = [0u8; 1024];
+            let (params, shared) = (launch.params.as_ptr().cast(), launch.shared as usize);
+            // SAFETY: `new` vouches for the entry and the kernel; the parameters are as long as said, and the kernel's
+            // own size is checked there. That their addresses are right is for the launch's author to see to.
+            let code = unsafe {
+                let grid = launch.grid.as_ptr();
+                let (from, to) = (cut(piece), cut(piece + 1));
+                let (at, len) = (error.as_mut_ptr().cast(), error.len());
+                enter(kernel, params, launch.params.len(), grid, launch.threads, shared, from, to, seed, at, len)
+            };
+            let text = CStr::from_bytes_until_nul(&error).unwrap_or_default();
+            if code == 0 { Ok(()) } else { Err(text.to_string_lossy().into_owned()) }
+        };
+        (0..pieces)
+            .into_par_iter()
+            .try_for_each(run_piece)
+            .map_err(|what| self.error(format!("{what} ({})", launch.label)))?;
+        self.launches.set(self.launches.get() + 1);
+        match self.memory.borrow().fault() {
+            Some(what) => Err(self.error(format!("kernel {} ({}): {what}", launch.kernel, launch.label))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Driver for Simt {
+    fn name(&self) -> String {
+        "simt".into()
+    }
+
+    fn describe(&self) -> String {
+        format!("SIMT host machine, {} threads", rayon::current_num_threads())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits::COMMON
+    }
+
+    fn kernel(&self, name: &'static str) -> Result<KernelInfo> {
+        self.find(name).map(|k| KernelInfo { params: k.params_size as usize, threads: k.most_threads })
+    }
+
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Address> {
+        let at = self.memory.borrow_mut().allocate(bytes, what);
+        at.ok_or_else(|| self.error(format!("no memory for {what}, {bytes} bytes")))
+    }
+
+    fn free(&self, at: Address) {
+        self.memory.borrow_mut().free(at);
+    }
+
+    fn free_bytes(&self) -> Option<usize> {
+        None
+    }
+
+    fn zero(&self, stream: Stream, at: Address, bytes: usize) -> Result<()> {
+        self.queue(stream, Work::Zero(at, bytes))
+    }
+
+    fn upload(&self, stream: Stream, to: Address, from: &[u8]) -> Result<()> {
+        self.refuse_recording(stream)?;
+        let to = self.range(to, from.len())?;
+        // SAFETY: the range lies in an allocation, which `from` is not a part of.
+        unsafe { to.copy_from_nonoverlapping(from.as_ptr(), from.len()) }
+        Ok(())
+    }
+
+    fn download(&self, stream: Stream, from: Address, to: &mut [u8]) -> Result<()> {
+        self.refuse_recording(stream)?;
+        let from = self.range(from, to.len())?;
+        // SAFETY: the range lies in an allocation, which `to` is not a part of.
+        unsafe { from.copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) }
+        Ok(())
+    }
+
+    fn copy(&self, stream: Stream, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.queue(stream, Work::Copy(from, to, bytes))
+    }
+
+    fn launch(&self, stream: Stream, launch: &Launch) -> Result<()> {
+        match self.limits().refuse(launch, &self.kernel(launch.kernel)?) {
+            Some(why) => Err(self.error(why)),
+            None => self.queue(stream, Work::Launch(launch.clone())),
+        }
+    }
+
+    fn event(&self) -> Result<Event> {
+        self.events.borrow_mut().push(None);
+        Ok(Event(self.events.borrow().len() - 1))
+    }
+
+    fn record(&self, _: Stream, event: Event) -> Result<()> {
+        match self.events.borrow_mut().get_mut(event.0) {
+            Some(slot) => *slot = Some(Instant::now()),
+            None => return Err(self.error("no such event")),
+        }
+        Ok(())
+    }
+
+    fn wait(&self, _: Stream, _: Event) -> Result<()> {
+        Ok(())
+    }
+
+    fn seconds(&self, from: Event, to: Event) -> Result<f64> {
+        let events = self.events.borrow();
+        let at = |event: Event| events.get(event.0).copied().flatten();
+        match (at(from), at(to)) {
+            (Some(from), Some(to)) => Ok(to.saturating_duration_since(from).as_secs_f64()),
+            _ => Err(self.error("seconds between events that were not recorded")),
+        }
+    }
+
+    fn capture(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        if self.recording.replace(Some(Vec::new())).is_some() {
+            return Err(self.error("a recording within a recording"));
+        }
+        let done = body();
+        let work = self.recording.take().unwrap_or_default();
+        done?;
+        self.graphs.borrow_mut().push(Some(work));
+        Ok(Graph(self.graphs.borrow().len() - 1))
+    }
+
+    fn replay(&self, graph: Graph) -> Result<()> {
+        let graphs = self.graphs.borrow();
+        let Some(Some(work)) = graphs.get(graph.0) else { return Err(self.error("no such graph")) };
+        work.iter().try_for_each(|w| self.run(w))
+    }
+
+    fn forget(&self, graph: Graph) {
+        if let Some(slot) = self.graphs.borrow_mut().get_mut(graph.0) {
+            *slot = None;
+        }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.check()
+    }
+
+    fn range_push(&self, _: &str) {}
+
+    fn range_pop(&self) {}
+}
