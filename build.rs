@@ -12,10 +12,8 @@ mod simt;
 #[path = "build/sources.rs"]
 mod sources;
 
-use jobs::Job;
 use nvcc::Nvcc;
 use sources::Source;
-use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -45,7 +43,6 @@ fn build() -> Result<(), String> {
         Some(nvcc) => nvcc::jobs(nvcc, &sources, &images)?,
         None => Vec::new(),
     };
-    keep_only(&images, &jobs)?;
 
     let host = simt::find();
     let objects = folder(&out, "simt")?;
@@ -69,9 +66,15 @@ fn build() -> Result<(), String> {
         compiler.archive(&made)?;
         println!("cargo:rustc-cfg=mlnt_simt");
     }
-    if let Some(nvcc) = &nvcc {
-        end_ptx_with_nul(&images, &sources)?;
-        write(&images.join("nvcc.txt"), &format!("{}\n{}\n", nvcc.version, nvcc.path.display()))?;
+    // Says to `scripts/kernel_report.py` that the images are this build's, and who made them.
+    let stamp = images.join("nvcc.txt");
+    match &nvcc {
+        Some(nvcc) => {
+            end_ptx_with_nul(&images, &sources)?;
+            write(&stamp, &format!("{}\n{}\n", nvcc.version, nvcc.path.display()))?;
+        }
+        None if stamp.is_file() => std::fs::remove_file(&stamp).map_err(|e| format!("{}: {e}", stamp.display()))?,
+        None => {}
     }
     write(&out.join("kernels.rs"), &listing(nvcc.as_ref(), &sources))
 }
@@ -90,19 +93,6 @@ fn folder(out: &Path, name: &str) -> Result<PathBuf, String> {
 
 fn write(path: &Path, text: &str) -> Result<(), String> {
     std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
-}
-
-/// Removes from `folder` what no job makes, so that `scripts/kernel_report.py` finds this build's images and no others.
-fn keep_only(folder: &Path, jobs: &[Job]) -> Result<(), String> {
-    let ours: BTreeSet<PathBuf> = jobs.iter().flat_map(|job| [job.output.clone(), job.key_path()]).collect();
-    let describe = |e| format!("{}: {e}", folder.display());
-    for entry in std::fs::read_dir(folder).map_err(describe)? {
-        let path = entry.map_err(describe)?.path();
-        if !ours.contains(&path) {
-            std::fs::remove_file(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        }
-    }
-    Ok(())
 }
 
 /// The driver takes PTX as a C string.

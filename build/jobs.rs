@@ -31,7 +31,7 @@ impl Job {
     }
 
     /// Where the key of the existing output is kept.
-    pub fn key_path(&self) -> PathBuf {
+    fn key_path(&self) -> PathBuf {
         let mut path = self.output.clone().into_os_string();
         path.push(".key");
         path.into()

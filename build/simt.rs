@@ -20,6 +20,8 @@ pub fn find() -> Option<Compiler> {
     build.cpp(true).std("c++20").opt_level(2).warnings(true).define("MLNT_SIMT", None).includes(FOLDERS);
     // Kernels read shared memory as several types, as CUDA allows.
     build.flag("-fno-strict-aliasing");
+    // Where no compiler works, build.rs says so, once.
+    build.cargo_warnings(false);
     if !build.is_flag_supported("-std=c++20").unwrap_or(false) {
         return None;
     }

@@ -65,3 +65,11 @@ fn a_file_is_made_from_all_it_includes() {
     let expected = ["a.cu", "beside.h", "include/params.h", "include/platform.cuh"].map(at);
     assert_eq!(found.into_iter().collect::<Vec<_>>(), expected);
 }
+
+#[test]
+fn the_program_holds_the_kernels_of_the_sources() {
+    let sources = find(&Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")).unwrap();
+    let expected = sources.iter().flat_map(|s| s.kernels.iter().map(|k| (&*k.name, &*s.module, &*k.params, k.threads)));
+    let held = mlnt::device::cuda::embedded::kernels().iter().map(|k| (k.name, k.module, k.params, k.threads));
+    assert_eq!(held.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+}

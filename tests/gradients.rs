@@ -385,7 +385,7 @@ fn max_pooling_as_a_whole() {
     for (h, w, size, stride, pad) in [(15, 11, 3, 2, 1), (7, 7, 2, 2, 0), (5, 4, 3, 1, 1)] {
         let mut tape = Tape::new(3);
         let x = tape.input("x", Meta::activation(2, 3, h, w).branched()).unwrap();
-        let y = tape.max_pool(x, size, stride, pad).unwrap();
+        let y = tape.max_pool(x, size, stride, pad).unwrap().y;
         let plain = {
             let mut tape = tape.clone();
             tape.output("y", y);

@@ -219,6 +219,23 @@ fn one_branch(case: &Case, metas: &[Meta], ins: &[Slice]) -> Vec<Vec<f64>> {
                 outs[0][i * classes + c] = ins[3][0] * ins[2][i] * (p[c] - t);
             }
         }
+        Op::NearestNeighbours(op) => {
+            let [k, dim, ..] = meta(0).dims;
+            let row = |i: usize| &ins[0][i * dim..][..dim];
+            for i in 0..k {
+                let distance = |j: usize| row(i).iter().zip(row(j)).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+                let mut others: Vec<usize> = (0..k).filter(|j| *j != i).collect();
+                others.sort_by(|a, b| distance(*a).total_cmp(&distance(*b)).then(a.cmp(b)));
+                (0..op.count).for_each(|r| outs[0][i * op.count + r] = others[r] as f64);
+            }
+        }
+        Op::TransferLabels(_) => {
+            let count = meta(1).dims[1];
+            for (i, rank) in ins[2].iter().enumerate() {
+                let from = if *rank < 0.0 { i } else { ins[1][i * count + *rank as usize] as usize };
+                outs[0][i] = ins[0][from];
+            }
+        }
     }
     outs
 }

@@ -24,7 +24,7 @@ fn plans(fuse: bool) -> Vec<(String, Plan)> {
     for arch in ARCHS {
         for recipe in RECIPES {
             for first_order in [false, true] {
-                for report in [Report::Losses, Report::Everything] {
+                for report in [Report::Losses, Report::Everything, Report::Replay] {
                     let spec = step_spec(small_model(arch), 4, 3, recipe, first_order);
                     let plan = Plan::build(&record_step(&spec, report).unwrap(), &options).unwrap();
                     list.push((format!("{arch:?} {recipe:?} first order {first_order} {report:?}"), plan));

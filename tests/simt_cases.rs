@@ -25,7 +25,7 @@ fn results(device: &mut dyn Device, case: &Case, values: &[HostVec]) -> Vec<Vec<
 }
 
 fn on_simt(case: &Case, values: &[HostVec], operands: Operands, seed: u64) -> Vec<Vec<f64>> {
-    let driver = Simt::new(seed, 1).unwrap();
+    let driver = Simt::open(seed).unwrap();
     results(&mut Cuda::new(Box::new(driver), operands, Mode::Eager), case, values)
 }
 
@@ -107,4 +107,9 @@ fn heads() {
         matches!(op, Op::Softmax(_) | Op::SoftmaxJvp(_) | Op::CeLoss(_) | Op::CeGrad(_) | Op::KlLoss(_) | Op::KlGrad(_))
     };
     check(of, Operands::F32, 1e-5);
+}
+
+#[test]
+fn neighbours() {
+    check(|op| matches!(op, Op::NearestNeighbours(_) | Op::TransferLabels(_)), Operands::F32, 0.0);
 }

@@ -19,7 +19,7 @@ use mlnt::tape::{Coef, DType, Meta, Tape};
 const SEEDS: [u64; 2] = [1, 2];
 
 fn simt(seed: u64, mode: Mode) -> Cuda {
-    Cuda::new(Box::new(Simt::new(seed, 1).unwrap()), Operands::F32, mode)
+    Cuda::new(Box::new(Simt::open(seed).unwrap()), Operands::F32, mode)
 }
 
 fn case(op: impl Into<Op>, branches: usize, operands: &[(Meta, Data)], sum: bool) -> Case {

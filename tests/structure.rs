@@ -19,9 +19,9 @@ const MUST_NOT_KNOW: [(&str, &[&str]); 13] = [
     ("cli", &[]),
 ];
 
-/// Where `unsafe` may stand: launchers and drivers, and the memory map of data files.
+/// Where `unsafe` may stand: launchers and drivers, the memory map of data files, and the allocator of one test.
 fn may_be_unsafe(path: &str) -> bool {
-    path.starts_with("src/device/") || path == "src/data/map.rs"
+    path.starts_with("src/device/") || ["src/data/map.rs", "tests/allocation.rs"].contains(&path)
 }
 
 /// `source` with comments, strings and characters replaced by spaces; lines stay where they are.
@@ -160,8 +160,8 @@ fn forbidden_imports(path: &str, source: &str) -> Vec<(usize, String)> {
     layers_named(path, source).into_iter().filter(|(_, name)| forbidden.contains(&name.as_str())).collect()
 }
 
-/// All Rust files below `src/`, as paths from the project's root with their text.
-fn sources() -> Vec<(String, String)> {
+/// All Rust files below `folders`, as paths from the project's root with their text.
+fn rust_files(folders: &[&str]) -> Vec<(String, String)> {
     fn walk(folder: &Path, list: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -173,23 +173,44 @@ fn sources() -> Vec<(String, String)> {
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut paths = Vec::new();
-    walk(&root.join("src"), &mut paths);
+    folders.iter().for_each(|folder| walk(&root.join(folder), &mut paths));
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "rs"));
     paths.sort();
-    assert!(paths.len() > 40, "{} files", paths.len());
     let name = |path: &Path| path.strip_prefix(root).unwrap().to_str().unwrap().replace('\\', "/");
     paths.iter().map(|path| (name(path), std::fs::read_to_string(path).unwrap())).collect()
 }
 
+/// The files of the library and the program.
+fn sources() -> Vec<(String, String)> {
+    let list = rust_files(&["src"]);
+    assert!(list.len() > 40, "{} files", list.len());
+    list
+}
+
 #[test]
-fn unsafe_stands_with_launchers_drivers_and_the_memory_map_only() {
-    let mut inside = 0;
-    for (path, source) in sources() {
-        let lines = unsafe_lines(&source);
-        inside += lines.len();
-        assert!(lines.is_empty() || may_be_unsafe(&path), "{path}: `unsafe` in lines {lines:?}");
+fn unsafe_stands_with_launchers_drivers_the_memory_map_and_one_test_only() {
+    for folders in [&["src"][..], &["tests", "benches"]] {
+        let mut inside = 0;
+        for (path, source) in rust_files(folders) {
+            let lines = unsafe_lines(&source);
+            inside += lines.len();
+            assert!(lines.is_empty() || may_be_unsafe(&path), "{path}: `unsafe` in lines {lines:?}");
+        }
+        assert!(inside > 0, "the scan finds what is there in {folders:?}");
     }
-    assert!(inside > 0, "the scan finds what is there");
+}
+
+/// The allocator that counts may be unsafe, and nothing else of its test.
+#[test]
+fn the_unsafe_test_is_unsafe_in_its_allocator_only() {
+    let (_, source) = rust_files(&["tests"]).into_iter().find(|(path, _)| path == "tests/allocation.rs").unwrap();
+    let code = code_only(&source);
+    let from = code.lines().position(|line| line.starts_with("unsafe impl GlobalAlloc for")).unwrap();
+    let to = from + code.lines().skip(from).position(|line| line == "}").unwrap();
+    let attribute = code.lines().position(|line| line == "#![allow(unsafe_code)]").unwrap();
+    let outside = |line: &usize| *line != attribute + 1 && !(from + 1..=to + 1).contains(line);
+    let found: Vec<usize> = unsafe_lines(&source).into_iter().filter(outside).collect();
+    assert!(found.is_empty(), "`unsafe` in lines {found:?}");
 }
 
 #[test]
@@ -227,6 +248,8 @@ fn the_scan_for_unsafe_finds_planted_ones_and_passes_over_text() {
     assert_eq!(unsafe_lines(text), [0usize; 0]);
     assert!(may_be_unsafe("src/device/cpu/conv.rs") && may_be_unsafe("src/data/map.rs"));
     assert!(!may_be_unsafe("src/data/idx.rs") && !may_be_unsafe("src/devices.rs"));
+    assert!(may_be_unsafe("tests/allocation.rs"));
+    assert!(!may_be_unsafe("tests/device.rs") && !may_be_unsafe("src/tests/allocation.rs"));
 }
 
 #[test]

@@ -33,7 +33,7 @@ constexpr uint32_t NONE = ~0u;
 constexpr size_t MOST_PARAMS = 4096;  // what CUDA takes for a kernel's parameters
 
 constexpr size_t GUARD_BYTES = 1024;
-constexpr unsigned char GUARD = 0xa5;
+constexpr uint32_t GUARD = 0x7fe5a5a5u;   // a NaN too, but one that no computation gives
 constexpr unsigned char POISON = 0xff;  // NaN in floats, -1 in integers
 
 enum class Collective : uint8_t { sync_warp, shuffle, mma };
@@ -332,6 +332,10 @@ Machine* this_machine() {
 #define MLNT_SIMT_ALLOW(at, bytes) (void)0
 #endif
 
+void fill_guard(unsigned char* guard) {
+    for (size_t i = 0; i < GUARD_BYTES; i += sizeof GUARD) memcpy(guard + i, &GUARD, sizeof GUARD);
+}
+
 // Shared memory of the launch: guard, area, guard. The area starts a multiple of 64 bytes.
 bool reserve_shared(Machine& m, size_t bytes) {
     const size_t needed = bytes + 2 * GUARD_BYTES;
@@ -344,8 +348,8 @@ bool reserve_shared(Machine& m, size_t bytes) {
         m.shared_capacity = needed;
     }
     MLNT_SIMT_ALLOW(m.shared_area, m.shared_capacity);
-    memset(m.shared_area, GUARD, GUARD_BYTES);
-    memset(m.shared_area + GUARD_BYTES + bytes, GUARD, GUARD_BYTES);
+    fill_guard(m.shared_area);
+    fill_guard(m.shared_area + GUARD_BYTES + bytes);
     MLNT_SIMT_FORBID(m.shared_area, GUARD_BYTES);
     MLNT_SIMT_FORBID(m.shared_area + GUARD_BYTES + bytes, GUARD_BYTES);
     m.shared_bytes = bytes;
@@ -355,7 +359,8 @@ bool reserve_shared(Machine& m, size_t bytes) {
 
 #if !defined(MLNT_SIMT_ASAN)
 bool intact(const unsigned char* guard) {
-    return guard[0] == GUARD && memcmp(guard, guard + 1, GUARD_BYTES - 1) == 0;
+    return memcmp(guard, &GUARD, sizeof GUARD) == 0 &&
+           memcmp(guard, guard + sizeof GUARD, GUARD_BYTES - sizeof GUARD) == 0;
 }
 #endif
 

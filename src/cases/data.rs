@@ -19,6 +19,8 @@ pub enum Data {
     Positive,
     /// Class labels, below this number.
     Labels(usize),
+    /// Below this number, and -1 for about half of them: ranks of neighbours.
+    Ranks(usize),
     /// Probabilities `[N, classes, 1, 1]` whose rows sum to one.
     Distribution,
     /// For each pooling window a random position inside it.
@@ -71,6 +73,10 @@ impl Data {
                 HostVec::F64(ranked)
             }
             Data::Labels(classes) => HostVec::I32((0..n).map(|_| below(classes as u64, rng) as i32).collect()),
+            Data::Ranks(count) => {
+                let draw = |_| below(2 * count as u64, rng) as i32;
+                HostVec::I32((0..n).map(draw).map(|r| if r < count as i32 { r } else { -1 }).collect())
+            }
             Data::Distribution => {
                 let [samples, classes, ..] = meta.dims;
                 let mut values = Vec::with_capacity(n);

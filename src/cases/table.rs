@@ -3,8 +3,9 @@
 use super::{Case, Data, Operand};
 use crate::ops::{
     AvgPool, AvgPoolBackward, BnBackward, BnDoubleBackward, BnEval, BnForward, CeGrad, CeLoss, ChannelBroadcast,
-    ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex, Op, Operation, PoolGather,
-    PoolScatter, Relu, Softmax, SoftmaxJvp, Window,
+    ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex,
+    NearestNeighbours, Op, Operation, PoolGather,
+    PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
 };
 use crate::tape::{Coef, DType, Meta};
 
@@ -19,6 +20,7 @@ pub fn all() -> Vec<Case> {
     table.pointwise();
     table.pools();
     table.heads();
+    table.neighbours();
     table.cases
 }
 
@@ -310,6 +312,24 @@ impl Table {
             }
         }
     }
+
+    fn neighbours(&mut self) {
+        for (k, dim, count) in [(7, 5, 3), (2, 1, 1), (33, 13, 10), (130, 64, 10)] {
+            let text = format!("k{k} {dim} features {count} neighbours");
+            let features = fixed("features", Meta::activation(k, dim, 1, 1), Data::Normal);
+            let nearest = Template::new(NearestNeighbours { count }, &text, vec![features]).tolerance(0.0);
+            self.mix(&nearest, mixtures(1), &[]);
+
+            let lists = Meta { dtype: DType::Index, ..Meta::activation(k, count, 1, 1) };
+            let operands = vec![
+                fixed("labels", Meta::labels(k), Data::Labels(10)),
+                fixed("neighbours", lists, Data::Labels(k)),
+                fixed("ranks", Meta::labels(k), Data::Ranks(count)),
+            ];
+            let transfer = Template::new(TransferLabels, &text, operands).tolerance(0.0);
+            self.mix(&transfer, mixtures(3), &[]);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -334,6 +354,6 @@ mod tests {
     #[test]
     fn every_operation_of_the_set_has_cases() {
         let ops: HashSet<std::mem::Discriminant<Op>> = all().iter().map(|c| std::mem::discriminant(&c.op)).collect();
-        assert_eq!(ops.len(), 22);
+        assert_eq!(ops.len(), 24);
     }
 }

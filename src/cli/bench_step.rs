@@ -12,8 +12,8 @@ use crate::mlnt::{Report, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
 use crate::plan::{Plan, PlanOptions};
 use crate::rng::{Purpose, below, normal, stream};
-use crate::train::choice::DeviceKind;
-use crate::train::engine::{open_device, step_spec};
+use crate::train::engine::step_spec;
+use crate::train::open_device::open_device;
 
 /// The arguments of `mlnt bench-step`: those of `plan`, and how often to run.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
@@ -50,9 +50,11 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let before = peak_rss();
     let config = args.plan.config()?;
     let (input, model) = (args.plan.input(), args.plan.model_spec(&config));
-    let (mut device, why) = open_device(DeviceKind::Auto, config.precision, args.threads)?;
+    let opened = open_device(args.plan.device, config.precision, args.threads)?;
+    let (mut device, why) = (opened.device, opened.text);
     let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &PlanOptions::default())?;
-    let scalars = StepScalars { lr: 0.05, eta: 0.4, gamma: 0.99, lambda: 1.0 }.in_order(&plan.scalars);
+    let scalars = StepScalars { lr: 0.05, eta: 0.4, gamma: 0.99, lambda: 1.0 };
+    let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
     let id = device.load(plan)?;
     for owner in ["", "teacher."] {
         for (p, values) in model.params().iter().zip(he_init(&model, 1)) {
@@ -60,6 +62,8 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
         }
     }
     let k = config.batch;
+    let weights = vec![1.0 / k as f32; k];
+    let mut loss = Vec::new();
     let mut seconds = Vec::with_capacity(args.steps);
     for step in 0..args.warmup + args.steps.max(1) {
         let mut rng = stream(1, Purpose::Test, step as u64, 0);
@@ -72,9 +76,9 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
         device.write_input(id, "x", HostSlice::F32(&x))?;
         device.write_input(id, "y", HostSlice::I32(&y))?;
         device.write_input(id, "y_syn", HostSlice::I32(&y_syn))?;
-        device.write_input(id, "class_weight", HostSlice::F32(&vec![1.0 / k as f32; k]))?;
+        device.write_input(id, "class_weight", HostSlice::F32(&weights))?;
         device.run(id, &scalars)?;
-        std::hint::black_box(device.read_output(id, "class_loss")?);
+        device.read_output_into(id, "class_loss", &mut loss)?;
         if step >= args.warmup {
             seconds.push(start.elapsed().as_secs_f64());
         }

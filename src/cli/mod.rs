@@ -6,6 +6,7 @@
 pub mod bench_step;
 mod console;
 pub mod eval;
+pub mod info;
 mod network;
 pub mod plan;
 pub mod predict;
@@ -18,6 +19,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::error::Error;
+use crate::train::choice::{DeviceKind, Precision};
 use crate::train::preset::Preset;
 
 /// Train image classifiers on noisy labels.
@@ -59,6 +61,9 @@ pub enum Command {
     /// What one training step costs, without running it.
     #[command(long_about = plan::LONG_ABOUT)]
     Plan(plan::PlanArgs),
+    /// The devices of this machine, and what is missing for the others.
+    #[command(long_about = info::LONG_ABOUT)]
+    Info(info::InfoArgs),
     /// Time one training step on random data (used by the benchmarks).
     #[command(hide = true)]
     BenchStep(bench_step::BenchStepArgs),
@@ -75,6 +80,7 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
         Command::Predict(args) => predict::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Info(args) => info::run(args),
         Command::BenchStep(args) => bench_step::run(args),
     }
 }
@@ -112,6 +118,12 @@ pub struct NetworkArgs {
     /// Images per forward pass: memory only; results are the same up to rounding.
     #[arg(long, value_name = "K", default_value_t = 250, value_parser = positive)]
     pub batch: usize,
+    /// Where to compute: auto, cpu, cuda, cuda:N or simt.
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub device: DeviceKind,
+    /// Floating-point type of the computation [default: the network's own, f32 or f64]
+    #[arg(long, value_name = "TYPE")]
+    pub precision: Option<Precision>,
     /// Threads; 0 = one per core.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = threads)]
     pub threads: usize,

@@ -13,8 +13,9 @@ use crate::mlnt::{StateKind, record_eval, state_name};
 use crate::model::ModelSpec;
 use crate::plan::{Plan, PlanOptions};
 use crate::train::checkpoint::{Dtype, TensorData, TensorSpec, match_tensors, read_model};
-use crate::train::choice::{DeviceKind, Precision};
-use crate::train::engine::{for_each_batch, open_device};
+use crate::train::choice::Precision;
+use crate::train::engine::for_each_batch;
+use crate::train::open_device::open_device;
 use crate::train::prepare::LabelledSet;
 use crate::train::run_dir::RunDir;
 
@@ -84,8 +85,9 @@ impl Trained {
         expected.extend(counters.iter().map(|(n, _)| spec(&format!("{n}.num_batches_tracked"), vec![], Dtype::I64)));
         let tensors = match_tensors(path, tensors, &expected)?;
 
-        let precision = if dtype == Dtype::F64 { Precision::F64 } else { Precision::F32 };
-        let (mut device, why) = open_device(DeviceKind::Auto, precision, args.threads)?;
+        let own = if dtype == Dtype::F64 { Precision::F64 } else { Precision::F32 };
+        let opened = open_device(args.device, args.precision.unwrap_or(own), args.threads)?;
+        let (mut device, why) = (opened.device, opened.text);
         let pair = open(args.data.as_deref().unwrap_or(&meta.data))?;
         let images = if args.split == Split::Train { pair.train } else { pair.test };
         let shape = [images.channels, images.height, images.width, images.classes];

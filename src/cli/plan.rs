@@ -10,9 +10,10 @@ use crate::error::Result;
 use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
 use crate::plan::{Cost, Plan, PlanOptions};
-use crate::train::choice::{Precision, Recipe};
+use crate::train::choice::{DeviceKind, Precision, Recipe};
 use crate::train::config::{Config, Overrides};
 use crate::train::engine::step_spec;
+use crate::train::open_device::kernel_cost;
 use crate::train::preset::{InputShape, Preset};
 
 /// The help above the arguments.
@@ -51,6 +52,9 @@ pub struct PlanArgs {
     /// Floating-point type of the computation; it decides the bytes.
     #[arg(long, value_name = "TYPE")]
     pub precision: Option<Precision>,
+    /// The device the plan is for: cuda and simt add the launches of its kernels and their scratch memory.
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub device: DeviceKind,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub json: bool,
@@ -150,8 +154,13 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let cost = plan.cost(real_bytes);
     let ratio = cost.flops() as f64 / forward as f64;
     let (arena, states) = (plan.arena_bytes(real_bytes), plan.state_bytes(real_bytes));
+    // The kernels of a plan are known without a card.
+    let kernels = match args.device {
+        DeviceKind::Cuda(_) | DeviceKind::Simt => Some(kernel_cost(&plan, config.precision)?),
+        DeviceKind::Auto | DeviceKind::Cpu => None,
+    };
     if args.json {
-        let object = json!({
+        let mut object = json!({
             "batch": config.batch,
             "branches": config.branches,
             "recipe": config.recipe.to_string(),
@@ -167,6 +176,10 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             "state_bytes": states,
             "phases": cost.phases,
         });
+        if let Some(kernels) = kernels {
+            object["kernel_launches"] = json!(kernels.launches);
+            object["scratch_bytes"] = json!(kernels.scratch_bytes);
+        }
         say(object)?;
         return Ok(0);
     }
@@ -192,6 +205,10 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     say(format_args!("bytes moved         {:.3} GB", cost.bytes_moved() as f64 / 1e9))?;
     say(format_args!("arena               {:.3} GB", arena as f64 / 1e9))?;
     say(format_args!("states              {:.3} GB", states as f64 / 1e9))?;
+    if let Some(kernels) = kernels {
+        say(format_args!("kernel launches     {}", kernels.launches))?;
+        say(format_args!("scratch             {:.3} GB", kernels.scratch_bytes as f64 / 1e9))?;
+    }
     Ok(0)
 }
 

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::console::{Console, say};
 use crate::error::{Error, Result};
 use crate::train::config::{Config, Overrides};
-use crate::train::engine::{Engine, open_device};
+use crate::train::choice::DeviceKind;
+use crate::train::engine::Engine;
+use crate::train::open_device::open_device;
 use crate::train::prepare::Prepared;
 use crate::train::run::{Ending, Run};
 use crate::train::run_dir::RunDir;
@@ -125,7 +127,9 @@ fn create(args: &TrainArgs) -> Result<Run> {
     if let Some(path) = Path::new(&config.data).canonicalize().ok().filter(|_| config.data != "sample") {
         config.data = path.to_string_lossy().into_owned();
     }
-    let (data, engine) = start(&config)?;
+    let (data, engine, device) = start(&config)?;
+    // Another machine may have another device: a run keeps to the one it began on, for the sake of its bytes.
+    config.device = device;
     let run = Run::create(config, data, engine)?;
     say(format_args!("run directory: {}", run.dir().path().display()))?;
     Ok(run)
@@ -134,7 +138,7 @@ fn create(args: &TrainArgs) -> Result<Run> {
 fn resume(args: &TrainArgs, path: &Path) -> Result<Run> {
     let dir = RunDir::open(path)?;
     let config = args.resumed(&Config::load(&dir.config())?)?;
-    let (data, engine) = start(&config)?;
+    let (data, engine, _) = start(&config)?;
     let run = Run::resume(config, data, engine, dir)?;
     if run.is_complete() {
         say("the run is complete")?;
@@ -143,9 +147,9 @@ fn resume(args: &TrainArgs, path: &Path) -> Result<Run> {
 }
 
 /// Opens the device and reads the data; nothing is written yet.
-fn start(config: &Config) -> Result<(Prepared, Engine)> {
-    let (device, why) = open_device(config.device, config.precision, config.threads)?;
-    say(why)?;
+fn start(config: &Config) -> Result<(Prepared, Engine, DeviceKind)> {
+    let opened = open_device(config.device, config.precision, config.threads)?;
+    say(&opened.text)?;
     let data = Prepared::new(config)?;
     let (train, val, test) = (data.train.len(), data.validation.len(), data.test.len());
     let images = data.train.images.shape();
@@ -164,6 +168,6 @@ fn start(config: &Config) -> Result<(Prepared, Engine)> {
         "network: PreAct ResNet, widths {widths:?}, blocks {blocks:?}, {} parameters",
         model.param_count()
     ))?;
-    let engine = Engine::new(device, config, model)?;
-    Ok((data, engine))
+    let engine = Engine::new(opened.device, config, model)?;
+    Ok((data, engine, opened.kind))
 }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::augment::{Augment, Normalise};
+use super::augment::{Augment, Normalise, Placement};
 use super::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::rng::{Purpose, permutation, stream};
@@ -47,6 +47,26 @@ impl<'a> Batcher<'a> {
         Ok(Batcher { data, normalise, augment, seed })
     }
 
+    /// How `sample` is placed in `epoch`, as [`Batcher::fill`] does it.
+    pub fn placement(&self, epoch: u64, sample: u32) -> Placement {
+        self.augment.place(self.seed, epoch, sample.into())
+    }
+
+    /// The padding of the augmentation, pixels.
+    pub fn pad(&self) -> usize {
+        self.augment.pad
+    }
+
+    /// The images.
+    pub fn data(&self) -> &'a Dataset {
+        self.data
+    }
+
+    /// The normalisation.
+    pub fn normalise(&self) -> &'a Normalise {
+        self.normalise
+    }
+
     /// Writes samples `indices` as augmented in `epoch` to `out`, `[k, C, H, W]` with `k = indices.len()`.
     ///
     /// What a sample looks like depends on (seed, epoch, sample) only: neither on its place in the batch nor on the
@@ -63,7 +83,7 @@ impl<'a> Batcher<'a> {
             return Err(Error::shape("batch", format!("sample {bad} of {}", self.data.len())));
         }
         out.par_chunks_mut(shape.numel()).zip(indices).for_each(|(out, &i)| {
-            let place = self.augment.place(self.seed, epoch, i.into());
+            let place = self.placement(epoch, i);
             self.augment.write(self.data.image(i as usize), shape, place, self.normalise, out);
         });
         Ok(())
@@ -72,7 +92,6 @@ impl<'a> Batcher<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::augment::Placement;
     use super::super::dataset::{Family, ImageShape, Segment};
     use super::super::sample;
     use super::*;

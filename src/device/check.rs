@@ -35,18 +35,19 @@ fn check_places(plan: &Plan) -> std::result::Result<(), String> {
 
 fn check_types(plan: &Plan) -> std::result::Result<(), String> {
     for launch in &plan.launches {
-        // The one operand or result of an operation that is an index.
-        let (operand, result) = match launch.op {
-            Op::MaxPoolIndex(_) => (None, Some(0)),
-            Op::PoolGather(_) | Op::PoolScatter(_) | Op::CeLoss(_) | Op::CeGrad(_) => (Some(1), None),
-            _ => (None, None),
+        // The operands and results of an operation that are indices.
+        let (operands, results): (&[usize], &[usize]) = match launch.op {
+            Op::MaxPoolIndex(_) | Op::NearestNeighbours(_) => (&[], &[0]),
+            Op::PoolGather(_) | Op::PoolScatter(_) | Op::CeLoss(_) | Op::CeGrad(_) => (&[1], &[]),
+            Op::TransferLabels(_) => (&[0, 1, 2], &[0]),
+            _ => (&[], &[]),
         };
         for args in &launch.args {
-            let fits = |ids: &[usize], index: Option<usize>| {
+            let fits = |ids: &[usize], indices: &[usize]| {
                 let is_index = |b: &usize| plan.buffers[*b].meta.dtype == DType::Index;
-                ids.iter().enumerate().all(|(i, b)| is_index(b) == (index == Some(i)))
+                ids.iter().enumerate().all(|(i, b)| is_index(b) == indices.contains(&i))
             };
-            if !fits(&args.inputs, operand) || !fits(&args.outputs, result) {
+            if !fits(&args.inputs, operands) || !fits(&args.outputs, results) {
                 return Err(format!("{}: takes reals where it was given indices", launch.op.name()));
             }
         }

@@ -58,6 +58,36 @@ impl HostVec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlanId(pub(crate) usize);
 
+/// Images of a data set, and what their bytes become as network input.
+pub struct ImageSet<'a> {
+    /// Number of images.
+    pub count: usize,
+    /// Channels, height and width of each.
+    pub shape: [usize; 3],
+    /// The bytes of an image, `[C, H, W]`.
+    pub image: &'a dyn Fn(usize) -> &'a [u8],
+    /// The normalised value of every byte, by channel: `[C, 256]`.
+    pub table: &'a [f32],
+}
+
+/// Images that a device holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImagesId(pub(crate) usize);
+
+/// Which image of an [`ImageSet`] a sample shows, and how: a window of the image's own size, filled up with zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Crop {
+    /// The image.
+    pub image: i32,
+    /// Row of the image at which the window begins; negative above it.
+    pub row: i32,
+    /// Column of the image at which the window begins; negative to the left of it.
+    pub column: i32,
+    /// 1 to mirror the window left to right, else 0.
+    pub flip: i32,
+}
+
 /// What every device does.
 ///
 /// States are known by name and shared by all plans of a device; inputs belong to one plan. Outputs can be read
@@ -81,6 +111,22 @@ pub trait Device {
     /// When the plan has no such input or the number or type of the values is wrong.
     fn write_input(&mut self, plan: PlanId, name: &str, values: HostSlice<'_>) -> Result<bool>;
 
+    /// Keeps a data set's images to make inputs of them with [`Device::stage`]; `None` from a device that leaves this
+    /// to the host.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn keep_images(&mut self, _images: &ImageSet<'_>) -> Result<Option<ImagesId>> {
+        Ok(None)
+    }
+
+    /// Begins to make an input `[crops, C, H, W]` for the next run of `plan`, beside the run under way if the
+    /// device can.
+    ///
+    /// # Errors
+    /// When there are no such images or no such input, a crop shows an image that is not there, or the device fails.
+    fn stage(&mut self, images: ImagesId, plan: PlanId, input: &str, crops: &[Crop]) -> Result<()>;
+
     /// Runs a plan with one value per runtime scalar, in the order of [`Plan::scalars`].
     ///
     /// # Errors
@@ -99,6 +145,13 @@ pub trait Device {
     /// # Errors
     /// When there is no such output or another plan has run since.
     fn read_output(&self, plan: PlanId, name: &str) -> Result<HostVec>;
+
+    /// As [`Device::read_output`], in double precision, which holds each value exactly: replaces what `to` holds, and
+    /// allocates only while `to` is too small.
+    ///
+    /// # Errors
+    /// As [`Device::read_output`].
+    fn read_output_into(&self, plan: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()>;
 
     /// Names and shapes of all states, in order of creation.
     fn states(&self) -> Vec<(String, Meta)>;

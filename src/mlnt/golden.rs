@@ -1,8 +1,9 @@
 //! Golden steps: one training step with its inputs and what must come out, computed elsewhere in float64.
 //! The format is described in `golden/FORMAT.md`.
 
-use super::{KlScale, Recipe, Report, StepScalars, StepSpec, record_step};
-use crate::device::{Device, HostSlice};
+use super::replay::{Decisions, Replay, tie_distance};
+use super::{KlScale, Recipe, Report, StepScalars, StepSpec, Synthetic, record_step};
+use crate::device::{Device, HostSlice, PlanId};
 use crate::error::{Error, Result};
 use crate::model::{Arch, ModelSpec};
 use crate::plan::{Plan, PlanOptions};
@@ -52,6 +53,12 @@ struct Config {
     lambda: f64,
 }
 
+/// Largest relative error of a group in double precision.
+pub const TOLERANCE_F64: f64 = 1e-10;
+
+/// `group → tensor → values`; a group of one tensor has the empty name.
+pub type Groups = BTreeMap<String, BTreeMap<String, Vec<f64>>>;
+
 /// A golden step read from a file.
 #[derive(Clone, Debug)]
 pub struct Golden {
@@ -63,13 +70,13 @@ pub struct Golden {
     integers: BTreeMap<String, Vec<i64>>,
 }
 
-/// Values by group and, within a group, by tensor name; and the masks behind them.
-#[derive(Clone, Debug, Default)]
+/// What came out of a step, and the decisions behind it.
+#[derive(Clone, Debug)]
 pub struct StepResult {
-    /// `group → tensor → values`; a group of one tensor has the empty name.
-    pub groups: BTreeMap<String, BTreeMap<String, Vec<f64>>>,
-    /// Results of the ReLUs, by name.
-    pub relus: BTreeMap<String, Vec<f64>>,
+    /// The values.
+    pub groups: Groups,
+    /// What every ReLU and max-pool decided.
+    pub decisions: Decisions,
 }
 
 /// How far a group is from what it must be.
@@ -197,9 +204,31 @@ impl Golden {
     /// # Errors
     /// When the device refuses the plan.
     pub fn run(&self, device: &mut dyn Device, options: &PlanOptions) -> Result<StepResult> {
-        let tape = record_step(&self.spec, Report::Everything)?;
-        let plan = Plan::build(&tape, options)?;
-        let scalars = self.scalars.in_order(&plan.scalars);
+        let (id, groups, reported) = self.execute(device, options, None)?;
+        Ok(StepResult { groups, decisions: Decisions::read(device, id, &reported)? })
+    }
+
+    /// Runs the step on `device`, which must be fresh, with `decisions` forced on its ReLUs and max-pools.
+    ///
+    /// # Errors
+    /// When the device refuses the plan, or when these are not decisions of this step: missing ones, or a maximum
+    /// outside its window.
+    pub fn replay(&self, device: &mut dyn Device, options: &PlanOptions, decisions: &Decisions) -> Result<Replay> {
+        let (id, groups, reported) = self.execute(device, options, Some(decisions))?;
+        Ok(Replay { groups, tie_distance: tie_distance(device, id, &reported)? })
+    }
+
+    /// The plan on the device, the values of all groups, and the names of all outputs.
+    fn execute(
+        &self,
+        device: &mut dyn Device,
+        options: &PlanOptions,
+        forced: Option<&Decisions>,
+    ) -> Result<(PlanId, Groups, Vec<String>)> {
+        let report = if forced.is_some() { Report::Replay } else { Report::Everything };
+        let plan = Plan::build(&record_step(&self.spec, report)?, options)?;
+        forced.map_or(Ok(()), |decisions| decisions.check(&plan))?;
+        let scalars: Vec<f64> = self.scalars.in_order(&plan.scalars).collect();
         let outputs: Vec<String> = plan.outputs.iter().map(|o| o.name.clone()).collect();
         let id = device.load(plan)?;
         for (name, _) in self.state_list() {
@@ -213,56 +242,51 @@ impl Golden {
         device.write_input(id, "y", HostSlice::I32(&labels("in.y")))?;
         device.write_input(id, "y_syn", HostSlice::I32(&labels("in.y_syn")))?;
         device.write_input(id, "class_weight", HostSlice::F64(&weights))?;
+        forced.map_or(Ok(()), |decisions| decisions.write(device, id))?;
         device.run(id, &scalars)?;
 
-        let mut result = StepResult::default();
+        let mut groups = Groups::new();
         for (group, name, _) in self.expected() {
             let full = if name.is_empty() { group.clone() } else { format!("{group}.{name}") };
             let values = match group.as_str() {
                 "param" | "momentum" | "buffer" | "teacher.param" | "teacher.buffer" => device.read_state(&full)?,
                 _ => device.read_output(id, &full)?,
             };
-            result.groups.entry(group).or_default().insert(name, values.to_f64());
+            groups.entry(group).or_default().insert(name, values.to_f64());
         }
-        for name in outputs.iter().filter(|n| n.starts_with("relu.")) {
-            result.relus.insert(name.clone(), device.read_output(id, name)?.to_f64());
-        }
-        Ok(result)
+        Ok((id, groups, outputs))
     }
 
     /// Compares a result with what the file says must come out, group by group.
     pub fn compare(&self, result: &StepResult) -> BTreeMap<String, Deviation> {
-        let mut sums: BTreeMap<String, [f64; 4]> = BTreeMap::new();
+        let mut want = Groups::new();
         for (group, name, _) in self.expected() {
-            let want = &self.reals[&wanted_name(&group, &name)];
-            let have = &result.groups[&group][&name];
-            let sum = sums.entry(group).or_default();
-            for (h, w) in have.iter().zip(want) {
-                sum[0] += (h - w).powi(2);
-                sum[1] += w * w;
-                sum[2] += h * h;
-                sum[3] += h * w;
-            }
+            let values = self.reals[&wanted_name(&group, &name)].clone();
+            want.entry(group).or_default().insert(name, values);
         }
-        let deviation = |[diff, want, have, dot]: [f64; 4]| Deviation {
-            rel: if diff == 0.0 { 0.0 } else { (diff / want).sqrt() },
-            cos: if diff == 0.0 { 1.0 } else { dot / (want * have).sqrt() },
-        };
-        sums.into_iter().map(|(group, s)| (group, deviation(s))).collect()
+        deviations(&result.groups, &want)
     }
 }
 
-impl StepResult {
-    /// Number of ReLU decisions in which two runs differ, and how many there are.
-    pub fn mask_differences(&self, other: &StepResult) -> (usize, usize) {
-        let mut count = (0, 0);
-        for (name, ours) in &self.relus {
-            let Some(theirs) = other.relus.get(name) else { continue };
-            count.0 += ours.iter().zip(theirs).filter(|(a, b)| (**a > 0.0) != (**b > 0.0)).count();
-            count.1 += ours.len();
+/// How far each group of `have` is from the same group of `want`, which has the same tensors.
+pub fn deviations(have: &Groups, want: &Groups) -> BTreeMap<String, Deviation> {
+    let deviation = |(group, want): (&String, &BTreeMap<String, Vec<f64>>)| {
+        let [mut diff, mut want_norm, mut have_norm, mut dot] = [0.0; 4];
+        for (name, want) in want {
+            for (h, w) in have[group][name].iter().zip(want) {
+                diff += (h - w).powi(2);
+                want_norm += w * w;
+                have_norm += h * h;
+                dot += h * w;
+            }
         }
-        count
-    }
+        let deviation = Deviation {
+            rel: if diff == 0.0 { 0.0 } else { (diff / want_norm).sqrt() },
+            cos: if diff == 0.0 { 1.0 } else { dot / (want_norm * have_norm).sqrt() },
+        };
+        (group.clone(), deviation)
+    };
+    want.iter().map(deviation).collect()
 }
 
 impl Config {
@@ -302,6 +326,7 @@ impl Config {
             weight_decay: self.weight_decay,
             mentor: self.mentor,
             first_order: false,
+            synthetic: Synthetic::Given,
         };
         Ok((spec, StepScalars { lr: self.lr, eta: self.eta, gamma: self.gamma, lambda: self.lambda }))
     }

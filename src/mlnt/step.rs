@@ -3,8 +3,8 @@
 use super::ce::images;
 use super::names::{StateKind, Tensors, complete, sgd, update_buffers};
 use crate::error::Result;
-use crate::model::{BnUpdate, ModelSpec, ReluTrace, Scope};
-use crate::tape::{Coef, Fan, Meta, Tape, Tensor};
+use crate::model::{BnUpdate, ModelSpec, Scope};
+use crate::tape::{Coef, Fan, Meta, Named, Tape, Tensor};
 
 /// How the meta-gradient and the classification gradient become an update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +24,20 @@ pub enum KlScale {
     Mean,
 }
 
+/// Where the M sets of synthetic labels come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Synthetic {
+    /// Input `y_syn` `[M, k]`.
+    Given,
+    /// Label transfer within the step: the network of states `features.*` runs in evaluation mode, and a sample takes
+    /// the label of one of its nearest neighbours by the pooled features. Input `ranks` `[M, k]`, as
+    /// [`draw_ranks`](super::draw_ranks) makes them, in place of `y_syn`.
+    Transfer {
+        /// Neighbours to choose from.
+        neighbours: usize,
+    },
+}
+
 /// What decides the plan of a step.
 #[derive(Clone, Debug)]
 pub struct StepSpec {
@@ -31,6 +45,8 @@ pub struct StepSpec {
     pub model: ModelSpec,
     /// k, samples of a batch.
     pub batch: usize,
+    /// Where the synthetic labels come from.
+    pub synthetic: Synthetic,
     /// M, sets of synthetic labels.
     pub branches: usize,
     /// Order of the updates.
@@ -64,8 +80,8 @@ pub struct StepScalars {
 
 impl StepScalars {
     /// Values in the order of a plan's names.
-    pub fn in_order(&self, names: &[String]) -> Vec<f64> {
-        let value = |name: &String| match name.as_str() {
+    pub fn in_order(self, names: &[String]) -> impl Iterator<Item = f64> {
+        let value = move |name: &String| match name.as_str() {
             "lr" => self.lr,
             "eta" => self.eta,
             "gamma" => self.gamma,
@@ -74,7 +90,7 @@ impl StepScalars {
             "one_minus_lambda" => 1.0 - self.lambda,
             other => unreachable!("the step records no scalar {other}"),
         };
-        names.iter().map(value).collect()
+        names.iter().map(value)
     }
 }
 
@@ -83,8 +99,10 @@ impl StepScalars {
 pub enum Report {
     /// Losses only: training.
     Losses,
-    /// Everything a golden step holds, and the result of every ReLU.
+    /// Everything a golden step holds, and the decisions of all ReLUs and max-pools.
     Everything,
+    /// Everything a golden step holds, with those decisions forced: they are inputs of the same names.
+    Replay,
 }
 
 /// Records one step.
@@ -93,7 +111,10 @@ pub enum Report {
 /// classification loss, `keep/Σkeep`. Scalars: [`StepScalars`]. States: the student's `param.*`, `momentum.*`,
 /// `buffer.*`, and `teacher.*`, `mentor.*`. Outputs: `class_loss`, `class_logits` `[k, classes, 1, 1]` of the
 /// classification forward, `consistency` (J_m) `[M]`, `inner_loss` `[M]`; with
-/// [`Report::Everything`] also `logits`, `target`, `inner_grad.*`, `meta_grad.*`, `meta_grad_first_order.*`, `relu.*`.
+/// [`Report::Everything`] and [`Report::Replay`] also `logits`, `target`, `inner_grad.*`, `meta_grad.*`,
+/// `meta_grad_first_order.*`. Decisions are those of [`Scope::decisions`], the passes being `teacher`, `mentor`,
+/// `student`, `fast` (per branch) and, with [`Recipe::Sequential`], `classification`: outputs `relu.*` and `pool.*`
+/// with [`Report::Everything`]; inputs of these names and outputs `own.*` and `forced.*` with [`Report::Replay`].
 ///
 /// # Errors
 /// When the description is no network.
@@ -116,7 +137,7 @@ pub fn record_step(spec: &StepSpec, report: Report) -> Result<Tape> {
         Recipe::Sequential => {
             let pulls = step.consistency(&fast, target, Coef::ONE)?;
             let meta = step.meta_gradient(&fast, &pulls, None)?;
-            if report == Report::Everything {
+            if step.everything() {
                 meta.output(&mut step.tape, "meta_grad");
             }
             step.update_sequential(&meta)?;
@@ -139,6 +160,7 @@ struct Step<'a> {
     report: Report,
     tape: Tape,
     x: Tensor,
+    y: Tensor,
     student: Tensors,
     teacher: Tensors,
     velocity: Tensors,
@@ -155,20 +177,25 @@ impl<'a> Step<'a> {
     fn new(spec: &'a StepSpec, report: Report) -> Result<Self> {
         let mut tape = Tape::new(spec.branches);
         let x = images(&mut tape, &spec.model, spec.batch)?;
+        let y = tape.input("y", Meta::labels(spec.batch))?;
         let student = Tensors::states(&mut tape, &spec.model, "", StateKind::Param)?;
         let velocity = Tensors::states(&mut tape, &spec.model, "", StateKind::Momentum)?;
         let buffers = Tensors::states(&mut tape, &spec.model, "", StateKind::Buffer)?;
         let teacher = Tensors::states(&mut tape, &spec.model, "teacher.", StateKind::Param)?;
-        Ok(Step { spec, report, tape, x, student, teacher, velocity, buffers })
+        Ok(Step { spec, report, tape, x, y, student, teacher, velocity, buffers })
     }
 
     fn everything(&self) -> bool {
-        self.report == Report::Everything
+        self.report != Report::Losses
     }
 
-    fn trace(&mut self, pass: &str, relus: &[ReluTrace]) {
+    fn forced(&self) -> bool {
+        self.report == Report::Replay
+    }
+
+    fn trace(&mut self, decisions: Vec<Named>) {
         if self.everything() {
-            relus.iter().for_each(|r| self.tape.output(format!("relu.{pass}.{}", r.name), r.y));
+            decisions.into_iter().for_each(|d| self.tape.output(d.name, d.tensor));
         }
     }
 
@@ -183,39 +210,57 @@ impl<'a> Step<'a> {
 
     /// T: the consistency target, from the teacher with batch statistics and the mentor with running ones.
     fn target(&mut self, teacher: &Tensors) -> Result<Tensor> {
-        let tape = &mut self.tape;
+        let (forced, tape) = (self.forced(), &mut self.tape);
         tape.set_phase("T teacher");
         let model = &self.spec.model;
         let buffers = Tensors::states(tape, model, "teacher.", StateKind::Buffer)?;
-        let mut scope = Scope::train(&teacher.by_name);
+        let mut scope = Scope::train(&teacher.by_name).pass("teacher", forced);
         let out = model.forward(tape, &mut scope, self.x)?;
-        let (updates, relus) = (scope.bn_updates, scope.relus);
+        let (updates, mut decisions) = (scope.bn_updates, scope.decisions);
         update_buffers(tape, &buffers, &updates)?;
         let mut target = tape.softmax(out.logits)?;
         if self.spec.mentor {
             let params = Tensors::states(tape, model, "mentor.", StateKind::Param)?;
             let buffers = Tensors::states(tape, model, "mentor.", StateKind::Buffer)?;
-            let mut scope = Scope::eval(&params.by_name, &buffers.by_name);
+            let mut scope = Scope::eval(&params.by_name, &buffers.by_name).pass("mentor", forced);
             let out = model.forward(tape, &mut scope, self.x)?;
+            decisions.extend(scope.decisions);
             let mentor = tape.softmax(out.logits)?;
             let (lambda, rest) = (tape.scalar("lambda"), tape.scalar("one_minus_lambda"));
             target = tape.lin_comb(&[(lambda, target), (rest, mentor)])?;
         }
-        self.trace("teacher", &relus);
+        self.trace(decisions);
         if self.everything() {
             self.tape.output("target", target);
         }
         Ok(target)
     }
 
+    /// S: the M sets of synthetic labels.
+    fn synthetic_labels(&mut self) -> Result<Tensor> {
+        let (spec, tape) = (self.spec, &mut self.tape);
+        let labels = Meta::labels(spec.batch).branched();
+        let Synthetic::Transfer { neighbours } = spec.synthetic else { return tape.input("y_syn", labels) };
+        tape.set_phase("S synthetic labels");
+        let params = Tensors::states(tape, &spec.model, "features.", StateKind::Param)?;
+        let buffers = Tensors::states(tape, &spec.model, "features.", StateKind::Buffer)?;
+        let mut scope = Scope::eval(&params.by_name, &buffers.by_name);
+        let features = spec.model.forward(tape, &mut scope, self.x)?.features;
+        let nearest = tape.nearest_neighbours(features, neighbours)?;
+        let ranks = tape.input("ranks", labels)?;
+        tape.transfer_labels(self.y, nearest, ranks)
+    }
+
     /// A and B: the shared forward at θ, the M inner gradients, the fast weights θ_m = θ − α g_m.
     fn inner(&mut self) -> Result<(Fast, Tensor, Vec<BnUpdate>)> {
-        let (k, tape) = (self.spec.batch, &mut self.tape);
+        let (k, forced, tape) = (self.spec.batch, self.forced(), &mut self.tape);
         tape.set_phase("A forward");
-        let mut scope = Scope::train(&self.student.by_name);
+        let mut scope = Scope::train(&self.student.by_name).pass("student", forced);
         let out = self.spec.model.forward(tape, &mut scope, self.x)?;
-        let (updates, relus) = (scope.bn_updates, scope.relus);
-        let y_syn = tape.input("y_syn", Meta::labels(k).branched())?;
+        let (updates, decisions) = (scope.bn_updates, scope.decisions);
+        let y_syn = self.synthetic_labels()?;
+        let tape = &mut self.tape;
+        tape.set_phase("A forward");
         let weights = tape.fill(Meta::vector(k), Coef::constant(1.0 / k as f64))?;
         let losses = tape.ce_loss(out.logits, y_syn, weights)?;
         tape.output("inner_loss", losses);
@@ -227,7 +272,7 @@ impl<'a> Step<'a> {
         tape.set_phase("fast weights");
         let alpha = Coef::constant(-self.spec.alpha);
         let weights = Tensors::lin_comb(tape, &[(Coef::ONE, &self.student), (alpha, &inner_grads)])?;
-        self.trace("student", &relus);
+        self.trace(decisions);
         if self.everything() {
             self.tape.output("logits", out.logits);
             inner_grads.output(&mut self.tape, "inner_grad");
@@ -239,10 +284,9 @@ impl<'a> Step<'a> {
     fn consistency(&mut self, fast: &Fast, target: Tensor, scale: Coef) -> Result<Tensors> {
         let (k, m) = (self.spec.batch, self.spec.branches as f64);
         self.tape.set_phase("C fast forward");
-        let mut scope = Scope::train(&fast.weights.by_name);
+        let mut scope = Scope::train(&fast.weights.by_name).pass("fast", self.forced());
         let out = self.spec.model.forward(&mut self.tape, &mut scope, self.x)?;
-        let relus = scope.relus;
-        self.trace("fast", &relus);
+        self.trace(scope.decisions);
         let divisor = match self.spec.kl {
             KlScale::BatchMean => k as f64,
             KlScale::Mean => (k * self.spec.model.classes) as f64,
@@ -312,9 +356,8 @@ impl<'a> Step<'a> {
 
     fn class_loss(&mut self, logits: Tensor) -> Result<Tensor> {
         let k = self.spec.batch;
-        let y = self.tape.input("y", Meta::labels(k))?;
         let weights = self.tape.input("class_weight", Meta::vector(k))?;
-        let loss = self.tape.ce_loss(logits, y, weights)?;
+        let loss = self.tape.ce_loss(logits, self.y, weights)?;
         self.tape.output("class_loss", loss);
         self.tape.output("class_logits", logits);
         Ok(loss)
@@ -330,10 +373,10 @@ impl<'a> Step<'a> {
         let eta = self.tape.scalar("eta");
         let moved = Tensors::lin_comb(&mut self.tape, &[(Coef::ONE, &self.student), (eta.times(-1.0), meta)])?;
         self.tape.set_phase("classification");
-        let mut scope = Scope::train(&moved.by_name);
+        let mut scope = Scope::train(&moved.by_name).pass("classification", self.forced());
         let out = self.spec.model.forward(&mut self.tape, &mut scope, self.x)?;
-        let (updates, relus) = (scope.bn_updates, scope.relus);
-        self.trace("classification", &relus);
+        let updates = scope.bn_updates;
+        self.trace(scope.decisions);
         let loss = self.class_loss(out.logits)?;
         let grads = self.class_gradient(loss, &moved)?;
         self.tape.set_phase("update");

@@ -6,7 +6,7 @@ mod resnet_bottleneck;
 mod scope;
 
 pub use init::he_init;
-pub use scope::{BnUpdate, Forward, ReluTrace, Scope};
+pub use scope::{BnUpdate, Forward, Scope};
 
 use crate::error::{Error, Result};
 use crate::tape::{Kind, Meta, Tape, Tensor};

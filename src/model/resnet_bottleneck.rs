@@ -57,7 +57,7 @@ pub(super) fn forward(spec: &ModelSpec, tape: &mut Tape, s: &mut Scope<'_>, x: T
     let x = s.conv(tape, "conv1", x, 2)?;
     let x = s.bn(tape, "bn1", x)?;
     let x = s.relu(tape, "bn1", x)?;
-    let mut x = tape.max_pool(x, 3, 2, 1)?;
+    let mut x = s.max_pool(tape, "bn1", x, [3, 2, 1])?;
     for b in blocks(spec) {
         let name = |layer: &str| format!("{}.{layer}", b.name);
         let mut y = x;

@@ -1,7 +1,8 @@
 //! What a forward pass is recorded with: parameters by name, and the kind of batch norm.
 
 use crate::error::{Error, Result};
-use crate::tape::{Tape, Tensor};
+use crate::ops::PoolGather;
+use crate::tape::{Named, Tape, Tensor};
 use std::collections::HashMap;
 
 /// Batch statistics of one batch norm, for the running averages.
@@ -17,15 +18,6 @@ pub struct BnUpdate {
     pub count: usize,
 }
 
-/// Result of a ReLU, for comparing the masks of two runs.
-#[derive(Clone, Debug)]
-pub struct ReluTrace {
-    /// Name of the layer in front of it.
-    pub name: String,
-    /// What it returned; the mask is where it is positive.
-    pub y: Tensor,
-}
-
 /// Result of a forward pass.
 #[derive(Clone, Debug)]
 pub struct Forward {
@@ -39,21 +31,31 @@ pub struct Forward {
 pub struct Scope<'a> {
     params: &'a HashMap<String, Tensor>,
     buffers: Option<&'a HashMap<String, Tensor>>,
+    pass: &'a str,
+    forced: bool,
     /// Statistics of the batch norms passed, in order (training mode).
     pub bn_updates: Vec<BnUpdate>,
-    /// Results of the ReLUs passed, in order.
-    pub relus: Vec<ReluTrace>,
+    /// What the ReLUs and max-pools passed decided: of a ReLU its result, as `relu.{pass}.{layer in front of it}`,
+    /// positive where it lets through; of a max-pool its positions, as `pool.{pass}.{layer}`. Where decisions are
+    /// forced, what came of them as `forced.{name}` beside what would have come of the operand's own as `own.{name}`.
+    pub decisions: Vec<Named>,
 }
 
 impl<'a> Scope<'a> {
     /// A pass with batch statistics.
     pub fn train(params: &'a HashMap<String, Tensor>) -> Self {
-        Scope { params, buffers: None, bn_updates: Vec::new(), relus: Vec::new() }
+        Scope { params, buffers: None, pass: "", forced: false, bn_updates: Vec::new(), decisions: Vec::new() }
     }
 
     /// A pass with running statistics `buffers`, by names like `bn.running_mean`.
     pub fn eval(params: &'a HashMap<String, Tensor>, buffers: &'a HashMap<String, Tensor>) -> Self {
         Scope { buffers: Some(buffers), ..Scope::train(params) }
+    }
+
+    /// Names the pass. With `forced` its ReLUs and max-pools take their decisions from inputs of the tape, which have
+    /// the names of the decisions that the same pass reports when it makes them itself.
+    pub fn pass(self, name: &'a str, forced: bool) -> Self {
+        Scope { pass: name, forced, ..self }
     }
 
     fn find(map: &HashMap<String, Tensor>, name: &str) -> Result<Tensor> {
@@ -92,9 +94,45 @@ impl<'a> Scope<'a> {
 
     /// ReLU after the layer `name`.
     pub(super) fn relu(&mut self, tape: &mut Tape, name: &str, x: Tensor) -> Result<Tensor> {
-        let y = tape.relu(x)?;
-        self.relus.push(ReluTrace { name: name.to_string(), y });
-        Ok(y)
+        let name = format!("relu.{}.{name}", self.pass);
+        let own = tape.relu(x)?;
+        if !self.forced {
+            return Ok(self.decided(name, own, own));
+        }
+        let reference = tape.input(&name, *tape.meta(own))?;
+        let y = tape.mask(x, reference, false)?;
+        Ok(self.obeyed(&name, own, y))
+    }
+
+    /// Max-pooling after the layer `name`, with windows of `[size, stride, padding]`.
+    pub(super) fn max_pool(
+        &mut self,
+        tape: &mut Tape,
+        name: &str,
+        x: Tensor,
+        [size, stride, pad]: [usize; 3],
+    ) -> Result<Tensor> {
+        let name = format!("pool.{}.{name}", self.pass);
+        let own = tape.max_pool(x, size, stride, pad)?;
+        if !self.forced {
+            return Ok(self.decided(name, own.index, own.y));
+        }
+        let index = tape.input(&name, *tape.meta(own.index))?;
+        let y = tape.record1(PoolGather(own.window), &[x, index], false)?;
+        Ok(self.obeyed(&name, own.y, y))
+    }
+
+    /// Notes a decision of the pass's own; returns `y`, what came of it.
+    fn decided(&mut self, name: String, tensor: Tensor, y: Tensor) -> Tensor {
+        self.decisions.push(Named { name, tensor });
+        y
+    }
+
+    /// Notes what came of a forced decision, and what would have come of the pass's own; returns the former.
+    fn obeyed(&mut self, name: &str, own: Tensor, forced: Tensor) -> Tensor {
+        self.decisions.push(Named { name: format!("own.{name}"), tensor: own });
+        self.decisions.push(Named { name: format!("forced.{name}"), tensor: forced });
+        forced
     }
 
     /// Global average pooling and the linear layer `name`.

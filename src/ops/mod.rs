@@ -7,6 +7,7 @@ mod batch_norm;
 mod channel;
 mod conv;
 mod lin_comb;
+mod neighbours;
 mod pool;
 mod relu;
 mod softmax;
@@ -15,7 +16,8 @@ pub use batch_norm::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnForward, Bn
 pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
 pub use lin_comb::{Fill, LinComb};
-pub use pool::{AvgPool, AvgPoolBackward, MaxPoolIndex, PoolGather, PoolScatter, Window};
+pub use neighbours::{NearestNeighbours, TransferLabels};
+pub use pool::{AvgPool, AvgPoolBackward, MaxPool, MaxPoolIndex, PoolGather, PoolScatter, Window};
 pub use relu::{Mask, Relu};
 pub use softmax::{CeGrad, CeLoss, KlGrad, KlLoss, Softmax, SoftmaxJvp};
 
@@ -135,6 +137,8 @@ operations!(
     CeGrad,
     KlLoss,
     KlGrad,
+    NearestNeighbours,
+    TransferLabels,
 );
 
 impl Operation for Op {

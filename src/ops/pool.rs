@@ -79,6 +79,28 @@ impl Window {
     fn index(&self) -> Meta {
         Meta { dtype: DType::Index, ..self.pooled }
     }
+
+    /// Whether position `at` of an image, `h·W + w`, lies in the window of position `p·Q + q` of the pooled image.
+    pub fn holds(&self, pooled: usize, at: i32) -> bool {
+        let ([_, _, h, w], [_, _, _, q]) = (self.image.dims, self.pooled.dims);
+        let Some(at) = usize::try_from(at).ok().filter(|at| *at < h * w) else { return false };
+        let inside = |place: usize, at: usize| {
+            let from = place * self.stride;
+            (from..from + self.size).contains(&(at + self.pad))
+        };
+        inside(pooled / q, at / w) && inside(pooled % q, at % w)
+    }
+}
+
+/// A max-pooling.
+#[derive(Clone, Copy, Debug)]
+pub struct MaxPool {
+    /// Its windows.
+    pub window: Window,
+    /// Positions of the maxima `[N, C, P, Q]`.
+    pub index: Tensor,
+    /// The maxima `[N, C, P, Q]`.
+    pub y: Tensor,
 }
 
 /// `x → index`: for each window the position of its maximum in the image, `h·W + w`; the first one on ties.
@@ -159,7 +181,7 @@ impl Tape {
     ///
     /// # Errors
     /// When `x` is no activation, the window does not fit, the stride is 0 or the padding exceeds half the window.
-    pub fn max_pool(&mut self, x: Tensor, size: usize, stride: usize, pad: usize) -> Result<Tensor> {
+    pub fn max_pool(&mut self, x: Tensor, size: usize, stride: usize, pad: usize) -> Result<MaxPool> {
         let image = self.meta(x).shared();
         let [n, c, h, w] = image.dims;
         let fits = image.kind == Kind::Activation && stride > 0 && 2 * pad <= size;
@@ -169,6 +191,6 @@ impl Tape {
         let pooled = Meta::activation(n, c, (h + 2 * pad - size) / stride + 1, (w + 2 * pad - size) / stride + 1);
         let window = Window { size, stride, pad, image, pooled };
         let index = self.record1(MaxPoolIndex(window), &[x], false)?;
-        self.record1(PoolGather(window), &[x, index], false)
+        Ok(MaxPool { window, index, y: self.record1(PoolGather(window), &[x, index], false)? })
     }
 }

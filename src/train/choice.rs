@@ -1,5 +1,6 @@
 //! The settings that take one of a few names. The name is the same on the command line and in TOML.
 
+use crate::mlnt::golden::TOLERANCE_F64;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -23,14 +24,61 @@ pub enum Augment {
     PadCropFlip,
 }
 
-/// Where the computation runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+/// Where the computation runs: `auto`, `cpu`, `cuda`, `cuda:N` or `simt`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum DeviceKind {
-    /// The fastest device of this build: so far the processor.
+    /// A GPU if one works, kernels for it are in the binary and it computes in the precision asked for; else the processor.
     Auto,
     /// The processor.
     Cpu,
+    /// The NVIDIA card of this number, in the driver's order.
+    Cuda(usize),
+    /// The CUDA kernels, emulated thread by thread on the processor: slow, for checking them.
+    Simt,
+}
+
+impl std::str::FromStr for DeviceKind {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(DeviceKind::Auto),
+            "cpu" => Ok(DeviceKind::Cpu),
+            "cuda" => Ok(DeviceKind::Cuda(0)),
+            "simt" => Ok(DeviceKind::Simt),
+            _ => name
+                .strip_prefix("cuda:")
+                .and_then(|n| n.parse().ok())
+                .map(DeviceKind::Cuda)
+                .ok_or_else(|| format!("no device is called {name:?}; possible are auto, cpu, cuda, cuda:N, simt")),
+        }
+    }
+}
+
+impl TryFrom<String> for DeviceKind {
+    type Error = String;
+    fn try_from(name: String) -> Result<Self, String> {
+        name.parse()
+    }
+}
+
+impl From<DeviceKind> for String {
+    fn from(kind: DeviceKind) -> String {
+        kind.to_string()
+    }
+}
+
+impl std::fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            DeviceKind::Auto => f.write_str("auto"),
+            DeviceKind::Cpu => f.write_str("cpu"),
+            DeviceKind::Cuda(0) => f.write_str("cuda"),
+            DeviceKind::Cuda(n) => write!(f, "cuda:{n}"),
+            DeviceKind::Simt => f.write_str("simt"),
+        }
+    }
 }
 
 /// Floating-point type of activations, weights and gradients.
@@ -39,8 +87,28 @@ pub enum DeviceKind {
 pub enum Precision {
     /// 32-bit floats.
     F32,
-    /// 64-bit floats.
+    /// 64-bit floats; on the processor only.
     F64,
+    /// 32-bit floats; convolutions with operands of 10 bits of mantissa. CUDA only.
+    Tf32,
+    /// 32-bit floats; convolutions with 16-bit operands, scaled by powers of two. CUDA only.
+    F16,
+    /// 32-bit floats; convolutions with operands of 7 bits of mantissa. CUDA only.
+    Bf16,
+}
+
+impl Precision {
+    /// Largest relative error of a group of a golden step: in double precision against the file, in every other one
+    /// against double precision with the same decisions of ReLUs and max-pools. A few times what rounding alone makes
+    /// of the meta-gradient of a trained network.
+    pub fn tolerance(self) -> f64 {
+        match self {
+            Precision::F32 => 1e-5,
+            Precision::F64 => TOLERANCE_F64,
+            Precision::Tf32 | Precision::F16 => 3e-3,
+            Precision::Bf16 => 3e-2,
+        }
+    }
 }
 
 /// The name of a choice, as it stands on the command line and in TOML.
@@ -56,4 +124,4 @@ macro_rules! display_by_name {
         }
     )*};
 }
-display_by_name!(Recipe, Augment, DeviceKind, Precision);
+display_by_name!(Recipe, Augment, Precision);

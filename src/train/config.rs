@@ -132,7 +132,7 @@ settings! {
     "Run" {
         /// Seed of everything random: same seed, same bytes, whatever the number of threads.
         [value_name = "N"] seed: u64,
-        /// Where to compute.
+        /// Where to compute: auto, cpu, cuda, cuda:N or simt.
         [value_name = "NAME"] device: DeviceKind,
         /// Floating-point type of the computation.
         [value_name = "TYPE"] precision: Precision,

@@ -1,15 +1,14 @@
 //! The networks of a run on a device: their plans and states.
 
-use super::choice::{DeviceKind, Precision};
 use super::config::Config;
+use super::feed::Images;
 use super::prepare::LabelledSet;
 use crate::data::{Augment, Batcher, Normalise};
-use crate::device::cpu::Cpu;
-use crate::device::{Device, HostSlice, HostVec, PlanId};
+use crate::device::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::Result;
 use crate::mlnt::{
-    CeSpec, KlScale, Neighbours, Recipe, Report, StateKind, StepScalars, StepSpec, record_ce_step, record_eval,
-    record_step, state_name,
+    CeSpec, KlScale, Recipe, Report, StateKind, StepScalars, StepSpec, Synthetic, record_ce_step, record_eval, record_step,
+    state_name,
 };
 use crate::model::{ModelSpec, he_init};
 use crate::plan::{Plan, PlanOptions};
@@ -42,25 +41,6 @@ impl Network {
     }
 }
 
-/// The device that `kind` asks for, and the reason in words.
-///
-/// # Errors
-/// When it cannot be had.
-pub fn open_device(kind: DeviceKind, precision: Precision, threads: usize) -> Result<(Box<dyn Device>, String)> {
-    // Batches are filled by the process's own pool, beside the device's; the first to ask decides its size.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    let device: Box<dyn Device> = match precision {
-        Precision::F32 => Box::new(Cpu::<f32>::new(threads)?),
-        Precision::F64 => Box::new(Cpu::<f64>::new(threads)?),
-    };
-    let why = match kind {
-        DeviceKind::Cpu => "asked for",
-        DeviceKind::Auto => "the only device of this build",
-    };
-    let text = format!("device: {}: {why}", device.describe());
-    Ok((device, text))
-}
-
 /// What a training step reports.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {
@@ -72,7 +52,8 @@ pub struct StepOutcome {
     pub correct: usize,
 }
 
-/// What the steps of a run need to know of its settings, as the plan takes it.
+/// What the steps of a run need to know of its settings, as the plan takes it, with synthetic labels given from outside:
+/// the cost of finding them is no part of the method's.
 pub fn step_spec(config: &Config, model: ModelSpec) -> StepSpec {
     let (recipe, kl) = match config.recipe {
         super::choice::Recipe::Paper => (Recipe::Sequential, KlScale::BatchMean),
@@ -81,6 +62,7 @@ pub fn step_spec(config: &Config, model: ModelSpec) -> StepSpec {
     StepSpec {
         model,
         batch: config.batch,
+        synthetic: Synthetic::Given,
         branches: config.branches,
         recipe,
         kl,
@@ -96,12 +78,20 @@ pub fn step_spec(config: &Config, model: ModelSpec) -> StepSpec {
 pub struct Engine {
     device: Box<dyn Device>,
     model: ModelSpec,
-    batch: usize,
     baseline: Loaded,
     features: Loaded,
     mlnt: Loaded,
-    feature_eval: PlanId,
     evals: [(Network, PlanId); 3],
+    /// `[k]` of 1/k: every sample of a batch counts alike.
+    weights: Vec<f64>,
+    kept: Kept,
+}
+
+/// What a step hands over to the device and gets back, kept so that the next step need not allocate it.
+#[derive(Default)]
+struct Kept {
+    scalars: Vec<f64>,
+    output: Vec<f64>,
 }
 
 /// A plan and the order of its scalars.
@@ -129,14 +119,16 @@ impl Engine {
         };
         let baseline = load(record_ce_step(&ce, Network::Baseline.owner())?)?;
         let features = load(record_ce_step(&ce, Network::Features.owner())?)?;
-        let mlnt = load(record_step(&step_spec(config, model.clone()), Report::Losses)?)?;
-        let feature_eval = load(record_eval(&model, config.batch, Network::Features.owner())?)?.id;
+        let synthetic = Synthetic::Transfer { neighbours: config.neighbours };
+        let step = StepSpec { synthetic, ..step_spec(config, model.clone()) };
+        let mlnt = load(record_step(&step, Report::Losses)?)?;
         let mut eval = |network: Network| -> Result<(Network, PlanId)> {
             Ok((network, load(record_eval(&model, EVAL_BATCH, network.owner())?)?.id))
         };
         let evals = [eval(Network::Baseline)?, eval(Network::Student)?, eval(Network::Teacher)?];
-        let batch = config.batch;
-        let mut engine = Engine { device, model, batch, baseline, features, mlnt, feature_eval, evals };
+        let weights = vec![1.0 / config.batch as f64; config.batch];
+        let kept = Kept::default();
+        let mut engine = Engine { device, model, baseline, features, mlnt, evals, weights, kept };
         engine.initialise(config.seed)?;
         Ok(engine)
     }
@@ -191,63 +183,74 @@ impl Engine {
         Ok(None)
     }
 
-    /// One SGD step on cross entropy; images `[k, C, H, W]`.
+    /// Begins to make the images of the next step of `network` on the device.
     ///
     /// # Errors
-    /// When the device fails.
-    pub fn ce_step(&mut self, network: Network, x: &[f32], y: &[i32], lr: f64) -> Result<StepOutcome> {
-        let plan = if network == Network::Features { &self.features } else { &self.baseline };
-        let id = plan.id;
-        self.device.write_input(id, "x", HostSlice::F32(x))?;
-        self.device.write_input(id, "y", HostSlice::I32(y))?;
-        self.device.run(id, &[lr])?;
-        self.outcome(id, y, false)
+    /// As [`Device::stage`].
+    pub fn stage(&mut self, network: Network, images: ImagesId, crops: &[Crop]) -> Result<()> {
+        let id = self.training(network).id;
+        self.device.stage(images, id, "x", crops)
     }
 
-    /// One MLNT step with synthetic labels `y_syn` `[M, k]`.
+    fn training(&self, network: Network) -> &Loaded {
+        match network {
+            Network::Baseline => &self.baseline,
+            Network::Features => &self.features,
+            Network::Student | Network::Teacher => &self.mlnt,
+        }
+    }
+
+    /// Begins one SGD step of `network` on cross entropy with labels `y` `[k]`; [`Engine::outcome`] waits for it.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn mlnt_step(&mut self, x: &[f32], y: &[i32], y_syn: &[i32], scalars: StepScalars) -> Result<StepOutcome> {
+    pub fn begin_ce(&mut self, network: Network, x: Images<'_>, y: &[i32], lr: f64) -> Result<()> {
+        let id = self.training(network).id;
+        self.write_batch(id, x, y)?;
+        self.device.run(id, &[lr])
+    }
+
+    /// Begins one MLNT step with ranks of neighbours `[M, k]`, see [`draw_ranks`](crate::mlnt::draw_ranks);
+    /// [`Engine::outcome`] waits for it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn begin_mlnt(&mut self, x: Images<'_>, y: &[i32], ranks: &[i32], scalars: StepScalars) -> Result<()> {
         let id = self.mlnt.id;
-        let weights = vec![1.0 / self.batch as f64; self.batch];
-        self.device.write_input(id, "x", HostSlice::F32(x))?;
-        self.device.write_input(id, "y", HostSlice::I32(y))?;
-        self.device.write_input(id, "y_syn", HostSlice::I32(y_syn))?;
-        self.device.write_input(id, "class_weight", HostSlice::F64(&weights))?;
-        let scalars = scalars.in_order(&self.mlnt.scalars);
-        self.device.run(id, &scalars)?;
-        self.outcome(id, y, true)
+        self.write_batch(id, x, y)?;
+        self.device.write_input(id, "ranks", HostSlice::I32(ranks))?;
+        self.device.write_input(id, "class_weight", HostSlice::F64(&self.weights))?;
+        self.kept.scalars.clear();
+        self.kept.scalars.extend(scalars.in_order(&self.mlnt.scalars));
+        self.device.run(id, &self.kept.scalars)
     }
 
-    fn outcome(&self, id: PlanId, y: &[i32], meta: bool) -> Result<StepOutcome> {
-        let loss = self.device.read_output(id, "class_loss")?.to_f64()[0];
-        let logits = self.device.read_output(id, "class_logits")?.to_f64();
-        let meta_loss = match meta {
-            true => {
-                let j = self.device.read_output(id, "consistency")?.to_f64();
-                Some(j.iter().sum::<f64>() / j.len() as f64)
-            }
-            false => None,
-        };
-        let predicted = logits.chunks_exact(self.model.classes).map(argmax);
+    fn write_batch(&mut self, id: PlanId, x: Images<'_>, y: &[i32]) -> Result<()> {
+        if let Images::Host(x) = x {
+            self.device.write_input(id, "x", HostSlice::F32(x))?;
+        }
+        self.device.write_input(id, "y", HostSlice::I32(y))?;
+        Ok(())
+    }
+
+    /// What the step of `network` with labels `y` that was begun last has come to.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn outcome(&mut self, network: Network, y: &[i32]) -> Result<StepOutcome> {
+        let id = self.training(network).id;
+        let Engine { device, kept: Kept { output, .. }, .. } = self;
+        device.read_output_into(id, "class_loss", output)?;
+        let loss = output[0];
+        let mut meta_loss = None;
+        if network == Network::Student {
+            device.read_output_into(id, "consistency", output)?;
+            meta_loss = Some(output.iter().sum::<f64>() / output.len() as f64);
+        }
+        device.read_output_into(id, "class_logits", output)?;
+        let predicted = output.chunks_exact(self.model.classes).map(argmax);
         let correct = predicted.zip(y).filter(|(p, y)| *p == **y as usize).count();
         Ok(StepOutcome { loss, meta_loss, correct })
-    }
-
-    /// Nearest neighbours within a batch by the features of the feature network.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn neighbours(&mut self, x: &[f32], count: usize) -> Result<Neighbours> {
-        let id = self.feature_eval;
-        self.device.write_input(id, "x", HostSlice::F32(x))?;
-        self.device.run(id, &[])?;
-        let features: Vec<f32> = match self.device.read_output(id, "features")? {
-            HostVec::F32(v) => v,
-            other => other.to_f64().iter().map(|v| *v as f32).collect(),
-        };
-        Ok(Neighbours::new(&features, self.batch, self.model.features(), count))
     }
 
     /// Accuracy of a network on a set, with its running statistics; `None` for an empty set.
@@ -285,13 +288,15 @@ pub fn for_each_batch(
 ) -> Result<()> {
     let batcher = Batcher::new(&set.images, normalise, Augment::NONE, 0)?;
     let mut x = vec![0.0f32; batch * set.images.shape().numel()];
+    let (mut indices, mut probabilities) = (Vec::with_capacity(batch), Vec::new());
     for from in (0..set.len()).step_by(batch) {
         let to = (from + batch).min(set.len());
-        let indices: Vec<u32> = (from..from + batch).map(|i| i.min(set.len() - 1) as u32).collect();
+        indices.clear();
+        indices.extend((from..from + batch).map(|i| i.min(set.len() - 1) as u32));
         batcher.fill(0, &indices, &mut x)?;
         device.write_input(plan, "x", HostSlice::F32(&x))?;
         device.run(plan, &[])?;
-        let probabilities = device.read_output(plan, "probabilities")?.to_f64();
+        device.read_output_into(plan, "probabilities", &mut probabilities)?;
         let classes = probabilities.len() / batch;
         use_batch(from..to, &probabilities[..(to - from) * classes])?;
     }

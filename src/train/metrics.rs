@@ -1,5 +1,6 @@
 //! What a run reports per epoch, one JSON line each.
 
+use super::engine::Network;
 use serde::{Deserialize, Serialize};
 
 /// The part of a run that an epoch belongs to.
@@ -12,6 +13,17 @@ pub enum Phase {
     Features,
     /// MLNT.
     Mlnt,
+}
+
+impl Phase {
+    /// The network that its steps train.
+    pub fn network(self) -> Network {
+        match self {
+            Phase::CrossEntropy => Network::Baseline,
+            Phase::Features => Network::Features,
+            Phase::Mlnt => Network::Student,
+        }
+    }
 }
 
 /// One epoch, a line of `metrics.jsonl`. It holds no clock time: the same seed gives the same bytes.

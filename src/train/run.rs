@@ -3,6 +3,7 @@
 use super::checkpoint::{NamedTensor, TensorData, save_model};
 use super::config::Config;
 use super::engine::{Engine, Network, StepOutcome};
+use super::feed::{self, Feed};
 use super::metrics::{EpochRecord, Phase, TimingRecord};
 use super::prepare::Prepared;
 use super::progress::{self, EpochSums, LineLengths, Position, phases};
@@ -10,10 +11,10 @@ use super::run_dir::{JsonLines, RunDir};
 use super::summary;
 use super::table::SummaryRow;
 use crate::data::{Batcher, epoch_order};
-use crate::device::HostVec;
+use crate::device::{HostVec, ImagesId};
 use crate::error::{Error, Result};
 use crate::fs::write_atomic;
-use crate::mlnt::{StateKind, StepScalars, state_name};
+use crate::mlnt::{StateKind, StepScalars, draw_ranks, state_name};
 use crate::rng::{Purpose, stream};
 use std::fs::File;
 use std::time::Instant;
@@ -44,6 +45,8 @@ pub struct Run {
     config: Config,
     data: Prepared,
     engine: Engine,
+    /// The training images on the device, if it makes batches.
+    kept: Option<ImagesId>,
     dir: RunDir,
     metrics: JsonLines,
     timing: JsonLines,
@@ -63,19 +66,26 @@ fn lock(dir: &RunDir) -> Result<File> {
     }
 }
 
+/// Gives the training images to a device that makes batches itself.
+fn keep_images(config: &Config, data: &Prepared, engine: &mut Engine) -> Result<Option<ImagesId>> {
+    feed::keep_images(engine, &Batcher::new(&data.train.images, &data.normalise, data.augment, config.seed)?)
+}
+
 impl Run {
     /// A new run in a new directory, with a checkpoint of its very beginning.
     ///
     /// # Errors
     /// As [`RunDir::create`].
-    pub fn create(config: Config, data: Prepared, engine: Engine) -> Result<Self> {
+    pub fn create(config: Config, data: Prepared, mut engine: Engine) -> Result<Self> {
         let dir = RunDir::create(&config)?;
         let path = dir.path().to_path_buf();
         let begin = move || -> Result<Self> {
             write_atomic(dir.labels(), &data.label_file)?;
             let (metrics, timing) = (JsonLines::create(dir.metrics())?, JsonLines::create(dir.timing())?);
             let lock = lock(&dir)?;
-            let mut run = Run { config, data, engine, dir, metrics, timing, position: Position::START, _lock: lock };
+            let position = Position::START;
+            let kept = keep_images(&config, &data, &mut engine)?;
+            let mut run = Run { config, data, engine, kept, dir, metrics, timing, position, _lock: lock };
             run.save()?;
             Ok(run)
         };
@@ -96,7 +106,8 @@ impl Run {
         let (position, lines) = progress::load(&dir.checkpoint(), engine.device_mut(), &config)?;
         let metrics = JsonLines::resume(dir.metrics(), lines.metrics)?;
         let timing = JsonLines::resume(dir.timing(), lines.timing)?;
-        Ok(Run { config, data, engine, dir, metrics, timing, position, _lock: lock })
+        let kept = keep_images(&config, &data, &mut engine)?;
+        Ok(Run { config, data, engine, kept, dir, metrics, timing, position, _lock: lock })
     }
 
     /// The run's directory.
@@ -137,31 +148,39 @@ impl Run {
         let (config, k) = (self.config.clone(), self.config.batch);
         let epoch = self.position.epoch;
         let order = epoch_order(self.data.train.len(), config.seed, epoch as u64);
+        let ids = |step: usize| &order[step * k..(step + 1) * k];
         let start = Instant::now();
-        let mut x = vec![0.0f32; k * self.data.train.images.shape().numel()];
+        let batcher = Batcher::new(&self.data.train.images, &self.data.normalise, self.data.augment, config.seed)?;
+        let mut feed = Feed::new(batcher, self.kept);
+        let network = phase.network();
+        if self.position.step < steps {
+            feed.prepare(&mut self.engine, network, epoch as u64, ids(self.position.step))?;
+        }
+        let mut y = vec![0; k];
         while self.position.step < steps {
             let step = self.position.step;
-            let ids = &order[step * k..(step + 1) * k];
-            let batcher = Batcher::new(&self.data.train.images, &self.data.normalise, self.data.augment, config.seed)?;
-            batcher.fill(epoch as u64, ids, &mut x)?;
-            let y: Vec<i32> = ids.iter().map(|i| self.data.train.labels[*i as usize]).collect();
-            let outcome = match phase {
-                Phase::CrossEntropy => self.engine.ce_step(Network::Baseline, &x, &y, config.lr_at(epoch))?,
-                Phase::Features => self.engine.ce_step(Network::Features, &x, &y, config.feature_lr)?,
+            y.iter_mut().zip(ids(step)).for_each(|(y, i)| *y = self.data.train.labels[*i as usize]);
+            match phase {
+                Phase::CrossEntropy => self.engine.begin_ce(network, feed.images(), &y, config.lr_at(epoch))?,
+                Phase::Features => self.engine.begin_ce(network, feed.images(), &y, config.feature_lr)?,
                 Phase::Mlnt => {
-                    let neighbours = self.engine.neighbours(&x, config.neighbours)?;
                     let mut rng = stream(config.seed, Purpose::Synthetic, epoch as u64, step as u64);
                     let replaced = (config.rho * k as f64).round() as usize;
-                    let y_syn = neighbours.labels(&y, replaced, config.branches, &mut rng);
+                    let ranks = draw_ranks(k, config.neighbours, replaced, config.branches, &mut rng);
                     let scalars = StepScalars {
                         lr: config.lr_at(epoch),
                         eta: config.eta_at(epoch as f64 + step as f64 / steps as f64),
                         gamma: config.gamma_at(epoch),
                         lambda: 1.0,
                     };
-                    self.engine.mlnt_step(&x, &y, &y_syn, scalars)?
+                    self.engine.begin_mlnt(feed.images(), &y, &ranks, scalars)?;
                 }
-            };
+            }
+            if step + 1 < steps {
+                // While the device works.
+                feed.prepare(&mut self.engine, network, epoch as u64, ids(step + 1))?;
+            }
+            let outcome = self.engine.outcome(network, &y)?;
             self.check_finite(phase, step, &outcome)?;
             self.position.sums.loss += outcome.loss;
             self.position.sums.meta_loss += outcome.meta_loss.unwrap_or(0.0);

@@ -3,7 +3,7 @@
 
 use mlnt::device::cpu::{Cpu, Real};
 use mlnt::device::{Device, HostVec, PlanId};
-use mlnt::mlnt::{KlScale, Recipe, Report, StepScalars, StepSpec, record_step};
+use mlnt::mlnt::{KlScale, Recipe, Report, StepScalars, StepSpec, Synthetic, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::rng::{Purpose, below, normal, stream};
@@ -81,6 +81,7 @@ pub fn step_spec(model: ModelSpec, batch: usize, branches: usize, recipe: Recipe
     StepSpec {
         model,
         batch,
+        synthetic: Synthetic::Given,
         branches,
         recipe,
         kl: KlScale::BatchMean,
@@ -114,7 +115,7 @@ pub struct LoadedStep<T> {
 pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool, threads: usize) -> LoadedStep<T> {
     let tape = record_step(spec, report).unwrap();
     let plan = Plan::build(&tape, &PlanOptions { fuse }).unwrap();
-    let scalars = StepScalars { lr: 0.1, eta: 0.3, gamma: 0.99, lambda: 0.5 }.in_order(&plan.scalars);
+    let scalars = StepScalars { lr: 0.1, eta: 0.3, gamma: 0.99, lambda: 0.5 }.in_order(&plan.scalars).collect();
     let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());
     let mut device = Cpu::new(threads).unwrap();
     let id = device.load(plan).unwrap();

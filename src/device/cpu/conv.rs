@@ -7,15 +7,15 @@
 
 use super::gemm::{Mat, gemm};
 use super::lines::{self, Lines};
-use super::memory::{Out, View};
+use super::memory::{Need, Out, View};
 use super::microkernel::{Dot, Product, ROWS, SLACK};
-use super::patches::{Patches, Tile};
+use super::patches::{Patches, Tile, TileOffsets};
 use super::real::Real;
+use super::scratch::with_scratch;
 use super::simd;
 use crate::ops::{Conv, ConvGeom, ConvKind};
 use crate::tape::Meta;
 use rayon::prelude::*;
-use std::cell::RefCell;
 
 /// Columns of a tile, about.
 const TILE: usize = 1024;
@@ -56,7 +56,7 @@ struct Pass {
 impl Pass {
     fn new(patches: Patches, place: Placement, rows: usize, row_step: usize, at: Vec<usize>) -> Self {
         let tiles = patches.tiles(TILE);
-        let offsets = TileOffsets::new(&patches, &tiles);
+        let offsets = TileOffsets::new(&patches, &tiles, SLACK);
         Pass { patches, place, tiles, offsets, rows, row_step, at }
     }
 }
@@ -105,18 +105,26 @@ fn forward_patches(g: &ConvGeom) -> Patches {
     Patches::new([g.c, g.n, g.h, g.w], (g.p, g.q), g.stride, taps.collect())
 }
 
-/// Elements of launch-wide workspace that `conv` needs.
-pub(super) fn workspace<T>(conv: &Conv, inputs: &[Meta], out: &Meta, branches: usize) -> usize {
+/// What `conv` needs beside its operands `[a, b]` and its result.
+pub(super) fn need<T>(conv: &Conv, layout: &Layout, [a, b]: [&Meta; 2], out: &Meta, branches: usize) -> Need {
     let g = &conv.geom;
-    let copies = if inputs[1].per_branch { branches } else { 1 };
-    match conv.kind {
+    let stacks = if !a.per_branch && out.per_branch { branches } else { 1 };
+    let copies = if b.per_branch { branches } else { 1 };
+    let units = out.total(branches);
+    let work = match conv.kind {
         ConvKind::Fprop => copies * g.k.next_multiple_of(ROWS) * g.c * g.r * g.s,
         ConvKind::Dgrad => copies * g.c.next_multiple_of(ROWS) * g.k * g.r * g.s,
-        ConvKind::Wgrad => {
-            let units = out.total(branches);
-            units * chunk_count::<T>(&forward_patches(g), units)
-        }
-    }
+        ConvKind::Wgrad => layout.passes.iter().map(|pass| units * pass.chunks::<T>(units)).max().unwrap_or(0),
+    };
+    let tiles = layout.passes.iter().filter(|pass| !pass.is_plain()).flat_map(|p| p.tiles.iter().map(move |t| (p, t)));
+    let elements = tiles.map(|(pass, tile)| {
+        let room = match conv.kind {
+            ConvKind::Wgrad => pass.dot_room(tile, stacks * g.k),
+            _ => pass.product_room(tile, stacks * pass.rows),
+        };
+        room.planes + room.rows
+    });
+    Need { work, scratch: elements.max().unwrap_or(0) * size_of::<T>() }
 }
 
 /// Runs one convolution.
@@ -145,7 +153,43 @@ struct Placement {
     width: usize,
 }
 
+/// A task's share of its thread's scratch, in elements.
+struct Room {
+    /// Planes of a tile.
+    planes: usize,
+    /// Behind them, rows of as many elements as the tile has columns.
+    rows: usize,
+    /// From one of these rows to the next.
+    stride: usize,
+}
+
 impl Pass {
+    /// True when the patch matrix is the images and the result's columns are its pixels: a plain matrix product.
+    fn is_plain(&self) -> bool {
+        self.patches.is_identity() && self.place.stride == 1
+    }
+
+    /// Room for the product of `out_rows` rows of weights with a tile.
+    fn product_room(&self, tile: &Tile, out_rows: usize) -> Room {
+        let stride = self.patches.columns(tile).next_multiple_of(SLACK);
+        let planes = self.patches.planes_len(tile, SLACK) + SLACK;
+        Room { planes, rows: out_rows.next_multiple_of(ROWS) * stride, stride }
+    }
+
+    /// Room for a tile and `rows` rows of the gradient that its patches are multiplied with.
+    fn dot_room(&self, tile: &Tile, rows: usize) -> Room {
+        let stride = self.patches.columns(tile).next_multiple_of(16);
+        let planes = self.patches.planes_len(tile, SLACK) + SLACK;
+        Room { planes, rows: rows * stride, stride }
+    }
+
+    /// Number of partial sums of a weight gradient with `units` elements.
+    fn chunks<T>(&self, units: usize) -> usize {
+        let tiles = if self.is_plain() { self.patches.pixels().div_ceil(TILE) } else { self.tiles.len() };
+        let fit = PARTIAL_BYTES / (units * size_of::<T>()).max(1);
+        tiles.min(CHUNKS).min(fit).max(1)
+    }
+
     /// Packs `count` rows of the weights from branch `branch` on (rows of later branches follow) as the kernel wants.
     fn pack<T: Real>(&self, weights: View<'_, T>, branch: usize, count: usize, packed: &mut [T]) {
         let depth = self.at.len();
@@ -158,21 +202,6 @@ impl Pass {
             }
         }
     }
-}
-
-thread_local! {
-    /// Planes of a tile and, behind them, a tile of results; grows to what the largest tile needs and stays.
-    static SCRATCH: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
-}
-
-fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
-    SCRATCH.with_borrow_mut(|words| {
-        let need = (len * size_of::<T>()).div_ceil(8);
-        if words.len() < need {
-            words.resize(need, 0);
-        }
-        f(&mut bytemuck::cast_slice_mut(words)[..len])
-    })
 }
 
 /// `out = start + weights · patches(src)`; summed over the branches when `out` is shared and an operand is not.
@@ -193,7 +222,7 @@ fn product<T: Real>(
     let outer = if out.branched() && !stacked { branches } else { 1 };
     let out_rows = if stacked { rows * branches } else { rows };
 
-    if patches.is_identity() && place.stride == 1 {
+    if pass.is_plain() {
         let task = PlainProduct { depth, out_rows, pixels: patches.pixels(), summed, stacked, outer, branches };
         return plain_product(&task, pass, src, weights, start, out);
     }
@@ -210,10 +239,10 @@ fn product<T: Real>(
     (0..outer * tiles.len()).into_par_iter().for_each(|task| {
         let (m, tile) = (task / tiles.len(), &tiles[task % tiles.len()]);
         let columns = patches.columns(tile);
-        let stride = columns.next_multiple_of(SLACK);
-        let planes_len = patches.planes_len(tile, SLACK) + SLACK;
-        with_scratch(planes_len + blocks * ROWS * stride, |scratch: &mut [T]| {
-            let (planes, result) = scratch.split_at_mut(planes_len);
+        let room = pass.product_room(tile, out_rows);
+        let stride = room.stride;
+        with_scratch(room.planes + room.rows, |scratch: &mut [T]| {
+            let (planes, result) = scratch.split_at_mut(room.planes);
             if depth == 0 {
                 // No tap of the kernel reaches these pixels.
                 result.fill(T::zero());
@@ -245,29 +274,6 @@ fn product<T: Real>(
             );
         });
     });
-}
-
-/// Offsets of patch rows for the shapes of tile that occur: all but the last are alike.
-struct TileOffsets {
-    by_shape: Vec<((usize, usize), Vec<usize>)>,
-}
-
-impl TileOffsets {
-    fn new(patches: &Patches, tiles: &[Tile]) -> Self {
-        let mut by_shape: Vec<((usize, usize), Vec<usize>)> = Vec::new();
-        for tile in tiles {
-            let shape = (tile.images.len(), tile.lines.len());
-            if !by_shape.iter().any(|(s, _)| *s == shape) {
-                by_shape.push((shape, patches.offsets(tile, SLACK)));
-            }
-        }
-        TileOffsets { by_shape }
-    }
-
-    fn of(&self, tile: &Tile) -> &[usize] {
-        let shape = (tile.images.len(), tile.lines.len());
-        self.by_shape.iter().find(|(s, _)| *s == shape).map_or(&[], |(_, o)| o)
-    }
 }
 
 /// Writes a tile of results, `[rows, stride]`, to the pixels it belongs to.
@@ -380,16 +386,6 @@ fn plain_product<T: Real>(
     });
 }
 
-/// Number of partial sums of a weight gradient with `units` elements.
-fn chunk_count<T>(patches: &Patches, units: usize) -> usize {
-    let tiles = match patches.is_identity() {
-        true => patches.pixels().div_ceil(TILE),
-        false => patches.tiles(TILE).len(),
-    };
-    let fit = PARTIAL_BYTES / (units * size_of::<T>()).max(1);
-    tiles.min(CHUNKS).min(fit).max(1)
-}
-
 /// Weight gradient: partial sums over chunks of tiles, then their sum in a fixed order.
 #[allow(clippy::too_many_arguments)]
 fn wgrad<T: Real>(
@@ -405,7 +401,7 @@ fn wgrad<T: Real>(
     let Pass { patches, tiles, offsets, .. } = pass;
     let depth = patches.depth();
     let units = out.total();
-    let chunks = chunk_count::<T>(patches, units);
+    let chunks = pass.chunks::<T>(units);
     let summed = !out.branched() && (x.branched() || dy.branched());
     let stacked = !x.branched() && out.branched();
     let outer = if out.branched() && !stacked { branches } else { 1 };
@@ -415,7 +411,7 @@ fn wgrad<T: Real>(
     let rows_of = |branch: usize| if stacked { dy.all() } else { dy.branch(branch) };
     let work = &mut work[..chunks * units];
 
-    if patches.is_identity() {
+    if pass.is_plain() {
         let pixels = patches.pixels();
         let tiles = pixels.div_ceil(TILE);
         work.par_chunks_mut(size).enumerate().for_each(|(task, partial)| {
@@ -435,10 +431,10 @@ fn wgrad<T: Real>(
             partial.fill(T::zero());
             for tile in &tiles[chunk * tiles.len() / chunks..(chunk + 1) * tiles.len() / chunks] {
                 let columns = patches.columns(tile);
-                let stride = columns.next_multiple_of(16);
-                let planes_len = patches.planes_len(tile, SLACK) + SLACK;
-                with_scratch(planes_len + rows * stride, |scratch: &mut [T]| {
-                    let (planes, a) = scratch.split_at_mut(planes_len);
+                let room = pass.dot_room(tile, rows);
+                let stride = room.stride;
+                with_scratch(room.planes + room.rows, |scratch: &mut [T]| {
+                    let (planes, a) = scratch.split_at_mut(room.planes);
                     for (i, branch) in live(m).enumerate() {
                         if i == 0 || x.branched() {
                             simd::wide(

@@ -31,16 +31,23 @@ pub(super) enum Term<'a, T> {
     InPlace,
 }
 
-/// `out = Σ c_i x_i`; summed over the branches when `out` is shared and an operand is not. `sum_over` is the
-/// number of branches then, else 1.
-pub(super) fn lin_comb<T: Real>(terms: &[(T, Term<'_, T>)], sum_over: usize, out: Out<'_, T>) {
+/// `out = Σ c_i x_i` over `count` terms; summed over the branches when `out` is shared and an operand is not.
+/// `sum_over` is the number of branches then, else 1.
+pub(super) fn lin_comb<'a, T: Real>(
+    count: usize,
+    term: impl Fn(usize) -> (T, Term<'a, T>) + Sync + Send,
+    sum_over: usize,
+    out: Out<'_, T>,
+) {
     pieces(out.branches(), out.len, |m, range| {
         // SAFETY: pieces are disjoint.
         let dst = unsafe { out.part(m * out.len + range.start, range.len()) };
         wide(
             #[inline(always)]
             || {
-                let kept = terms.iter().filter(|t| matches!(t.1, Term::InPlace)).fold(T::zero(), |sum, t| sum + t.0);
+                let terms = (0..count).map(&term);
+                let in_place = terms.clone().filter(|t| matches!(t.1, Term::InPlace));
+                let kept = in_place.fold(T::zero(), |sum, t| sum + t.0);
                 if kept == T::zero() {
                     dst.fill(T::zero());
                 } else if kept != T::one() {
@@ -49,7 +56,7 @@ pub(super) fn lin_comb<T: Real>(terms: &[(T, Term<'_, T>)], sum_over: usize, out
                 for (c, term) in terms {
                     let Term::Of(view) = term else { continue };
                     for branch in if sum_over > 1 && view.branched() { 0..sum_over } else { m..m + 1 } {
-                        update(dst, [&view.branch(branch)[range.clone()]], |o, [x]| o + *c * x);
+                        update(dst, [&view.branch(branch)[range.clone()]], |o, [x]| o + c * x);
                     }
                 }
             },

@@ -1,4 +1,11 @@
 //! Matrix products through the `gemm` crate, on one thread: the launchers divide the work.
+//!
+//! The crate takes memory anew for every product, and its interface has no way to hand it some: `mc/MR` bytes of flags
+//! for an `m × n` product of inner dimension k, and, in one more block of 64 bytes beyond them, the panels that it packs:
+//! up to `kc·nc` elements of one operand and `kc·m` of the other (m and nc rounded up to the kernel's MR and NR; kc ≤ k
+//! and nc ≤ n, or what fits its guess of the caches). It takes none where k ≤ 2, for a product with a vector, and for
+//! at most 256 results of rows that are contiguous in both operands. Nothing else in a warm step allocates
+//! (`tests/allocation.rs`).
 #![allow(unsafe_code)]
 
 use super::real::Real;

@@ -3,11 +3,11 @@
 
 use super::conv::{self, Start};
 use super::elementwise::{self, Term};
-use super::memory::{Memory, View};
+use super::memory::{Memory, Need, View};
 use super::real::Real;
 use super::softmax::{Head, Target};
-use super::{batch_norm, pool};
-use crate::ops::{Conv, Op, Operation};
+use super::{batch_norm, neighbours, pool};
+use crate::ops::{Conv, Op};
 use crate::plan::{Args, Launch, Plan};
 use crate::tape::Meta;
 use std::collections::HashMap;
@@ -22,28 +22,34 @@ pub(super) struct Context<'a, T> {
     pub layouts: &'a HashMap<Conv, conv::Layout>,
 }
 
-// SAFETY: `run` is entered by one thread at a time, and gives its tasks slices that `check::check` has found disjoint.
-unsafe impl<T: Send> Send for Context<'_, T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for Context<'_, T> {}
-
-/// Elements of workspace the plan's launches need.
-pub(super) fn workspace<T>(plan: &Plan) -> usize {
-    let need = |launch: &Launch| match &launch.op {
-        Op::Conv(conv) => {
-            let args = &launch.args[0];
-            let metas: Vec<Meta> = args.inputs.iter().map(|&b| plan.buffers[b].meta).collect();
-            conv::workspace::<T>(conv, &metas, &plan.buffers[args.outputs[0]].meta, plan.branches)
-        }
-        _ => 0,
-    };
-    plan.launches.iter().map(need).max().unwrap_or(0)
-}
-
 /// The layouts of a plan's convolutions.
 pub(super) fn layouts(plan: &Plan) -> HashMap<Conv, conv::Layout> {
     let convs = plan.launches.iter().filter_map(|l| if let Op::Conv(conv) = l.op { Some(conv) } else { None });
     convs.map(|conv| (conv, conv::Layout::new(&conv))).collect()
+}
+
+/// What the plan's launches need.
+pub(super) fn need<T>(plan: &Plan, layouts: &HashMap<Conv, conv::Layout>) -> Need {
+    let of = |launch: &Launch| {
+        let args = &launch.args[0];
+        let first = || plan.buffers[args.inputs[0]].meta;
+        match &launch.op {
+            Op::Conv(conv) => {
+                let [a, b, out] = [args.inputs[0], args.inputs[1], args.outputs[0]].map(|i| plan.buffers[i].meta);
+                conv::need::<T>(conv, &layouts[conv], [&a, &b], &out, plan.branches)
+            }
+            Op::Softmax(_) | Op::SoftmaxJvp(_) | Op::CeLoss(_) | Op::CeGrad(_) | Op::KlLoss(_) | Op::KlGrad(_) => {
+                Need { work: 0, scratch: head(&first()).scratch() }
+            }
+            _ => Need::default(),
+        }
+    };
+    plan.launches.iter().map(of).fold(Need::default(), Need::or)
+}
+
+/// The head whose logits have this shape.
+fn head(logits: &Meta) -> Head {
+    Head { samples: logits.dims[0], classes: logits.dims[1] }
 }
 
 /// Runs one launch on the thread pool of the caller.
@@ -69,7 +75,6 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
     let live = if branched { plan.branches } else { 1 };
     // Branches that a shared first result sums over.
     let sum_over = if output(0).meta.per_branch { 1 } else { live };
-    let head = |logits: &Meta| Head { samples: logits.dims[0], classes: logits.dims[1] };
 
     match op {
         Op::Conv(op) => {
@@ -105,9 +110,8 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
                 true => Term::InPlace,
                 false => Term::Of(real(i)),
             };
-            let coefs = op.coefs.iter().map(|c| T::of(c.value(scalars)));
-            let terms: Vec<_> = coefs.enumerate().map(|(i, c)| (c, term(i))).collect();
-            elementwise::lin_comb(&terms, sum_over, out(0));
+            let terms = |i: usize| (T::of(op.coefs[i].value(scalars)), term(i));
+            elementwise::lin_comb(op.coefs.len(), terms, sum_over, out(0));
         }
         Op::Fill(op) => {
             // SAFETY: the launch has the result to itself.
@@ -120,6 +124,8 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
         Op::MaxPoolIndex(op) => pool::max_index(&op.0, real(0), index_out(0)),
         Op::PoolGather(op) => pool::gather(&op.0, real(0), index(1), sum_over, out(0)),
         Op::PoolScatter(op) => pool::scatter(&op.0, real(0), index(1), sum_over, out(0)),
+        Op::NearestNeighbours(_) => neighbours::nearest(real(0), input(0).meta.dims[0], index_out(0)),
+        Op::TransferLabels(_) => neighbours::transfer(index(0), index(1), index(2), index_out(0)),
         Op::Softmax(op) => head(&op.logits).softmax(real(0), out(0)),
         Op::SoftmaxJvp(op) => head(&op.logits).jvp(real(0), real(1), [real(2), real(3)], live, out(0)),
         Op::CeLoss(op) => head(&op.logits).loss(real(0), Target::Labels(index(1)), real(2), live, out(0)),

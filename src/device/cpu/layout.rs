@@ -5,11 +5,32 @@
 
 use crate::tape::{Kind, Meta};
 
-/// Copies between the two orders; `to_device` gives the direction. Weights and vectors are copied as they are.
-pub(super) fn permute<E: Copy>(meta: &Meta, branches: usize, from: &[E], to: &mut [E], to_device: bool) {
+/// Where the values come from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// From the host to the device.
+    In,
+    /// From the device to the host.
+    Out,
+}
+
+/// Copies from one order to the other, each value through `convert`. Weights and vectors keep their order.
+///
+/// # Panics
+/// When `from` and `to` differ in length.
+pub(super) fn permute<A: Copy, B>(
+    meta: &Meta,
+    branches: usize,
+    way: Way,
+    from: &[A],
+    to: &mut [B],
+    convert: impl Fn(A) -> B,
+) {
+    assert_eq!(from.len(), to.len(), "both sides of a copy");
+    let copy = |from: &[A], to: &mut [B]| to.iter_mut().zip(from).for_each(|(t, f)| *t = convert(*f));
     let [n, c, h, w] = meta.dims;
     if meta.kind != Kind::Activation || n == 1 || c == 1 {
-        to.copy_from_slice(from);
+        copy(from, to);
         return;
     }
     let image = h * w;
@@ -19,8 +40,8 @@ pub(super) fn permute<E: Copy>(meta: &Meta, branches: usize, from: &[E], to: &mu
             for j in 0..c {
                 let outside = base + (i * c + j) * image;
                 let inside = base + (j * n + i) * image;
-                let (src, dst) = if to_device { (outside, inside) } else { (inside, outside) };
-                to[dst..dst + image].copy_from_slice(&from[src..src + image]);
+                let (src, dst) = if way == Way::In { (outside, inside) } else { (inside, outside) };
+                copy(&from[src..src + image], &mut to[dst..dst + image]);
             }
         }
     }

@@ -86,7 +86,7 @@ impl<'a, E> Out<'a, E> {
 
 /// Memory aligned to pages, zeroed; in huge pages where the system has them, for the rows of a tensor lie far apart.
 pub(super) struct Block<E> {
-    map: Option<memmap2::MmapMut>,
+    map: Option<memmap2::MmapRaw>,
     len: usize,
     element: std::marker::PhantomData<E>,
 }
@@ -103,6 +103,7 @@ impl<E: bytemuck::Pod> Block<E> {
         }
         let bytes = len.saturating_mul(size_of::<E>());
         let map = memmap2::MmapMut::map_anon(bytes).map_err(|e| shortage(bytes, e))?;
+        let map = memmap2::MmapRaw::from(map);
         #[cfg(target_os = "linux")]
         // A system without huge pages serves as well, only slower.
         let _ = map.advise(memmap2::Advice::HugePage);
@@ -112,11 +113,20 @@ impl<E: bytemuck::Pod> Block<E> {
         self.len
     }
     pub fn slice(&self) -> &[E] {
-        self.map.as_deref().map_or(&[], |bytes| bytemuck::cast_slice(&bytes[..self.len * size_of::<E>()]))
+        // SAFETY: the map holds `len` elements, which any bytes are; who writes through `address` answers for that no
+        // slice is live.
+        unsafe { std::slice::from_raw_parts(self.address(), self.len) }
     }
     pub fn slice_mut(&mut self) -> &mut [E] {
-        let bytes = self.len * size_of::<E>();
-        self.map.as_deref_mut().map_or(&mut [], |map| bytemuck::cast_slice_mut(&mut map[..bytes]))
+        // SAFETY: as in `slice`, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.address(), self.len) }
+    }
+    /// Address of the first element: valid for reads and writes of `len` elements while the block lives, aligned to
+    /// pages; dangling for an empty block. The elements lie in memory of their own, so that a shared borrow of the
+    /// block is none of them. Whoever writes through the address answers for that no slice of what is written is
+    /// live, and no other thread reads or writes it.
+    pub fn address(&self) -> *mut E {
+        self.map.as_ref().map_or(std::ptr::dangling_mut(), |map| map.as_mut_ptr().cast())
     }
 }
 
@@ -139,14 +149,47 @@ pub(super) fn available() -> Option<usize> {
     Some(container.map_or(machine, |c| c.min(machine)))
 }
 
+/// Memory that launches need beside the plan's tensors.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Need {
+    /// Elements of workspace, which a launch's tasks divide.
+    pub work: usize,
+    /// Bytes of scratch of every thread.
+    pub scratch: usize,
+}
+
+impl Need {
+    /// The larger of two needs: launches run one after the other.
+    pub fn or(self, other: Need) -> Need {
+        Need { work: self.work.max(other.work), scratch: self.scratch.max(other.scratch) }
+    }
+}
+
+/// A state: its shape, the branches it is kept for, and its values in device order.
+pub(super) struct State<T> {
+    pub name: String,
+    pub meta: Meta,
+    pub branches: usize,
+    pub data: Block<T>,
+}
+
+/// An input of a loaded plan.
+pub(super) enum Input<T> {
+    Reals(Block<T>),
+    Indices(Block<i32>),
+    Unused,
+}
+
 /// Everything one plan can touch while it runs.
 pub(super) struct Memory<'a, T> {
-    pub reals: *mut T,
-    pub indices: *mut i32,
-    /// One per state of the plan; null where the plan does not touch it.
-    pub states: &'a [*mut T],
-    pub real_inputs: &'a [*mut T],
-    pub index_inputs: &'a [*mut i32],
+    pub reals: &'a Block<T>,
+    pub indices: &'a Block<i32>,
+    /// Of the device.
+    pub states: &'a [State<T>],
+    /// For every state of the plan its position among the device's, if the plan touches it.
+    pub positions: &'a [Option<usize>],
+    /// Of the plan.
+    pub inputs: &'a [Input<T>],
     pub branches: usize,
 }
 
@@ -157,9 +200,15 @@ impl<'a, T: Real> Memory<'a, T> {
 
     fn real(&self, place: Place) -> *mut T {
         match place {
-            Place::Arena(at) => self.reals.wrapping_add(at),
-            Place::State(i) => self.states[i],
-            Place::Input(i) => self.real_inputs[i],
+            Place::Arena(at) => self.reals.address().wrapping_add(at),
+            Place::State(i) => match self.positions[i] {
+                Some(position) => self.states[position].data.address(),
+                None => unreachable!("a launch has a state that the plan does not touch"),
+            },
+            Place::Input(i) => match &self.inputs[i] {
+                Input::Reals(block) => block.address(),
+                _ => unreachable!("a launch reads labels, or what the plan does not touch, as reals"),
+            },
         }
     }
 
@@ -180,8 +229,11 @@ impl<'a, T: Real> Memory<'a, T> {
     pub unsafe fn read_indices(&self, buffer: &Buffer) -> View<'a, i32> {
         let (len, total) = self.sizes(&buffer.meta);
         let at = match buffer.place {
-            Place::Arena(at) => self.indices.wrapping_add(at),
-            Place::Input(i) => self.index_inputs[i],
+            Place::Arena(at) => self.indices.address().wrapping_add(at),
+            Place::Input(i) => match &self.inputs[i] {
+                Input::Indices(block) => block.address(),
+                _ => unreachable!("a launch reads reals, or what the plan does not touch, as labels"),
+            },
             Place::State(_) => unreachable!("states are reals"),
         };
         // SAFETY: as above.
@@ -204,6 +256,6 @@ impl<'a, T: Real> Memory<'a, T> {
     pub unsafe fn write_indices(&self, buffer: &Buffer) -> Out<'a, i32> {
         let (len, total) = self.sizes(&buffer.meta);
         let Place::Arena(at) = buffer.place else { unreachable!("indices are written to the arena") };
-        Out { data: self.indices.wrapping_add(at), total, len, life: std::marker::PhantomData }
+        Out { data: self.indices.address().wrapping_add(at), total, len, life: std::marker::PhantomData }
     }
 }

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 mod batch_norm;
+mod border;
 mod conv;
 mod elementwise;
 mod gemm;
@@ -12,37 +13,25 @@ mod layout;
 mod lines;
 mod memory;
 mod microkernel;
+mod neighbours;
 mod patches;
 mod pool;
 mod real;
+mod scratch;
 mod simd;
 mod softmax;
 
 pub use real::Real;
 
 use super::check::check;
-use super::{Device, HostSlice, HostVec, PlanId};
+use super::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, Op, Operation};
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
-use memory::{Block, Memory};
+use border::{Data, Entry, Values};
+use memory::{Block, Input, Memory, Need, State};
 use std::collections::HashMap;
-
-/// A state: its shape, the branches it is kept for, and its values in device order.
-struct State<T> {
-    name: String,
-    meta: Meta,
-    branches: usize,
-    data: Block<T>,
-}
-
-/// An input of a loaded plan.
-enum Input<T> {
-    Reals(Block<T>),
-    Indices(Block<i32>),
-    Unused,
-}
 
 struct Loaded<T> {
     plan: Plan,
@@ -103,7 +92,7 @@ impl<T: Real> Cpu<T> {
     }
 
     /// Counts the memory that loading `plan` takes, and refuses what the machine does not have.
-    fn reserve(&mut self, plan: &Plan, work: usize) -> Result<()> {
+    fn reserve(&mut self, plan: &Plan, need: Need) -> Result<()> {
         let used = |ports: &[Port], new: &dyn Fn(&Port) -> bool| -> usize {
             let ports = ports.iter().filter(|p| p.buffer.is_some() && new(p));
             ports.map(|p| p.meta.total(plan.branches)).fold(0, usize::saturating_add)
@@ -112,7 +101,7 @@ impl<T: Real> Cpu<T> {
             .saturating_add(used(&plan.inputs, &|_| true))
             .saturating_add(plan.arena_reals.saturating_sub(self.reals.len()))
             .saturating_add(plan.arena_indices.saturating_sub(self.indices.len()))
-            .saturating_add(work.saturating_sub(self.work.len()));
+            .saturating_add(need.work.saturating_sub(self.work.len()));
         let need = self.given.saturating_add(reals.saturating_mul(size_of::<T>()));
         match self.free {
             Some(free) if need > free => {
@@ -151,36 +140,20 @@ impl<T: Real> Cpu<T> {
         scalars: &[f64],
         mut each: impl FnMut(&Op, &mut dyn FnMut()) + Send,
     ) -> Result<()> {
-        let loaded = self.plans.get_mut(id.0).ok_or_else(|| Self::error("no such plan".into()))?;
+        let loaded = self.plans.get(id.0).ok_or_else(|| Self::error("no such plan".into()))?;
         if scalars.len() != loaded.plan.scalars.len() {
             let (have, want) = (scalars.len(), loaded.plan.scalars.len());
             return Err(Self::error(format!("{have} runtime scalars for a plan with {want}")));
         }
-        let mut states = Vec::with_capacity(loaded.states.len());
-        for s in &loaded.states {
-            states.push(s.map_or(std::ptr::null_mut(), |i| self.states[i].data.slice_mut().as_mut_ptr()));
-        }
-        let mut real_inputs = Vec::with_capacity(loaded.inputs.len());
-        let mut index_inputs = Vec::with_capacity(loaded.inputs.len());
-        for input in &mut loaded.inputs {
-            let (real, index) = match input {
-                Input::Reals(b) => (b.slice_mut().as_mut_ptr(), std::ptr::null_mut()),
-                Input::Indices(b) => (std::ptr::null_mut(), b.slice_mut().as_mut_ptr()),
-                Input::Unused => (std::ptr::null_mut(), std::ptr::null_mut()),
-            };
-            real_inputs.push(real);
-            index_inputs.push(index);
-        }
         let memory = Memory {
-            reals: self.reals.slice_mut().as_mut_ptr(),
-            indices: self.indices.slice_mut().as_mut_ptr(),
-            states: &states,
-            real_inputs: &real_inputs,
-            index_inputs: &index_inputs,
+            reals: &self.reals,
+            indices: &self.indices,
+            states: &self.states,
+            positions: &loaded.states,
+            inputs: &loaded.inputs,
             branches: loaded.plan.branches,
         };
         let work = self.work.slice_mut();
-        // The pointers stay on this thread's stack; tasks see slices only.
         let context = launch::Context { plan: &loaded.plan, memory, scalars, layouts: &loaded.layouts };
         self.pool.install(|| {
             for l in &context.plan.launches {
@@ -190,21 +163,34 @@ impl<T: Real> Cpu<T> {
         self.last_run = Some(id);
         Ok(())
     }
-}
 
-fn to_device<E: Copy>(meta: &Meta, branches: usize, values: &[E], to: &mut [E], what: &str) -> Result<()> {
-    if values.len() != to.len() {
-        let text = format!("{what} is {meta}, {} values in all, and was given {}", to.len(), values.len());
-        return Err(Error::Device { device: "cpu".into(), what: text });
+    /// The values of an output of the plan that ran last.
+    fn output(&self, id: PlanId, name: &str) -> Result<Values<'_, T>> {
+        let loaded = self.plan(id)?;
+        if self.last_run != Some(id) {
+            return Err(Self::error(format!("output {name} of a plan that did not run last")));
+        }
+        let port = loaded.plan.output(name);
+        let Some((port, b)) = port.and_then(|p| p.buffer.map(|b| (p, b))) else {
+            return Err(Self::error(format!("the plan has no output named {name}")));
+        };
+        let (meta, branches) = (port.meta, loaded.plan.branches);
+        let total = meta.total(branches);
+        let data = match (loaded.plan.buffers[b].place, meta.dtype) {
+            (Place::Arena(at), DType::Real) => Data::Reals(&self.reals.slice()[at..at + total]),
+            (Place::Arena(at), DType::Index) => Data::Indices(&self.indices.slice()[at..at + total]),
+            (Place::State(i), _) => match loaded.states[i] {
+                Some(s) => Data::Reals(&self.states[s].data.slice()[..total]),
+                None => return Err(Self::error(format!("output {name} lives in a state the plan does not use"))),
+            },
+            (Place::Input(i), _) => match &loaded.inputs[i] {
+                Input::Reals(b) => Data::Reals(b.slice()),
+                Input::Indices(b) => Data::Indices(b.slice()),
+                Input::Unused => return Err(Self::error(format!("output {name} is an input nobody uses"))),
+            },
+        };
+        Ok(Values { meta, branches, data })
     }
-    layout::permute(meta, branches, values, to, true);
-    Ok(())
-}
-
-fn to_host<E: Copy + Default>(meta: &Meta, branches: usize, data: &[E]) -> Vec<E> {
-    let mut values = vec![E::default(); data.len()];
-    layout::permute(meta, branches, data, &mut values, false);
-    values
 }
 
 impl<T: Real + Default> Device for Cpu<T> {
@@ -219,8 +205,9 @@ impl<T: Real + Default> Device for Cpu<T> {
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
         check("cpu", &plan)?;
-        let work = launch::workspace::<T>(&plan);
-        self.reserve(&plan, work)?;
+        let layouts = launch::layouts(&plan);
+        let need = launch::need::<T>(&plan, &layouts);
+        self.reserve(&plan, need)?;
         let mut states = Vec::with_capacity(plan.states.len());
         for port in &plan.states {
             states.push(if port.buffer.is_some() { Some(self.bind_state(port, plan.branches)?) } else { None });
@@ -240,10 +227,11 @@ impl<T: Real + Default> Device for Cpu<T> {
         if self.indices.len() < plan.arena_indices {
             self.indices = Block::new(plan.arena_indices)?;
         }
-        if self.work.len() < work {
-            self.work = Block::new(work)?;
+        if self.work.len() < need.work {
+            self.work = Block::new(need.work)?;
         }
-        let layouts = launch::layouts(&plan);
+        // Which thread meets the largest tile first is chance: all of them are ready for it.
+        self.pool.broadcast(|_| scratch::reserve(need.scratch));
         self.plans.push(Loaded { plan, layouts, inputs, states });
         self.last_run = None;
         Ok(PlanId(self.plans.len() - 1))
@@ -255,19 +243,18 @@ impl<T: Real + Default> Device for Cpu<T> {
         let Some(i) = plan.inputs.iter().position(|p| p.name == name) else {
             return Err(Self::error(format!("the plan has no input named {name}")));
         };
-        let meta = &plan.inputs[i].meta;
-        match (&mut inputs[i], values) {
-            (Input::Unused, _) => return Ok(false),
-            (Input::Indices(block), HostSlice::I32(v)) => to_device(meta, plan.branches, v, block.slice_mut(), name)?,
-            (Input::Reals(block), values) => {
-                let Some(v) = T::from_host(values) else {
-                    return Err(Self::error(format!("input {name} takes reals")));
-                };
-                to_device(meta, plan.branches, &v, block.slice_mut(), name)?;
-            }
-            (Input::Indices(_), _) => return Err(Self::error(format!("input {name} takes indices"))),
+        let (meta, branches) = (&plan.inputs[i].meta, plan.branches);
+        let tensor = Entry { kind: "input", name, meta, branches };
+        match &mut inputs[i] {
+            Input::Unused => return Ok(false),
+            Input::Indices(block) => tensor.write_indices(values, block.slice_mut())?,
+            Input::Reals(block) => tensor.write_reals(values, block.slice_mut())?,
         }
         Ok(true)
+    }
+
+    fn stage(&mut self, _: ImagesId, _: PlanId, _: &str, _: &[Crop]) -> Result<()> {
+        Err(Self::error("batches are made on the host".into()))
     }
 
     fn run(&mut self, id: PlanId, scalars: &[f64]) -> Result<()> {
@@ -288,32 +275,12 @@ impl<T: Real + Default> Device for Cpu<T> {
     }
 
     fn read_output(&self, id: PlanId, name: &str) -> Result<HostVec> {
-        let loaded = self.plan(id)?;
-        if self.last_run != Some(id) {
-            return Err(Self::error(format!("output {name} of a plan that did not run last")));
-        }
-        let port = loaded.plan.output(name);
-        let Some((port, b)) = port.and_then(|p| p.buffer.map(|b| (p, b))) else {
-            return Err(Self::error(format!("the plan has no output named {name}")));
-        };
-        let (meta, branches) = (&port.meta, loaded.plan.branches);
-        let total = meta.total(branches);
-        let reals = |data: &[T]| T::into_host(to_host(meta, branches, &data[..total]));
-        Ok(match (loaded.plan.buffers[b].place, meta.dtype) {
-            (Place::Arena(at), DType::Real) => reals(&self.reals.slice()[at..]),
-            (Place::Arena(at), DType::Index) => {
-                HostVec::I32(to_host(meta, branches, &self.indices.slice()[at..at + total]))
-            }
-            (Place::State(i), _) => match loaded.states[i] {
-                Some(s) => reals(self.states[s].data.slice()),
-                None => return Err(Self::error(format!("output {name} lives in a state the plan does not use"))),
-            },
-            (Place::Input(i), _) => match &loaded.inputs[i] {
-                Input::Reals(b) => reals(b.slice()),
-                Input::Indices(b) => HostVec::I32(to_host(meta, branches, b.slice())),
-                Input::Unused => return Err(Self::error(format!("output {name} is an input nobody uses"))),
-            },
-        })
+        Ok(self.output(id, name)?.to_host())
+    }
+
+    fn read_output_into(&self, id: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()> {
+        self.output(id, name)?.to_f64(to);
+        Ok(())
     }
 
     fn states(&self) -> Vec<(String, Meta)> {
@@ -322,13 +289,12 @@ impl<T: Real + Default> Device for Cpu<T> {
 
     fn write_state(&mut self, name: &str, values: HostSlice<'_>) -> Result<()> {
         let i = self.state_index(name)?;
-        let values = T::from_host(values).ok_or_else(|| Self::error(format!("state {name} takes reals")))?;
-        let state = &mut self.states[i];
-        to_device(&state.meta, state.branches, &values, state.data.slice_mut(), name)
+        let State { meta, branches, data, .. } = &mut self.states[i];
+        Entry { kind: "state", name, meta, branches: *branches }.write_reals(values, data.slice_mut())
     }
 
     fn read_state(&self, name: &str) -> Result<HostVec> {
-        let state = &self.states[self.state_index(name)?];
-        Ok(T::into_host(to_host(&state.meta, state.branches, state.data.slice())))
+        let State { meta, branches, data, .. } = &self.states[self.state_index(name)?];
+        Ok(Values { meta: *meta, branches: *branches, data: Data::Reals(data.slice()) }.to_host())
     }
 }

@@ -218,3 +218,28 @@ impl Patches {
         }
     }
 }
+
+/// Offsets of patch rows for the shapes of tile that occur: all but the last are alike.
+pub(super) struct TileOffsets {
+    by_shape: Vec<((usize, usize), Vec<usize>)>,
+}
+
+impl TileOffsets {
+    /// Of `tiles` whose planes have room for `slack` columns beyond the last.
+    pub fn new(patches: &Patches, tiles: &[Tile], slack: usize) -> Self {
+        let mut by_shape: Vec<((usize, usize), Vec<usize>)> = Vec::new();
+        for tile in tiles {
+            let shape = (tile.images.len(), tile.lines.len());
+            if !by_shape.iter().any(|(s, _)| *s == shape) {
+                by_shape.push((shape, patches.offsets(tile, slack)));
+            }
+        }
+        TileOffsets { by_shape }
+    }
+
+    /// Of one of the tiles.
+    pub fn of(&self, tile: &Tile) -> &[usize] {
+        let shape = (tile.images.len(), tile.lines.len());
+        self.by_shape.iter().find(|(s, _)| *s == shape).map_or(&[], |(_, o)| o)
+    }
+}

@@ -1,7 +1,7 @@
 //! The element types of the CPU device.
 
 use super::microkernel::Kernels;
-use crate::device::{HostSlice, HostVec};
+use crate::device::HostVec;
 
 /// `f32` or `f64`.
 pub trait Real:
@@ -15,8 +15,6 @@ pub trait Real:
     fn f64(self) -> f64;
     /// Values to hand to the host.
     fn into_host(values: Vec<Self>) -> HostVec;
-    /// Values from the host; `None` for labels.
-    fn from_host(values: HostSlice<'_>) -> Option<Vec<Self>>;
 }
 
 macro_rules! real {
@@ -33,13 +31,6 @@ macro_rules! real {
             }
             fn into_host(values: Vec<Self>) -> HostVec {
                 HostVec::$variant(values)
-            }
-            fn from_host(values: HostSlice<'_>) -> Option<Vec<Self>> {
-                match values {
-                    HostSlice::F32(v) => Some(v.iter().map(|x| *x as $t).collect()),
-                    HostSlice::F64(v) => Some(v.iter().map(|x| *x as $t).collect()),
-                    HostSlice::I32(_) => None,
-                }
             }
         }
     };

@@ -3,6 +3,7 @@
 
 use super::memory::{Out, View};
 use super::real::Real;
+use super::scratch::with_scratch;
 
 /// Sizes of a head: samples and classes. Logits lie class by class.
 #[derive(Clone, Copy)]
@@ -44,15 +45,24 @@ impl Head {
         log_p.iter_mut().for_each(|v| *v -= log_sum);
     }
 
-    /// For every sample and branch of `live`: `f(branch, sample, log p)`.
-    fn each<T: Real>(self, z: View<'_, T>, live: usize, mut f: impl FnMut(usize, usize, &[f64])) {
-        let mut log_p = vec![0.0; self.classes];
-        for m in 0..live {
+    /// Bytes of a thread's scratch that the launches need.
+    pub fn scratch(self) -> usize {
+        self.classes * size_of::<f64>()
+    }
+
+    /// For every sample of one branch: `f(sample, log p)`, which takes no scratch.
+    fn each_sample<T: Real>(self, z: &[T], mut f: impl FnMut(usize, &[f64])) {
+        with_scratch(self.classes, |log_p: &mut [f64]| {
             for i in 0..self.samples {
-                self.log_softmax(z.branch(m), i, &mut log_p);
-                f(m, i, &log_p);
+                self.log_softmax(z, i, log_p);
+                f(i, log_p);
             }
-        }
+        });
+    }
+
+    /// For every sample and branch of `live`: `f(branch, sample, log p)`, which takes no scratch.
+    fn each<T: Real>(self, z: View<'_, T>, live: usize, mut f: impl FnMut(usize, usize, &[f64])) {
+        (0..live).for_each(|m| self.each_sample(z.branch(m), |i, log_p| f(m, i, log_p)));
     }
 
     /// Adds to an element of `[classes, samples]` that may be summed over the branches.
@@ -74,22 +84,23 @@ impl Head {
 
     /// `Σ_i w_i Σ_c t (log t − log p)`: the divergence, and cross entropy for labels.
     pub fn loss<T: Real>(self, z: View<'_, T>, target: Target<'_, T>, w: View<'_, T>, live: usize, out: Out<'_, T>) {
-        let mut total = vec![0.0; live];
-        self.each(z, live, |m, i, log_p| {
-            let term = |(c, l): (usize, &f64)| {
-                let t = target.of(self, m, i, c);
-                if t == 0.0 { 0.0 } else { t * (t.ln() - l) }
-            };
-            let sum: f64 = log_p.iter().enumerate().map(term).sum();
-            let weight = w.branch(m)[i].f64();
-            // A sample of weight zero takes no part, whatever its loss.
-            total[m] += if weight == 0.0 { 0.0 } else { weight * sum };
-        });
         // SAFETY: the launch has the result to itself.
         let dst = unsafe { out.all() };
         dst.fill(T::zero());
-        let slots = dst.len();
-        total.iter().enumerate().for_each(|(m, v)| dst[m % slots] += T::of(*v));
+        for m in 0..live {
+            let mut total = 0.0;
+            self.each_sample(z.branch(m), |i, log_p| {
+                let term = |(c, l): (usize, &f64)| {
+                    let t = target.of(self, m, i, c);
+                    if t == 0.0 { 0.0 } else { t * (t.ln() - l) }
+                };
+                let sum: f64 = log_p.iter().enumerate().map(term).sum();
+                let weight = w.branch(m)[i].f64();
+                // A sample of weight zero takes no part, whatever its loss.
+                total += if weight == 0.0 { 0.0 } else { weight * sum };
+            });
+            dst[m % out.total()] += T::of(total);
+        }
     }
 
     /// `s w_i (p − target)`.

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{c_char, c_void};
+use std::ffi::{c_char, c_int, c_void};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
@@ -38,6 +38,16 @@ impl Arch {
         match self {
             Arch::Ptx(number) => (false, number),
             Arch::Sm(number) | Arch::SmOnly(number) => (true, number),
+        }
+    }
+}
+
+impl std::fmt::Display for Arch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Arch::Sm(number) => write!(f, "sm_{number}"),
+            Arch::SmOnly(number) => write!(f, "sm_{number}a"),
+            Arch::Ptx(number) => write!(f, "PTX of compute_{number}"),
         }
     }
 }
@@ -80,6 +90,22 @@ pub struct SimtKernel {
     pub most_threads: u32,
 }
 
+/// `mlnt_simt_launch` of `kernels/simt/machine.cpp`: runs blocks `block_from..block_to` of a launch on the calling
+/// thread; 0, or an error in words in `error`.
+pub type SimtLaunch = unsafe extern "C" fn(
+    kernel: *const SimtKernel,
+    params: *const c_void,
+    params_size: usize,
+    grid: *const u32,
+    threads: u32,
+    shared_bytes: usize,
+    block_from: u64,
+    block_to: u64,
+    seed: u64,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int;
+
 // SAFETY: descriptors are constants, and what they point to is never written.
 unsafe impl Sync for SimtKernel {}
 
@@ -87,6 +113,21 @@ unsafe impl Sync for SimtKernel {}
 unsafe extern "C" {
     /// Written by `build.rs`, in the order of `ALL_KERNELS`. A null pointer follows.
     static mlnt_simt_kernels: [&'static SimtKernel; ALL_KERNELS.len()];
+
+    /// `kernels/simt/machine.cpp`.
+    fn mlnt_simt_launch(
+        kernel: *const SimtKernel,
+        params: *const c_void,
+        params_size: usize,
+        grid: *const u32,
+        threads: u32,
+        shared_bytes: usize,
+        block_from: u64,
+        block_to: u64,
+        seed: u64,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
 }
 
 /// Puts an image where machine words can be read from it, as nvcc's own embedding does.
@@ -123,17 +164,31 @@ pub fn has_simt() -> bool {
 /// The kernel `name` on the SIMT host machine; None if there is no such kernel or no such machine.
 pub fn simt_kernel(name: &str) -> Option<&'static SimtKernel> {
     let index = ALL_KERNELS.iter().position(|kernel| kernel.name == name)?;
-    simt_kernel_at(index)
+    simt_kernels().get(index).copied()
 }
 
+/// All kernels on the SIMT host machine, in the order of [`kernels`]; none without such a machine.
 #[cfg(mlnt_simt)]
-fn simt_kernel_at(index: usize) -> Option<&'static SimtKernel> {
+pub fn simt_kernels() -> &'static [&'static SimtKernel] {
     // SAFETY: the table has an entry for each kernel, a pointer to a constant of the library that this program holds.
-    unsafe { mlnt_simt_kernels.get(index).copied() }
+    unsafe { &*std::ptr::addr_of!(mlnt_simt_kernels) }
 }
 
+/// All kernels on the SIMT host machine, in the order of [`kernels`]; none without such a machine.
 #[cfg(not(mlnt_simt))]
-fn simt_kernel_at(_index: usize) -> Option<&'static SimtKernel> {
+pub fn simt_kernels() -> &'static [&'static SimtKernel] {
+    &[]
+}
+
+/// The entry of the SIMT host machine, if there is one.
+#[cfg(mlnt_simt)]
+pub fn simt_launch() -> Option<SimtLaunch> {
+    Some(mlnt_simt_launch)
+}
+
+/// The entry of the SIMT host machine, if there is one.
+#[cfg(not(mlnt_simt))]
+pub fn simt_launch() -> Option<SimtLaunch> {
     None
 }
 

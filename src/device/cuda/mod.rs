@@ -5,6 +5,7 @@
 
 pub mod driver;
 pub mod embedded;
+mod images;
 mod layout;
 mod lower;
 
@@ -12,12 +13,13 @@ pub use lower::Operands;
 
 use super::check::check;
 use super::states::States;
-use super::{Device, HostSlice, HostVec, PlanId};
+use super::{Crop, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::Operation;
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
 use driver::{Address, Driver, Graph, Stream};
+use images::{Images, Landing};
 use layout::{Towards, permute};
 use lower::{Bases, Lowered, Lowering};
 use std::cell::RefCell;
@@ -50,6 +52,8 @@ struct Loaded {
     /// Launches for the addresses of now; none after shared memory has moved.
     lowered: Option<Lowered>,
     graph: Option<Graph>,
+    /// Inputs that are made on the device, beside the run before.
+    landings: Vec<Landing>,
 }
 
 /// The device. See the [module documentation](self).
@@ -62,6 +66,7 @@ pub struct Cuda {
     reals: Growing,
     indices: Growing,
     scratch: Growing,
+    images: Vec<Images>,
     last_run: Option<PlanId>,
     /// Values on their way to or from the device, in its order.
     staging: RefCell<Vec<u32>>,
@@ -72,8 +77,8 @@ impl Cuda {
     pub fn new(driver: Box<dyn Driver>, operands: Operands, mode: Mode) -> Self {
         let states = States::new(driver.name());
         let (reals, indices, scratch) = Default::default();
-        let (plans, last_run, staging) = (Vec::new(), None, RefCell::default());
-        Cuda { driver, operands, mode, plans, states, reals, indices, scratch, last_run, staging }
+        let (plans, images, last_run, staging) = (Vec::new(), Vec::new(), None, RefCell::default());
+        Cuda { driver, operands, mode, plans, states, reals, indices, scratch, images, last_run, staging }
     }
 
     /// The machine.
@@ -192,7 +197,8 @@ impl Cuda {
             staging.extend(coefs.iter().map(|c| (c.value(scalars) as f32).to_bits()));
             self.driver.upload(Stream::Compute, loaded.coefs, bytemuck::cast_slice(&staging))?;
         }
-        Ok(())
+        let Loaded { landings, inputs, .. } = &mut self.plans[id.0];
+        landings.iter_mut().filter(|l| l.staged).try_for_each(|l| l.take(&*self.driver, inputs))
     }
 
     /// Queues the launches of a lowered plan one by one.
@@ -294,6 +300,33 @@ impl Cuda {
     }
 }
 
+/// Lowers for no addresses. Sizes do not depend on them: it tells how much memory there must be.
+fn lower_nowhere(plan: &Plan, operands: Operands) -> Result<Lowered> {
+    let states = vec![Address::NULL; plan.states.len()];
+    let inputs = vec![Address::NULL; plan.inputs.len()];
+    Lowering::run(plan, &Bases { states, inputs, ..Bases::default() }, operands)
+}
+
+/// What a plan takes beyond its arena on this device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelCost {
+    /// Kernel launches of a run.
+    pub launches: usize,
+    /// Bytes of scratch: partial sums and the like.
+    pub scratch_bytes: usize,
+}
+
+impl KernelCost {
+    /// The cost of `plan`, without a machine.
+    ///
+    /// # Errors
+    /// When an operation has sizes that its kernels cannot take.
+    pub fn of(plan: &Plan, operands: Operands) -> Result<Self> {
+        let lowered = lower_nowhere(plan, operands)?;
+        Ok(KernelCost { launches: lowered.launches.len(), scratch_bytes: lowered.scratch })
+    }
+}
+
 impl Device for Cuda {
     fn describe(&self) -> String {
         format!("{} ({}, {})", self.driver.name(), self.operands.name(), self.driver.describe())
@@ -305,13 +338,7 @@ impl Device for Cuda {
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
         check(&self.driver.name(), &plan)?;
-        // Sizes do not depend on addresses: lowering for no addresses tells how much scratch there must be.
-        let nowhere = Bases {
-            states: vec![Address::NULL; plan.states.len()],
-            inputs: vec![Address::NULL; plan.inputs.len()],
-            ..Bases::default()
-        };
-        let Lowered { coefs, tables, scratch, .. } = Lowering::run(&plan, &nowhere, self.operands)?;
+        let Lowered { coefs, tables, scratch, .. } = lower_nowhere(&plan, self.operands)?;
         self.check_memory(&plan, scratch)?;
         let coefs = self.allocate(4 * coefs.len(), "coefficients")?;
         let tables = self.allocate(tables.len(), "tables of operands")?;
@@ -339,7 +366,7 @@ impl Device for Cuda {
         if moved {
             self.forget_launches();
         }
-        self.plans.push(Loaded { plan, inputs, states, coefs, tables, lowered: None, graph: None });
+        self.plans.push(Loaded { plan, inputs, states, coefs, tables, lowered: None, graph: None, landings: Vec::new() });
         self.last_run = None;
         let id = PlanId(self.plans.len() - 1);
         // What a launch cannot do is known now, not at the first step.
@@ -357,6 +384,14 @@ impl Device for Cuda {
         }
         self.upload(&plan.inputs[i].meta, plan.branches, inputs[i], values, name)?;
         Ok(true)
+    }
+
+    fn keep_images(&mut self, images: &ImageSet<'_>) -> Result<Option<ImagesId>> {
+        self.copy_images(images)
+    }
+
+    fn stage(&mut self, images: ImagesId, plan: PlanId, input: &str, crops: &[Crop]) -> Result<()> {
+        self.make_batch(images, plan, input, crops)
     }
 
     fn run(&mut self, id: PlanId, scalars: &[f64]) -> Result<()> {
@@ -400,6 +435,17 @@ impl Device for Cuda {
         self.read(&meta, branches, at)
     }
 
+    fn read_output_into(&self, id: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()> {
+        let (meta, branches, at) = self.output(id, name)?;
+        to.resize(meta.total(branches), 0.0);
+        let real = |bits| f64::from(f32::from_bits(bits));
+        let index = |bits| f64::from(bits as i32);
+        self.download(at, to.len(), |bits| match meta.dtype {
+            DType::Real => permute(&meta, branches, bits, to, Towards::Host, real),
+            DType::Index => permute(&meta, branches, bits, to, Towards::Host, index),
+        })
+    }
+
     fn states(&self) -> Vec<(String, Meta)> {
         self.states.list().iter().map(|s| (s.name.clone(), s.meta)).collect()
     }
@@ -421,9 +467,11 @@ impl Drop for Cuda {
         let _ = self.driver.synchronize();
         self.forget_launches();
         let shared = [self.reals.at, self.indices.at, self.scratch.at];
+        let images = self.images.iter().flat_map(Images::memory);
+        let landings = self.plans.iter().flat_map(|l| l.landings.iter().flat_map(Landing::memory));
         let plans = self.plans.iter().flat_map(|l| l.inputs.iter().chain([&l.coefs, &l.tables]));
         let states = self.states.list().iter().map(|s| s.data);
-        let all = plans.copied().chain(states).chain(shared);
+        let all = plans.copied().chain(states).chain(shared).chain(images).chain(landings);
         all.filter(|at| *at != Address::NULL).for_each(|at| self.driver.free(at));
     }
 }

@@ -4,12 +4,13 @@
 //! C++. Nothing above this module knows which of the two it talks to.
 
 pub mod simt;
+pub mod gpu;
 
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 
 /// An address in device memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
 #[repr(transparent)]
 pub struct Address(pub u64);
 

@@ -5,6 +5,7 @@
 mod batch_norm;
 mod conv;
 mod elementwise;
+mod neighbours;
 mod pool;
 mod rows;
 mod softmax;
@@ -156,6 +157,8 @@ impl<'a> Lowering<'a> {
             Op::Fill(op) => elementwise::fill(self, op, args),
             Op::ChannelSum(_) => elementwise::channel_sum(self, args),
             Op::ChannelBroadcast(_) => elementwise::channel_broadcast(self, args),
+            Op::NearestNeighbours(_) => neighbours::nearest(self, args),
+            Op::TransferLabels(_) => neighbours::transfer(self, args),
             Op::AvgPool(_) => pool::average(self, args),
             Op::AvgPoolBackward(_) => pool::average_backward(self, args),
             Op::MaxPoolIndex(op) => pool::max_index(self, &op.0, args),

@@ -8,8 +8,18 @@ use std::ops::Range;
 
 /// Bytes of the guard band on either side of an allocation, and the alignment of allocations.
 pub const GUARD_BYTES: usize = 256;
-/// What guard bands hold.
-const GUARD: u8 = 0xa5;
+/// What guard bands hold, by address modulo 4: a NaN too, but one that no computation gives.
+const GUARD: [u8; 4] = 0x7fe5_a5a5u32.to_ne_bytes();
+/// A guard band at any address modulo 4.
+const BAND: [u8; GUARD_BYTES + 4] = {
+    let mut band = [0; GUARD_BYTES + 4];
+    let mut i = 0;
+    while i < band.len() {
+        band[i] = GUARD[i % 4];
+        i += 1;
+    }
+    band
+};
 /// What fresh memory holds: NaN in floats, -1 in integers.
 const POISON: u8 = 0xff;
 
@@ -27,20 +37,30 @@ impl Block {
         self.start.wrapping_add(GUARD_BYTES)
     }
 
-    /// How many bytes before or behind the memory the first change of a guard band lies, in words.
+    /// The guard bands, each with the offset of its first byte from the start.
+    fn guards(&self) -> [(usize, &[u8]); 2] {
+        [0, GUARD_BYTES + self.bytes].map(|from| {
+            // SAFETY: both bands lie in the allocation, which lives as long as the block.
+            (from, unsafe { std::slice::from_raw_parts(self.start.wrapping_add(from), GUARD_BYTES) })
+        })
+    }
+
+    /// What was written into a guard band, in words.
     fn overrun(&self) -> Option<String> {
-        // SAFETY: both bands lie in the allocation, which lives as long as the block.
-        let (before, behind) = unsafe {
-            let behind = self.base().wrapping_add(self.bytes);
-            (std::slice::from_raw_parts(self.start, GUARD_BYTES), std::slice::from_raw_parts(behind, GUARD_BYTES))
+        let [before, behind] = self.guards().map(|(from, guard)| {
+            let want = &BAND[from % 4..][..GUARD_BYTES];
+            if guard == want {
+                return None;
+            }
+            let changed = |i: &usize| guard[*i] != want[*i];
+            Some(((0..GUARD_BYTES).find(changed)?, (0..GUARD_BYTES).rfind(changed)?))
+        });
+        let place = match (before, behind) {
+            (Some((_, last)), _) => format!("{} bytes before", GUARD_BYTES - last),
+            (None, Some((first, _))) => format!("{first} bytes behind the end of"),
+            (None, None) => return None,
         };
-        let changed = |b: &u8| *b != GUARD;
-        let what = if let Some(i) = before.iter().rposition(changed) {
-            format!("{} bytes before", GUARD_BYTES - i)
-        } else {
-            format!("{} bytes behind the end of", behind.iter().position(changed)?)
-        };
-        Some(format!("something was written {what} the {} bytes of \"{}\"", self.bytes, self.what))
+        Some(format!("something was written {place} the {} bytes of \"{}\"", self.bytes, self.what))
     }
 }
 
@@ -69,7 +89,9 @@ impl Memory {
         let block = Block { what: what.to_string(), bytes, start, layout };
         // SAFETY: the layout holds the guards and the bytes between them.
         unsafe {
-            start.write_bytes(GUARD, layout.size());
+            for from in [0, GUARD_BYTES + bytes] {
+                start.add(from).copy_from_nonoverlapping(BAND[from % 4..].as_ptr(), GUARD_BYTES);
+            }
             block.base().write_bytes(POISON, bytes);
         }
         let at = block.base().expose_provenance() as u64;

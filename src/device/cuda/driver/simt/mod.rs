@@ -9,39 +9,13 @@ mod memory;
 
 use super::{Address, Driver, Event, Graph, KernelInfo, Launch, Limits, Stream};
 use crate::error::{Error, Result};
+use crate::device::cuda::embedded::{self, SimtKernel, SimtLaunch};
 use memory::Memory;
 use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::CStr;
 use std::time::Instant;
-
-/// A kernel as the macro `KERNEL` defines it for the host (`simt::Kernel`).
-#[repr(C)]
-pub struct HostKernel {
-    name: *const c_char,
-    body: unsafe extern "C" fn(*const c_void),
-    params_size: u32,
-    most_threads: u32,
-}
-
-// SAFETY: a constant of the program; nothing is ever written through its pointers.
-unsafe impl Sync for HostKernel {}
-
-/// `mlnt_simt_launch` of `kernels/simt/machine.cpp`.
-pub type LaunchFn = unsafe extern "C" fn(
-    kernel: *const HostKernel,
-    params: *const c_void,
-    params_size: usize,
-    grid: *const u32,
-    threads: u32,
-    shared_bytes: usize,
-    block_from: u64,
-    block_to: u64,
-    seed: u64,
-    error: *mut c_char,
-    error_size: usize,
-) -> c_int;
 
 /// Work that a graph replays.
 enum Work {
@@ -52,8 +26,8 @@ enum Work {
 
 /// The machine.
 pub struct Simt {
-    launch: LaunchFn,
-    kernels: BTreeMap<&'static str, &'static HostKernel>,
+    launch: SimtLaunch,
+    kernels: BTreeMap<&'static str, &'static SimtKernel>,
     seed: u64,
     memory: RefCell<Memory>,
     events: RefCell<Vec<Option<Instant>>>,
@@ -63,14 +37,29 @@ pub struct Simt {
 }
 
 impl Simt {
+    /// The machine with the kernels of this program; see [`Simt::new`] for the seed.
+    ///
+    /// # Errors
+    /// When the program was built without one.
+    pub fn open(seed: u64) -> Result<Self> {
+        let Some(launch) = embedded::simt_launch() else {
+            return Err(Error::usage(
+                "device simt: this program was built without it; it needs a C++20 compiler (for instance g++) when \
+                 mlnt is built",
+            ));
+        };
+        // SAFETY: entry and descriptors come from the one library that the build made of them.
+        Ok(unsafe { Simt::new(launch, embedded::simt_kernels(), seed) })
+    }
+
     /// A machine with these kernels. `seed` draws the order in which warps, lanes and blocks run: a right kernel gives
     /// the same bits with every seed.
     ///
     /// # Safety
     /// `launch` is the entry of the machine, and `kernels` are descriptors that were compiled for it.
-    pub unsafe fn new(launch: LaunchFn, kernels: &[&'static HostKernel], seed: u64) -> Self {
+    pub unsafe fn new(launch: SimtLaunch, kernels: &[&'static SimtKernel], seed: u64) -> Self {
         // SAFETY: `KERNEL` names a kernel by a string constant of ASCII letters.
-        let name = |k: &'static HostKernel| unsafe { CStr::from_ptr(k.name) }.to_str().unwrap_or_default();
+        let name = |k: &'static SimtKernel| unsafe { CStr::from_ptr(k.name) }.to_str().unwrap_or_default();
         let kernels = kernels.iter().map(|&k| (name(k), k)).collect();
         let (memory, events, graphs, recording) = Default::default();
         Simt { launch, kernels, seed, memory, events, graphs, recording, launches: Cell::new(0) }
@@ -93,7 +82,7 @@ impl Simt {
         Error::Device { device: self.name(), what: what.into() }
     }
 
-    fn find(&self, name: &str) -> Result<&'static HostKernel> {
+    fn find(&self, name: &str) -> Result<&'static SimtKernel> {
         self.kernels.get(name).copied().ok_or_else(|| {
             let known: Vec<_> = self.kernels.keys().copied().collect();
             self.error(format!("no kernel named {name}; it has {}", known.join(", ")))

@@ -1,0 +1,82 @@
+//! From the device and precision asked for to a device, with the reason in words.
+
+use super::choice::{DeviceKind, Precision};
+use crate::device::Device;
+use crate::device::cpu::Cpu;
+use crate::device::cuda::driver::Driver;
+use crate::device::cuda::driver::gpu::Gpu;
+use crate::device::cuda::driver::simt::Simt;
+use crate::device::cuda::{Cuda, KernelCost, Mode, Operands};
+use crate::error::{Error, Result};
+use crate::plan::Plan;
+
+/// Order in which the SIMT host machine takes its threads. Results do not depend on it; tests try others.
+const SIMT_SEED: u64 = 1;
+
+/// A device, what it is, and why it was taken.
+pub struct Opened {
+    /// The device.
+    pub device: Box<dyn Device>,
+    /// Which it is: never [`DeviceKind::Auto`].
+    pub kind: DeviceKind,
+    /// `device: NAME: WHY`, the first line of a run.
+    pub text: String,
+}
+
+/// The device that `kind` asks for, computing in `precision` with `threads` threads on the host; 0 takes one per core.
+///
+/// # Errors
+/// When it cannot be had, or does not compute in that precision.
+pub fn open_device(kind: DeviceKind, precision: Precision, threads: usize) -> Result<Opened> {
+    // Batches are filled by the process's own pool, beside the device's; the first to ask decides its size.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let (device, kind, why) = match kind {
+        DeviceKind::Cpu => (cpu(precision, threads)?, kind, "asked for".to_string()),
+        DeviceKind::Cuda(n) => (cuda(Gpu::open(n)?, precision)?, kind, "asked for".to_string()),
+        DeviceKind::Simt => (cuda(Simt::open(SIMT_SEED)?, precision)?, kind, "asked for".to_string()),
+        DeviceKind::Auto if precision == Precision::F64 => {
+            (cpu(precision, threads)?, DeviceKind::Cpu, "the only one that computes in f64".to_string())
+        }
+        DeviceKind::Auto => match Gpu::open(0) {
+            Ok(gpu) => (cuda(gpu, precision)?, DeviceKind::Cuda(0), "a working GPU".to_string()),
+            Err(why) => (cpu(precision, threads)?, DeviceKind::Cpu, format!("no GPU is used: {why}")),
+        },
+    };
+    let text = format!("device: {}: {why}", device.describe());
+    Ok(Opened { device, kind, text })
+}
+
+fn cpu(precision: Precision, threads: usize) -> Result<Box<dyn Device>> {
+    match precision {
+        Precision::F32 => Ok(Box::new(Cpu::<f32>::new(threads)?)),
+        Precision::F64 => Ok(Box::new(Cpu::<f64>::new(threads)?)),
+        Precision::Tf32 | Precision::F16 | Precision::Bf16 => Err(Error::usage(format_args!(
+            "the CPU computes in f32 and f64; {precision} is for --device cuda, or --device simt to check kernels"
+        ))),
+    }
+}
+
+/// The operand type of convolutions that stands for `precision` on CUDA devices.
+fn operands(precision: Precision) -> Result<Operands> {
+    match precision {
+        Precision::F32 => Ok(Operands::F32),
+        Precision::Tf32 => Ok(Operands::Tf32),
+        Precision::F16 => Ok(Operands::F16),
+        Precision::Bf16 => Ok(Operands::Bf16),
+        Precision::F64 => Err(Error::usage(
+            "the CUDA kernels, on a GPU or simulated, compute in f32, tf32, f16 and bf16; f64 is for --device cpu",
+        )),
+    }
+}
+
+fn cuda(driver: impl Driver + 'static, precision: Precision) -> Result<Box<dyn Device>> {
+    Ok(Box::new(Cuda::new(Box::new(driver), operands(precision)?, Mode::Graph)))
+}
+
+/// What the CUDA kernels of a plan take in `precision`, without a machine.
+///
+/// # Errors
+/// When the kernels cannot take a size of the plan or do not compute in `precision`.
+pub fn kernel_cost(plan: &Plan, precision: Precision) -> Result<KernelCost> {
+    KernelCost::of(plan, operands(precision)?)
+}
