@@ -43,7 +43,8 @@ static_assert(sizeof(LinCombTerm) == 24);
 struct LinCombSet {
     float* y;        // [branches, len]
     int64_t len;     // of one branch
-    int64_t chunks;  // per branch
+    int32_t chunks;  // per branch
+    int32_t padding;
 };
 static_assert(sizeof(LinCombSet) == 24);
 
@@ -63,9 +64,9 @@ struct LinCombParams {
 };
 static_assert(sizeof(LinCombParams) == 40);
 
-constexpr int VECTORS = 2;                    // per thread
-constexpr int64_t ROUND = 256 * 4;            // elements that a block of 256 threads takes at a time
-constexpr int64_t CHUNK = VECTORS * ROUND;    // elements of a block
+constexpr int VECTORS = 2;                  // per thread
+constexpr int64_t ROUND = 256 * 4;          // elements that a block of 256 threads takes at a time
+constexpr int64_t CHUNK = VECTORS * ROUND;  // elements of a block
 
 struct Four {
     float v[4];
@@ -129,7 +130,7 @@ KERNEL(mask_f32, MaskParams, 256) {
 KERNEL(lin_comb_f32, LinCombParams, 256) {
     const LinCombPiece piece = p.pieces ? p.pieces[blockIdx.x] : LinCombPiece{0, static_cast<int32_t>(blockIdx.x)};
     const LinCombSet set = p.sets[piece.set];
-    const int64_t branch = piece.chunk / set.chunks, chunk = piece.chunk % set.chunks;
+    const int32_t branch = piece.chunk / set.chunks, chunk = piece.chunk % set.chunks;
     Four sum[VECTORS] = {};
     for (int64_t t = 0; t < p.count; t++) {
         const LinCombTerm term = p.terms[piece.set * p.count + t];

@@ -28,7 +28,7 @@ struct PoolMoveParams {
     float* y;               // gather: [branches, samples, P, Q, C]; scatter: [branches, samples, H, W, C]
     int64_t x_branch;       // elements of a branch, or 0 where shared
     int64_t index_branch;   // elements of a branch, or 0 where shared
-    int64_t images;         // branches of the result · samples
+    int64_t images;         // branches of the result · samples, fewer than 2^31
     int32_t samples;
     int32_t summed;         // branches that a shared result sums over, else 1
     PoolWindow window;
@@ -82,7 +82,8 @@ KERNEL(pool_gather_f32, PoolMoveParams, 256) {
     if (e >= pooled) return;
     const int32_t channel = e % k.c;
     for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y) {
-        const int64_t branch = image / p.samples, sample = image % p.samples;
+        const int32_t branch = static_cast<int32_t>(image) / p.samples;
+        const int64_t sample = static_cast<int32_t>(image) % p.samples;
         float sum = 0.0f;
         for (int64_t m = branch; m < branch + p.summed; m++) {
             const int64_t place = p.index[m * p.index_branch + sample * pooled + e];
@@ -106,7 +107,8 @@ KERNEL(pool_scatter_f32, PoolMoveParams, 256) {
     const int32_t columns_from = higher(at.column + k.pad - k.size + k.stride, 0) / k.stride;
     const int32_t columns_to = lower((at.column + k.pad) / k.stride, k.q - 1);
     for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y) {
-        const int64_t branch = image / p.samples, sample = image % p.samples;
+        const int32_t branch = static_cast<int32_t>(image) / p.samples;
+        const int64_t sample = static_cast<int32_t>(image) % p.samples;
         float sum = 0.0f;
         for (int64_t m = branch; m < branch + p.summed; m++) {
             const int32_t* index = p.index + m * p.index_branch + sample * pooled;

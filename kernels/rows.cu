@@ -13,12 +13,13 @@ struct RowSumParams {
     double* partial;   // [groups, slices, channels] where there are several slices
     int64_t groups;
     int64_t rows;
-    int64_t slices;    // of the rows
     int64_t slice;     // rows of a slice
+    int32_t slices;
     int32_t summed;    // outermost extent, added up as well
     int32_t channels;
     int32_t width;     // channels of a tile
     float factor;      // multiplied to the sums
+    int32_t padding;
 };
 static_assert(sizeof(RowSumParams) == 72);
 
@@ -37,34 +38,36 @@ struct RowBroadcastParams {
     float* y;          // [groups, rows, channels]
     int64_t groups;
     int64_t rows;
-    int64_t slices;    // of the rows
     int64_t slice;     // rows of a slice
+    int32_t slices;
     int32_t summed;    // outermost extent, added up
     int32_t channels;
     int32_t width;     // channels of a tile
     float factor;      // multiplied to the sums
+    int32_t padding;
 };
 static_assert(sizeof(RowBroadcastParams) == 64);
 
 // What a thread works on: every `step`-th row of from..to in one channel.
 struct Lines {
-    int64_t slice, from, to;
-    int channel, row, step;
+    int64_t from, to;
+    int slice, channel, row, step;
     bool live;
 };
 
 template <class Params>
 DEVICE Lines lines_of_thread(const Params& p) {
-    const int64_t tile = blockIdx.x / p.slices, slice = blockIdx.x % p.slices;
-    const int thread = static_cast<int>(threadIdx.x);
+    const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+    const int tile = block / p.slices, slice = block % p.slices;
     Lines l;
     l.slice = slice;
     l.step = static_cast<int>(blockDim.x) / p.width;
     l.row = thread / p.width;
-    l.channel = static_cast<int>(tile * p.width) + thread % p.width;
+    l.channel = tile * p.width + thread % p.width;
     l.live = l.row < l.step && l.channel < p.channels;
     l.from = slice * p.slice + l.row;
-    l.to = (slice + 1) * p.slice < p.rows ? (slice + 1) * p.slice : p.rows;
+    const int64_t end = (slice + 1) * p.slice;
+    l.to = end < p.rows ? end : p.rows;
     return l;
 }
 

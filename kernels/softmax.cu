@@ -163,8 +163,12 @@ DEVICE void loss(const LossParams& p) {
         const double log_sum = log(row.sum);
         double sum = 0.0;
         for (int c = lane; c < p.classes; c += 32) {
-            const double t = target_of<TARGET>(p, m, sample, c);
-            if (t != 0.0) sum += t * ((TARGET == Target::LABELS ? 0.0 : log(t)) - (row.shifted(z[c]) - log_sum));
+            const double t = target_of<TARGET>(p, m, sample, c), log_p = row.shifted(z[c]) - log_sum;
+            if constexpr (TARGET == Target::LABELS) {
+                if (t != 0.0) sum -= log_p;
+            } else if (t != 0.0) {
+                sum += t * (log(t) - log_p);
+            }
         }
         sum = warp_sum(sum);
         // A sample of weight zero takes no part, whatever its loss.
@@ -203,6 +207,6 @@ KERNEL(kl_grad_f32, HeadParams, 256) {
     each_class(p, rule);
 }
 
-KERNEL(ce_loss_f32, LossParams, 1024) { loss<Target::LABELS>(p); }
+KERNEL(ce_loss_f32, LossParams, 512) { loss<Target::LABELS>(p); }
 
-KERNEL(kl_loss_f32, LossParams, 1024) { loss<Target::PROBABILITIES>(p); }
+KERNEL(kl_loss_f32, LossParams, 512) { loss<Target::PROBABILITIES>(p); }

@@ -60,7 +60,8 @@ const _: () = assert!(size_of::<LinCombTerm>() == 24);
 struct LinCombSet {
     y: Address,
     len: i64,
-    chunks: i64,
+    chunks: i32,
+    padding: i32,
 }
 const _: () = assert!(size_of::<LinCombSet>() == 24);
 
@@ -102,10 +103,11 @@ pub(super) fn lin_comb(lowering: &mut Lowering<'_>, op: &LinComb, sets: &[Args])
             summed: if x.meta.per_branch && !y.meta.per_branch { live as i64 } else { 1 },
         }));
         let chunks = len.div_ceil(CHUNK);
-        table.push(LinCombSet { y: y.at, len: len as i64, chunks: chunks as i64 });
         blocks += branches * chunks;
         let set = lowering.narrow("tensors in one launch", s)?;
         let count = lowering.narrow("blocks", branches * chunks)?;
+        let chunks = lowering.narrow("blocks", chunks)?;
+        table.push(LinCombSet { y: y.at, len: len as i64, chunks, padding: 0 });
         if sets.len() > 1 {
             pieces.extend((0..count).map(|chunk| LinCombPiece { set, chunk }));
         }

@@ -135,7 +135,7 @@ fn along_positions(
         y: y.at,
         x_branch: x.branch,
         index_branch: index.branch,
-        images: images as i64,
+        images: lowering.narrow("images", images)?.into(),
         samples: lowering.narrow("samples", samples)?,
         summed: lowering.narrow("branches", lowering.summed(args, &y))?,
         window: window(lowering, op)?,

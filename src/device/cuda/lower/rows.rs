@@ -21,12 +21,13 @@ struct RowSumParams {
     partial: Address,
     groups: i64,
     rows: i64,
-    slices: i64,
     slice: i64,
+    slices: i32,
     summed: i32,
     channels: i32,
     width: i32,
     factor: f32,
+    padding: i32,
 }
 const _: () = assert!(size_of::<RowSumParams>() == 72);
 
@@ -49,12 +50,13 @@ struct RowBroadcastParams {
     y: Address,
     groups: i64,
     rows: i64,
-    slices: i64,
     slice: i64,
+    slices: i32,
     summed: i32,
     channels: i32,
     width: i32,
     factor: f32,
+    padding: i32,
 }
 const _: () = assert!(size_of::<RowBroadcastParams>() == 64);
 
@@ -106,12 +108,13 @@ pub(super) fn sum(lowering: &mut Lowering<'_>, x: Address, y: Address, shape: Sh
         partial,
         groups: shape.groups as i64,
         rows: shape.rows as i64,
-        slices: slices as i64,
         slice: slice as i64,
+        slices: lowering.narrow("slices", slices)?,
         summed: lowering.narrow("branches", shape.summed)?,
         channels: lowering.narrow("channels", shape.channels)?,
         width: lowering.narrow("channels", width)?,
         factor,
+        padding: 0,
     };
     lowering.push("row_sum_f32", &params, grid, threads, 8 * threads);
     if slices > 1 {
@@ -149,12 +152,13 @@ pub(super) fn broadcast(lowering: &mut Lowering<'_>, x: Address, y: Address, sha
         y,
         groups: shape.groups as i64,
         rows: shape.rows as i64,
-        slices: slices as i64,
         slice: slice as i64,
+        slices: lowering.narrow("slices", slices)?,
         summed: lowering.narrow("branches", shape.summed)?,
         channels: lowering.narrow("channels", shape.channels)?,
         width: lowering.narrow("channels", width)?,
         factor,
+        padding: 0,
     };
     lowering.push("row_broadcast_f32", &params, grid, threads, 0);
     Ok(())

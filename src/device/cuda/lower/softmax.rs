@@ -8,7 +8,7 @@ use crate::plan::Args;
 use bytemuck::{Pod, Zeroable};
 
 /// Most threads of a block of the losses, one block per branch.
-const LOSS_THREADS: usize = 1024;
+const LOSS_THREADS: usize = 512;
 /// Samples of a block of the others, one warp each.
 const SAMPLES: usize = 8;
 
