@@ -217,7 +217,8 @@ mod tests {
         let mut live: VecDeque<(Place, usize)> = VecDeque::new();
         let (mut waits, mut wraps, mut full) = (0, 0, 0);
         for _ in 0..20_000 {
-            let len = 1 + below(if below(10) == 0 { BYTES } else { 4 * ALIGNMENT });
+            let most = if below(10) == 0 { BYTES } else { 4 * ALIGNMENT };
+            let len = 1 + below(most);
             loop {
                 match ring.next(len) {
                     Next::Write(place) => {
