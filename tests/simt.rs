@@ -4,7 +4,8 @@
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
-use mlnt::device::cuda::driver::simt::{HostKernel, LaunchFn, Simt};
+use mlnt::device::cuda::driver::simt::Simt;
+use mlnt::device::cuda::embedded::{SimtKernel, SimtLaunch};
 use mlnt::device::cuda::driver::{Address, Driver, Launch, Stream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -67,8 +68,8 @@ fn machine_of(library: &'static libloading::Library, seed: u64) -> Simt {
     // SAFETY: the symbols have these types, and the library is never unloaded.
     unsafe {
         let symbol = |name: &String| *library.get(format!("mlnt_simt_{name}").as_bytes()).unwrap();
-        let kernels: Vec<&'static HostKernel> = kernel_names().iter().map(symbol).collect();
-        let launch: LaunchFn = *library.get(b"mlnt_simt_launch").unwrap();
+        let kernels: Vec<&'static SimtKernel> = kernel_names().iter().map(symbol).collect();
+        let launch: SimtLaunch = *library.get(b"mlnt_simt_launch").unwrap();
         Simt::new(launch, &kernels, seed)
     }
 }
