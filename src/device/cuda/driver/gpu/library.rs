@@ -78,6 +78,19 @@ pub enum Missing {
     Card,
 }
 
+impl Missing {
+    /// The same in a few words, without advice.
+    pub fn brief(&self) -> &'static str {
+        match self {
+            Missing::Library => "no NVIDIA driver",
+            Missing::TooOld(_) => "the NVIDIA driver is too old",
+            Missing::Function(_) => "the NVIDIA driver is damaged or too old",
+            Missing::Start(_) => "the NVIDIA driver does not start",
+            Missing::Card => "the NVIDIA driver finds no card",
+        }
+    }
+}
+
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
