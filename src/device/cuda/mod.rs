@@ -18,11 +18,11 @@ use crate::error::{Error, Result};
 use crate::ops::Operation;
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
-use driver::{Address, Driver, Graph, Stream};
+use driver::{Address, Driver, Event, Graph, Stream};
 use images::{Images, Landing};
 use layout::{Towards, permute};
 use lower::{Bases, Lowered, Lowering};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
 /// How a plan's launches reach the machine.
@@ -49,6 +49,8 @@ struct Loaded {
     states: Vec<Option<usize>>,
     coefs: Address,
     tables: Address,
+    /// Bytes of scratch that its launches take.
+    scratch: usize,
     /// Launches for the addresses of now; none after shared memory has moved.
     lowered: Option<Lowered>,
     graph: Option<Graph>,
@@ -68,6 +70,8 @@ pub struct Cuda {
     scratch: Growing,
     images: Vec<Images>,
     last_run: Option<PlanId>,
+    /// Two events to measure with, once they are needed.
+    stopwatch: Cell<Option<(Event, Event)>>,
     /// Values on their way to or from the device, in its order.
     staging: RefCell<Vec<u32>>,
 }
@@ -77,8 +81,9 @@ impl Cuda {
     pub fn new(driver: Box<dyn Driver>, operands: Operands, mode: Mode) -> Self {
         let states = States::new(driver.name());
         let (reals, indices, scratch) = Default::default();
-        let (plans, images, last_run, staging) = (Vec::new(), Vec::new(), None, RefCell::default());
-        Cuda { driver, operands, mode, plans, states, reals, indices, scratch, images, last_run, staging }
+        let (plans, images, last_run) = (Vec::new(), Vec::new(), None);
+        let (stopwatch, staging) = Default::default();
+        Cuda { driver, operands, mode, plans, states, reals, indices, scratch, images, last_run, stopwatch, staging }
     }
 
     /// The machine.
@@ -123,20 +128,23 @@ impl Cuda {
         }
     }
 
-    /// Lets `which` hold `bytes`; true when it moved.
-    fn grow(&mut self, which: fn(&mut Self) -> &mut Growing, bytes: usize, what: &str) -> Result<bool> {
+    /// Lets `which` hold `bytes`.
+    fn grow(&mut self, which: fn(&mut Self) -> &mut Growing, bytes: usize, what: &str) -> Result<()> {
         let Growing { at, bytes: have } = *which(self);
         if bytes <= have {
-            return Ok(false);
+            return Ok(());
         }
         self.driver.synchronize()?;
+        // Launches and outputs hold the address that goes now, also if there is no new one.
+        self.forget_launches();
+        self.last_run = None;
         if at != Address::NULL {
             self.driver.free(at);
         }
         *which(self) = Growing::default();
         let at = self.driver.allocate(bytes, what)?;
         *which(self) = Growing { at, bytes };
-        Ok(true)
+        Ok(())
     }
 
     /// Launches of all plans hold addresses of shared memory: they are made anew after it has moved.
@@ -162,12 +170,17 @@ impl Cuda {
         }
     }
 
-    /// Makes the launches of a plan for the addresses of now.
+    /// Makes the launches of a plan for the addresses of now, and the memory that all plans share large enough for it.
     fn lower(&mut self, id: PlanId) -> Result<()> {
-        let loaded = self.plan(id)?;
-        if loaded.lowered.is_some() {
+        let Loaded { plan, lowered, scratch, .. } = self.plan(id)?;
+        if lowered.is_some() {
             return Ok(());
         }
+        let (reals, indices, scratch) = (4 * plan.arena_reals, 4 * plan.arena_indices, *scratch);
+        self.grow(|d| &mut d.reals, reals, "activations")?;
+        self.grow(|d| &mut d.indices, indices, "indices")?;
+        self.grow(|d| &mut d.scratch, scratch, "scratch")?;
+        let loaded = self.plan(id)?;
         let lowered = Lowering::run(&loaded.plan, &self.bases(loaded), self.operands)?;
         for launch in &lowered.launches {
             let kernel = self.driver.kernel(launch.kernel)?;
@@ -360,13 +373,17 @@ impl Device for Cuda {
             None => Ok(Address::NULL),
         };
         let inputs = plan.inputs.iter().map(input).collect::<Result<_>>()?;
-        let mut moved = self.grow(|d| &mut d.reals, 4 * plan.arena_reals, "activations")?;
-        moved |= self.grow(|d| &mut d.indices, 4 * plan.arena_indices, "indices")?;
-        moved |= self.grow(|d| &mut d.scratch, scratch, "scratch")?;
-        if moved {
-            self.forget_launches();
-        }
-        self.plans.push(Loaded { plan, inputs, states, coefs, tables, lowered: None, graph: None, landings: Vec::new() });
+        self.plans.push(Loaded {
+            plan,
+            inputs,
+            states,
+            coefs,
+            tables,
+            scratch,
+            lowered: None,
+            graph: None,
+            landings: Vec::new(),
+        });
         self.last_run = None;
         let id = PlanId(self.plans.len() - 1);
         // What a launch cannot do is known now, not at the first step.
@@ -413,7 +430,11 @@ impl Device for Cuda {
         self.prepare(id, scalars)?;
         let loaded = self.plan(id)?;
         let Some(lowered) = &loaded.lowered else { return Ok(Vec::new()) };
-        let (start, stop) = (self.driver.event()?, self.driver.event()?);
+        let (start, stop) = match self.stopwatch.get() {
+            Some(pair) => pair,
+            None => (self.driver.event()?, self.driver.event()?),
+        };
+        self.stopwatch.set(Some((start, stop)));
         let mut times: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
         let mut from = 0;
         for (launch, end) in loaded.plan.launches.iter().zip(&lowered.ends) {

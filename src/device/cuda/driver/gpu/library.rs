@@ -96,7 +96,7 @@ impl fmt::Display for Missing {
         match self {
             Missing::Library => f.write_str(
                 "no NVIDIA driver: its library (libcuda.so.1) was not found. A card needs NVIDIA's driver for CUDA \
-                 12.0 or later; a container must be given access to the driver (for instance docker run --gpus all)",
+                 12.0 or later, and one as new as the nvcc that built the kernels; a container must be given access to the driver (for instance docker run --gpus all)",
             ),
             Missing::TooOld(have) => {
                 let (major, minor) = split(*have);
