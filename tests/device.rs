@@ -90,3 +90,22 @@ fn a_stride_wider_than_the_image_works() {
     device.run(id, &[]).unwrap();
     assert_eq!(device.read_output(id, "y").unwrap().to_f64(), [12.0]);
 }
+
+#[test]
+fn sets_of_one_launch_stay_apart() {
+    let mut tape = Tape::new(1);
+    let pairs: Vec<_> = (0..2)
+        .map(|i| {
+            let x = tape.input(&format!("x{i}"), Meta::vector(64)).unwrap();
+            tape.scale(mlnt::tape::Coef::constant(2.0), x).unwrap()
+        })
+        .collect();
+    pairs.iter().enumerate().for_each(|(i, y)| tape.output(format!("y{i}"), *y));
+    let good = plan(&tape);
+    let launch = good.launches.iter().position(|l| l.args.len() == 2).expect("both are one launch");
+    Cpu::<f32>::new(1).unwrap().load(good.clone()).unwrap();
+    let mut edited = good;
+    let [first, second] = [0, 1].map(|set| edited.launches[launch].args[set].outputs[0]);
+    edited.buffers[second].place = edited.buffers[first].place;
+    assert!(refusal(edited).contains("another set"));
+}

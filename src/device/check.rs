@@ -91,6 +91,15 @@ fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
                 }
             }
         }
+        // The operand sets of a launch run side by side.
+        let buffer = |b: &usize| &plan.buffers[*b];
+        for (a, args) in launch.args.iter().enumerate() {
+            let others = launch.args.iter().enumerate().filter(|(b, _)| *b != a).map(|(_, other)| other);
+            let mut touched = others.flat_map(|other| other.inputs.iter().chain(&other.outputs));
+            if touched.any(|t| args.outputs.iter().any(|o| overlap(buffer(o), buffer(t)))) {
+                return Err(format!("{}: a result is laid over a tensor of another set", launch.op.name()));
+            }
+        }
     }
     Ok(())
 }
