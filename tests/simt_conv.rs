@@ -16,7 +16,7 @@ const FORMS: [ConvKind; 3] = [ConvKind::Fprop, ConvKind::Dgrad, ConvKind::Wgrad]
 const ALL_OPERANDS: [Operands; 4] = [Operands::F32, Operands::Tf32, Operands::F16, Operands::Bf16];
 
 fn simt(operands: Operands, seed: u64) -> Cuda {
-    Cuda::new(Box::new(Simt::new(seed, 1).unwrap()), operands, Mode::Eager)
+    Cuda::new(Box::new(Simt::open(seed).unwrap()), operands, Mode::Eager)
 }
 
 /// The outputs of `plan` for inputs in the order of the tape.
