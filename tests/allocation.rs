@@ -11,6 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{LoadedStep, load_step, step_spec};
+use mlnt::device::cpu::Cpu;
 use mlnt::device::{Device, HostSlice};
 use mlnt::mlnt::{Recipe, Report};
 use mlnt::model::{Arch, ModelSpec};
@@ -122,7 +123,7 @@ impl Host {
     }
 
     /// All that training asks of the device in a step.
-    fn step(&mut self, LoadedStep { device, id, scalars, .. }: &mut LoadedStep<f32>) {
+    fn step(&mut self, LoadedStep { device, id, scalars, .. }: &mut LoadedStep<Cpu<f32>>) {
         device.write_input(*id, "x", HostSlice::F32(&self.x)).unwrap();
         device.write_input(*id, "y", HostSlice::I32(&self.y)).unwrap();
         device.write_input(*id, "y_syn", HostSlice::I32(&self.y_syn)).unwrap();
