@@ -160,9 +160,6 @@ pub(super) fn conv(lowering: &mut Lowering<'_>, conv: &Conv, args: &Args) -> Res
         return Err(refuse(&format!("padding {} or stride {} is too large for its kernel", g.pad, g.stride)));
     }
     [image, matrix, out].iter().try_for_each(|o| narrow(o.len()).map(drop))?;
-    if start.is_some_and(|s| s.branch != 0 && out.branch == 0) {
-        return Err(refuse("a result that is shared cannot start from values per branch"));
-    }
     if out.len() == 0 {
         return Ok(());
     }
