@@ -163,7 +163,10 @@ fn a_plan_whose_launches_do_not_fit_is_refused_when_it_is_loaded() {
     tape.output("nearest", nearest);
     let plan = Plan::build(&tape, &PlanOptions::default()).unwrap();
     let text = narrow(Limits::COMMON).0.load(plan).unwrap_err().to_string();
-    assert!(text.contains("nearest_neighbours_f32 (nearest_neighbours: [20000") && text.ends_with(REMEDY), "{text}");
+    assert!(
+        text.contains("nearest_neighbours_f32 (nearest_neighbours: activation[20000, ") && text.ends_with(REMEDY),
+        "{text}"
+    );
     assert!(text.contains("161536 bytes of shared memory per block, the limit is 101376"), "{text}");
 }
 
@@ -176,7 +179,8 @@ fn a_plan_larger_than_the_memory_is_refused_before_any_is_taken() {
     let error = device.load(relu(1_000_000)).unwrap_err();
     assert_eq!(error.to_string(), format!("device narrow: 0.008 GB of memory: 0.008 GB are free{REMEDY}"));
     assert_eq!(error.exit_code(), 2);
-    (free.set(8_000_100), largest.set(usize::MAX));
+    free.set(8_000_100);
+    largest.set(usize::MAX);
     device.load(relu(1_000_000)).unwrap();
     // The next one works in the memory that is there already: it needs room for its input alone.
     free.set(4_000_100);
