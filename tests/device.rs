@@ -2,6 +2,7 @@
 
 use mlnt::device::cpu::Cpu;
 use mlnt::device::{Device, HostSlice};
+use mlnt::ops::{Conv, ConvGeom, ConvKind};
 use mlnt::plan::{Place, Plan, PlanOptions};
 use mlnt::tape::{Meta, Tape};
 
@@ -26,6 +27,18 @@ fn indices_are_no_reals() {
     let y = tape.input("y", Meta::labels(4)).unwrap();
     tape.assign(s, y).unwrap();
     assert!(refusal(plan(&tape)).contains("state of indices"));
+}
+
+#[test]
+fn a_shared_sum_does_not_start_from_values_per_branch() {
+    let mut tape = Tape::new(3);
+    let geom = ConvGeom::new(&Meta::activation(2, 3, 5, 5), &Meta::weight(4, 3, 3, 3), 1, 1).unwrap();
+    let operands = [("x", geom.x().branched()), ("w", geom.weight()), ("start", geom.y().branched())];
+    let operands = operands.map(|(name, meta)| tape.input(name, meta).unwrap());
+    let y = tape.record1(Conv { kind: ConvKind::Fprop, geom }, &operands, true).unwrap();
+    tape.output("y", y);
+    let error = refusal(plan(&tape));
+    assert!(error.contains("conv2d_fprop: a result that is shared cannot start from values per branch"), "{error}");
 }
 
 #[test]

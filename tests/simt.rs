@@ -1,6 +1,7 @@
 //! The SIMT host machine finds faults: each broken kernel of `tests/simt/` is caught, and its right twin passes.
 //!
 //! The kernels and the machine are compiled here, with the system's C++ compiler. Without one the tests are skipped.
+#![allow(unsafe_code)]
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};

@@ -12,6 +12,7 @@ mod lower;
 pub use lower::Operands;
 
 use super::check::check;
+use super::shortage::{REMEDY, shortage};
 use super::states::States;
 use super::{Crop, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use crate::error::{Error, Result};
@@ -99,9 +100,9 @@ impl Cuda {
         self.plans.get(id.0).ok_or_else(|| self.error("no such plan".into()))
     }
 
-    /// Memory for `bytes`, or none.
+    /// Memory of a plan, or none for no bytes.
     fn allocate(&self, bytes: usize, what: &str) -> Result<Address> {
-        if bytes == 0 { Ok(Address::NULL) } else { self.driver.allocate(bytes, what) }
+        allocate(&*self.driver, bytes, what)
     }
 
     /// Refuses a plan whose memory cannot be had, before any of it is taken.
@@ -110,20 +111,16 @@ impl Cuda {
             let ports = ports.iter().filter(|p| p.buffer.is_some() && new(p));
             ports.map(|p| p.meta.total(plan.branches).saturating_mul(4)).fold(0, usize::saturating_add)
         };
-        let growth = |have: &Growing, bytes: usize| if bytes > have.bytes { bytes } else { 0 };
+        let growth = |have: &Growing, bytes: usize| bytes.saturating_sub(have.bytes);
         let need = ports(&plan.states, &|p| !self.states.contains(&p.name))
             .saturating_add(ports(&plan.inputs, &|_| true))
             .saturating_add(growth(&self.reals, plan.arena_reals.saturating_mul(4)))
             .saturating_add(growth(&self.indices, plan.arena_indices.saturating_mul(4)))
             .saturating_add(growth(&self.scratch, scratch));
         match self.driver.free_bytes() {
-            Some(free) if need > free => Err(Error::usage(format_args!(
-                "device {}: the plan needs {:.3} GB of memory, {:.3} GB are free; --batch, --branches, --widths or \
-                 --blocks lower the need, and mlnt plan shows it",
-                self.driver.name(),
-                need as f64 / 1e9,
-                free as f64 / 1e9
-            ))),
+            Some(free) if need > free => {
+                Err(shortage(&self.driver.name(), need, format_args!("{:.3} GB are free", free as f64 / 1e9)))
+            }
             _ => Ok(()),
         }
     }
@@ -142,13 +139,14 @@ impl Cuda {
             self.driver.free(at);
         }
         *which(self) = Growing::default();
-        let at = self.driver.allocate(bytes, what)?;
+        let at = self.allocate(bytes, what)?;
         *which(self) = Growing { at, bytes };
         Ok(())
     }
 
-    /// Launches of all plans hold addresses of shared memory: they are made anew after it has moved.
+    /// Launches of all plans hold addresses of shared memory: they are made anew when it moves.
     fn forget_launches(&mut self) {
+        self.last_run = None;
         for loaded in &mut self.plans {
             loaded.lowered = None;
             if let Some(graph) = loaded.graph.take() {
@@ -185,7 +183,7 @@ impl Cuda {
         for launch in &lowered.launches {
             let kernel = self.driver.kernel(launch.kernel)?;
             if let Some(why) = self.driver.limits().refuse(launch, &kernel) {
-                return Err(self.error(why));
+                return Err(Error::usage(format_args!("device {}: {why}; {REMEDY}", self.driver.name())));
             }
         }
         if !lowered.tables.is_empty() {
@@ -313,6 +311,14 @@ impl Cuda {
     }
 }
 
+/// Memory of a plan, or none for no bytes.
+fn allocate(driver: &dyn Driver, bytes: usize, what: &str) -> Result<Address> {
+    match bytes {
+        0 => Ok(Address::NULL),
+        _ => driver.allocate(bytes, what).map_err(|why| Error::usage(format_args!("{why}; {REMEDY}"))),
+    }
+}
+
 /// Lowers for no addresses. Sizes do not depend on them: it tells how much memory there must be.
 fn lower_nowhere(plan: &Plan, operands: Operands) -> Result<Lowered> {
     let states = vec![Address::NULL; plan.states.len()];
@@ -360,7 +366,7 @@ impl Device for Cuda {
             let driver = &*self.driver;
             let create = || {
                 let bytes = 4 * port.meta.total(plan.branches);
-                let at = driver.allocate(bytes, &port.name)?;
+                let at = allocate(driver, bytes, &port.name)?;
                 driver.zero(Stream::Compute, at, bytes).map(|()| at)
             };
             states.push(match port.buffer {
@@ -472,12 +478,12 @@ impl Device for Cuda {
     }
 
     fn write_state(&mut self, name: &str, values: HostSlice<'_>) -> Result<()> {
-        let state = &self.states.list()[self.states.position(name)?];
+        let state = self.states.get(name)?;
         self.upload(&state.meta, state.branches, state.data, values, name)
     }
 
     fn read_state(&self, name: &str) -> Result<HostVec> {
-        let state = &self.states.list()[self.states.position(name)?];
+        let state = self.states.get(name)?;
         self.read(&state.meta, state.branches, state.data)
     }
 }
