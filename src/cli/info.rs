@@ -63,9 +63,11 @@ fn built() -> String {
         Some(version) => {
             format!("{kernels} kernels for {}, compiled by nvcc {version}", architectures(modules.iter()).join(", "))
         }
-        None => "none in this binary: it was built without nvcc; scripts/install_nvcc.sh installs nvcc, then build mlnt \
+        None => {
+            "none in this binary: it was built without nvcc; scripts/install_nvcc.sh installs nvcc, then build mlnt \
                  again"
-            .to_string(),
+                .to_string()
+        }
     }
 }
 
@@ -108,6 +110,7 @@ fn object() -> Value {
     };
     json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "commit": option_env!("MLNT_COMMIT"),
         "cpu_threads": std::thread::available_parallelism().map_or(1, usize::from),
         "driver_cuda": driver,
         "cards": cards,
