@@ -126,7 +126,7 @@ mod tests {
         let count = |groups: &[(&str, Vec<super::Case>)]| groups.iter().map(|(_, c)| c.len()).sum::<usize>();
         let (first, later) = (selected(&Selection::default(), true), selected(&Selection::default(), false));
         assert_eq!(count(&first), all().len());
-        assert_eq!((first.len(), later.len()), (26, 3), "24 operations, convolutions are three");
+        assert_eq!((first.len(), later.len()), (30, 3), "as many names; convolutions are three");
         let few = Selection { only: Some("summed".into()), per_operation: Some(2) };
         let groups = selected(&few, true);
         assert!(groups.len() > 10 && groups.iter().all(|(_, cases)| (1..=2).contains(&cases.len())));
