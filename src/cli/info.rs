@@ -13,8 +13,15 @@ The devices of this machine, and what is missing for the others.
 Prints the processor, the NVIDIA driver and cards with compute capability and memory, which of the kernels in this \
 binary fit each card, and whether the SIMT host machine, which runs those kernels without a card, was built.";
 
+/// The help below the arguments.
+const EXAMPLES: &str = "\
+Examples:
+  mlnt info
+  mlnt info --json";
+
 /// The arguments of `mlnt info`.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct InfoArgs {
     /// Print one JSON object instead of text.
     #[arg(long)]
