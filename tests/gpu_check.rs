@@ -161,12 +161,14 @@ fn a_check_that_hangs_or_breaks_off_fails_and_what_it_said_before_counts() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let row = r#"'{"what": "relu", "precision": null, "cases": 2, "failed": 1, "worst": null, "tolerance": 0.0, "seconds": 0.1,
-        "failures": [{"case": "relu a", "fault": "accuracy", "what": "far"}]}'.replace("\n", "")"#;
-    let mlnt = disguised(folder.path(), &format!("import time\nprint({row}, flush=True)\ntime.sleep(600)\n"));
-    // The row's text holds a line break, which Python takes in three quotes only.
-    let text = std::fs::read_to_string(&mlnt).unwrap().replace("'{", "'''{").replace("}'.", "}'''.");
-    executable(mlnt.clone(), &text);
+    // A row of Python's, which is JSON but for the words for nothing.
+    let failure = r#"{"case": "relu a", "fault": "accuracy", "what": "far"}"#;
+    let row = format!(
+        r#"{{"what": "relu", "precision": None, "cases": 2, "failed": 1, "worst": None, "tolerance": 0.0, "seconds": 0.1,
+        "failures": [{failure}]}}"#
+    );
+    let hang = format!("import time\nprint(json.dumps({row}), flush=True)\ntime.sleep(600)\n");
+    let mlnt = disguised(folder.path(), &hang);
     let ended = gpu_check(folder.path(), &mlnt, &root().join("golden"), &["--parts", "check,verify", "--budget", "3"]);
     assert_eq!(ended.status, 1, "{}", ended.text);
     assert!(ended.text.contains("FAIL: operations, any precision: relu a: accuracy: far"), "{}", ended.text);
