@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 pub mod cases;
+pub mod check;
 pub mod cli;
 pub mod data;
 pub mod device;

@@ -3,19 +3,23 @@
 use std::path::{Path, PathBuf};
 
 /// The layers, and those that each of them must not import.
-const MUST_NOT_KNOW: [(&str, &[&str]); 13] = [
-    ("error", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("fs", &["cases", "cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("rng", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("tape", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("ops", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("plan", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "train"]),
-    ("device", &["cases", "cli", "data", "mlnt", "model", "train"]),
-    ("cases", &["cli", "data", "mlnt", "model", "train"]),
-    ("model", &["cli", "data", "device", "mlnt", "plan", "train"]),
-    ("data", &["cli", "device", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("mlnt", &["cli", "train"]),
-    ("train", &["cli"]),
+const MUST_NOT_KNOW: [(&str, &[&str]); 14] = [
+    (
+        "error",
+        &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"],
+    ),
+    ("fs", &["cases", "check", "cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
+    ("rng", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
+    ("tape", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
+    ("ops", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
+    ("plan", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "train"]),
+    ("device", &["cases", "check", "cli", "data", "mlnt", "model", "train"]),
+    ("cases", &["check", "cli", "data", "mlnt", "model", "train"]),
+    ("model", &["check", "cli", "data", "device", "mlnt", "plan", "train"]),
+    ("data", &["check", "cli", "device", "mlnt", "model", "ops", "plan", "tape", "train"]),
+    ("mlnt", &["check", "cli", "train"]),
+    ("check", &["cli", "data", "train"]),
+    ("train", &["check", "cli"]),
     ("cli", &[]),
 ];
 

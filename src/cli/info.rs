@@ -117,6 +117,7 @@ fn object() -> Value {
     };
     json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "commit": option_env!("MLNT_COMMIT"),
         "cpu_threads": std::thread::available_parallelism().map_or(1, usize::from),
         "driver_cuda": driver,
         "cards": cards,

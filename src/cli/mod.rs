@@ -4,6 +4,7 @@
 //! from the presets themselves.
 
 pub mod bench_step;
+pub mod check;
 mod console;
 pub mod eval;
 pub mod info;
@@ -58,6 +59,9 @@ pub enum Command {
     /// Check the engine against golden training steps.
     #[command(long_about = verify::LONG_ABOUT)]
     Verify(verify::VerifyArgs),
+    /// Check the CUDA kernels on a GPU, or on the SIMT host machine.
+    #[command(long_about = check::LONG_ABOUT)]
+    Check(check::CheckArgs),
     /// What one training step costs, without running it.
     #[command(long_about = plan::LONG_ABOUT)]
     Plan(plan::PlanArgs),
@@ -79,6 +83,7 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Check(args) => check::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Info(args) => info::run(args),
         Command::BenchStep(args) => bench_step::run(args),

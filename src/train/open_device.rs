@@ -32,13 +32,14 @@ pub fn open_device(kind: DeviceKind, precision: Precision, threads: usize) -> Re
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     let (device, kind, why) = match kind {
         DeviceKind::Cpu => (cpu(precision, threads)?, kind, "asked for".to_string()),
-        DeviceKind::Cuda(n) => (cuda(Gpu::open(n)?, precision)?, kind, "asked for".to_string()),
-        DeviceKind::Simt => (cuda(Simt::open(SIMT_SEED)?, precision)?, kind, "asked for".to_string()),
+        DeviceKind::Cuda(_) | DeviceKind::Simt => {
+            (open_kernels(kind, precision, Mode::Graph)?, kind, "asked for".to_string())
+        }
         DeviceKind::Auto if precision == Precision::F64 => {
             (cpu(precision, threads)?, DeviceKind::Cpu, "the only one that computes in f64".to_string())
         }
         DeviceKind::Auto => match working_gpu() {
-            Ok(gpu) => (cuda(gpu, precision)?, DeviceKind::Cuda(0), "the GPU works".to_string()),
+            Ok(gpu) => (cuda(gpu, precision, Mode::Graph)?, DeviceKind::Cuda(0), "the GPU works".to_string()),
             Err(why) => (cpu(precision, threads)?, DeviceKind::Cpu, why),
         },
     };
@@ -75,8 +76,22 @@ fn operands(precision: Precision) -> Result<Operands> {
     }
 }
 
-fn cuda(driver: impl Driver + 'static, precision: Precision) -> Result<Box<dyn Device>> {
-    Ok(Box::new(Cuda::new(Box::new(driver), operands(precision)?, Mode::Graph)))
+fn cuda(driver: impl Driver + 'static, precision: Precision, mode: Mode) -> Result<Box<dyn Device>> {
+    Ok(Box::new(Cuda::new(Box::new(driver), operands(precision)?, mode)))
+}
+
+/// A device that runs the CUDA kernels, launched as `mode` says: a GPU or the SIMT host machine.
+///
+/// # Errors
+/// As [`open_device`], and for a `kind` that names neither.
+pub fn open_kernels(kind: DeviceKind, precision: Precision, mode: Mode) -> Result<Box<dyn Device>> {
+    match kind {
+        DeviceKind::Cuda(n) => cuda(Gpu::open(n)?, precision, mode),
+        DeviceKind::Simt => cuda(Simt::open(SIMT_SEED)?, precision, mode),
+        DeviceKind::Auto | DeviceKind::Cpu => Err(Error::usage(format_args!(
+            "device {kind} is not one that runs the CUDA kernels; those are cuda, cuda:N and simt"
+        ))),
+    }
 }
 
 /// What the CUDA kernels of a plan take in `precision`, without a machine.
