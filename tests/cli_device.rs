@@ -124,10 +124,14 @@ fn auto_takes_what_is_there_and_says_why() {
     assert_eq!(setting(&run, "device"), "\"cpu\"", "a run keeps to the device it began on");
 
     let run = folder.path("f32");
-    let Err(why) = Gpu::open(0).map(drop) else { return };
+    let why = match (Gpu::probe(), Gpu::open(0)) {
+        (Err(missing), _) => format!(": {} (mlnt info says more)", missing.brief()),
+        (Ok(_), Err(why)) => format!(": no GPU is used: {why}"),
+        (Ok(_), Ok(_)) => return,
+    };
     let said = train(&folder, &data, &run, quick);
     assert!(said[0].starts_with("device: cpu (f32, "), "{}", said[0]);
-    assert!(said[0].ends_with(&format!(": no GPU is used: {why}")), "{}", said[0]);
+    assert!(said[0].ends_with(&why), "{}", said[0]);
     assert_eq!(setting(&run, "device"), "\"cpu\"");
 }
 
