@@ -89,9 +89,12 @@ fn told_apart(found: &[Found]) -> (Vec<usize>, Vec<String>) {
     (gemm, others)
 }
 
-/// A pool that stays: nobody waits for the threads of one that goes, and each allocates when it ends.
+/// A pool that stays: nobody waits for the threads of one that goes, and each allocates when it ends. Its threads have
+/// begun: each allocates then, too.
 fn pool() -> ManuallyDrop<rayon::ThreadPool> {
-    ManuallyDrop::new(rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap())
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap();
+    pool.broadcast(|_| ());
+    ManuallyDrop::new(pool)
 }
 
 const THREADS: usize = 2;
