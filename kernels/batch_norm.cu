@@ -2,7 +2,7 @@
 //
 // Two launches per operation. `*_reduce` makes partial sums over chunks of rows; `*_apply` combines those of its
 // channels in a fixed order, then works element by element, and its first chunk's blocks write what there is one of
-// per channel. The number of chunks depends on shapes only, so the results are the same bits on every card.
+// per channel. The number of chunks depends on shapes only, so the order of additions is the same on every card.
 //
 // Where a result is a sum over branches, the blocks of an apply kernel go through the branches and keep the sum in
 // registers.

@@ -7,10 +7,12 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::backtrace::Backtrace;
 use std::cell::Cell;
+use std::mem::ManuallyDrop;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{LoadedStep, load_step, step_spec};
+use mlnt::device::cpu::Cpu;
 use mlnt::device::{Device, HostSlice};
 use mlnt::mlnt::{Recipe, Report};
 use mlnt::model::{Arch, ModelSpec};
@@ -87,8 +89,9 @@ fn told_apart(found: &[Found]) -> (Vec<usize>, Vec<String>) {
     (gemm, others)
 }
 
-fn pool() -> rayon::ThreadPool {
-    rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap()
+/// A pool that stays: nobody waits for the threads of one that goes, and each allocates when it ends.
+fn pool() -> ManuallyDrop<rayon::ThreadPool> {
+    ManuallyDrop::new(rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap())
 }
 
 const THREADS: usize = 2;
@@ -122,7 +125,7 @@ impl Host {
     }
 
     /// All that training asks of the device in a step.
-    fn step(&mut self, LoadedStep { device, id, scalars, .. }: &mut LoadedStep<f32>) {
+    fn step(&mut self, LoadedStep { device, id, scalars, .. }: &mut LoadedStep<Cpu<f32>>) {
         device.write_input(*id, "x", HostSlice::F32(&self.x)).unwrap();
         device.write_input(*id, "y", HostSlice::I32(&self.y)).unwrap();
         device.write_input(*id, "y_syn", HostSlice::I32(&self.y_syn)).unwrap();
@@ -146,7 +149,9 @@ fn check_step(arch: Arch, recipe: Recipe) {
     let (widths, blocks) = (vec![4, 6], vec![1, 1]);
     let model = ModelSpec { arch, in_channels: 3, size: [24, 24], classes: CLASSES, widths, blocks };
     let mut host = Host::new(&model);
-    let mut step = load_step::<f32>(&step_spec(model, BATCH, BRANCHES, recipe, false), Report::Losses, true, THREADS);
+    let spec = step_spec(model, BATCH, BRANCHES, recipe, false);
+    // Its threads stay too.
+    let mut step = ManuallyDrop::new(load_step::<f32>(&spec, Report::Losses, true, THREADS));
     (0..WARM_UP).for_each(|_| host.step(&mut step));
 
     let found = allocations(|| (0..STEPS).for_each(|_| host.step(&mut step)));

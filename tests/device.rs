@@ -2,6 +2,7 @@
 
 use mlnt::device::cpu::Cpu;
 use mlnt::device::{Device, HostSlice};
+use mlnt::ops::{Conv, ConvGeom, ConvKind};
 use mlnt::plan::{Place, Plan, PlanOptions};
 use mlnt::tape::{Meta, Tape};
 
@@ -26,6 +27,18 @@ fn indices_are_no_reals() {
     let y = tape.input("y", Meta::labels(4)).unwrap();
     tape.assign(s, y).unwrap();
     assert!(refusal(plan(&tape)).contains("state of indices"));
+}
+
+#[test]
+fn a_shared_sum_does_not_start_from_values_per_branch() {
+    let mut tape = Tape::new(3);
+    let geom = ConvGeom::new(&Meta::activation(2, 3, 5, 5), &Meta::weight(4, 3, 3, 3), 1, 1).unwrap();
+    let operands = [("x", geom.x().branched()), ("w", geom.weight()), ("start", geom.y().branched())];
+    let operands = operands.map(|(name, meta)| tape.input(name, meta).unwrap());
+    let y = tape.record1(Conv { kind: ConvKind::Fprop, geom }, &operands, true).unwrap();
+    tape.output("y", y);
+    let error = refusal(plan(&tape));
+    assert!(error.contains("conv2d_fprop: a result that is shared cannot start from values per branch"), "{error}");
 }
 
 #[test]
@@ -89,4 +102,23 @@ fn a_stride_wider_than_the_image_works() {
     device.write_input(id, "w", HostSlice::F64(&weights)).unwrap();
     device.run(id, &[]).unwrap();
     assert_eq!(device.read_output(id, "y").unwrap().to_f64(), [12.0]);
+}
+
+#[test]
+fn sets_of_one_launch_stay_apart() {
+    let mut tape = Tape::new(1);
+    let pairs: Vec<_> = (0..2)
+        .map(|i| {
+            let x = tape.input(&format!("x{i}"), Meta::vector(64)).unwrap();
+            tape.scale(mlnt::tape::Coef::constant(2.0), x).unwrap()
+        })
+        .collect();
+    pairs.iter().enumerate().for_each(|(i, y)| tape.output(format!("y{i}"), *y));
+    let good = plan(&tape);
+    let launch = good.launches.iter().position(|l| l.args.len() == 2).expect("both are one launch");
+    Cpu::<f32>::new(1).unwrap().load(good.clone()).unwrap();
+    let mut edited = good;
+    let [first, second] = [0, 1].map(|set| edited.launches[launch].args[set].outputs[0]);
+    edited.buffers[second].place = edited.buffers[first].place;
+    assert!(refusal(edited).contains("another set"));
 }

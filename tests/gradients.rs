@@ -348,9 +348,10 @@ fn operands_without_derivative_are_refused() {
     };
     for case in all().iter().filter(|c| !c.fused) {
         for (i, operand) in case.operands.iter().enumerate() {
-            // References, positions and statistics are constants; labels and the like have no derivative in the set.
+            // References, positions, statistics and what only leads to indices are constants; labels and the like have
+            // no derivative in the set.
             let constant = matches!(operand.name, "reference" | "index")
-                || matches!(case.op, Op::MaxPoolIndex(_))
+                || matches!(case.op, Op::MaxPoolIndex(_) | Op::NearestNeighbours(_) | Op::TransferLabels(_))
                 || (matches!(case.op, Op::BnBackward(_)) && matches!(operand.name, "mean" | "var"));
             let expected = !operand.differentiable && !constant;
             assert_eq!(refuses(case, i), expected, "{}, {}", case.name, operand.name);

@@ -1,12 +1,13 @@
 //! The SIMT host machine finds faults: each broken kernel of `tests/simt/` is caught, and its right twin passes.
 //!
 //! The kernels and the machine are compiled here, with the system's C++ compiler. Without one the tests are skipped.
+#![allow(unsafe_code)]
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use mlnt::device::cuda::driver::simt::Simt;
-use mlnt::device::cuda::embedded::{SimtKernel, SimtLaunch};
 use mlnt::device::cuda::driver::{Address, Driver, Launch, Stream};
+use mlnt::device::cuda::embedded::{SimtKernel, SimtLaunch};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;

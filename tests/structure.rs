@@ -23,9 +23,15 @@ const MUST_NOT_KNOW: [(&str, &[&str]); 14] = [
     ("cli", &[]),
 ];
 
-/// Where `unsafe` may stand: launchers and drivers, the memory map of data files, and the allocator of one test.
+/// The tests that need `unsafe`, and the items of each that may have it, by how they begin: an allocator that counts,
+/// and the loading of kernels that a test has compiled.
+const UNSAFE_TESTS: [(&str, &[&str]); 2] =
+    [("tests/allocation.rs", &["unsafe impl GlobalAlloc for"]), ("tests/simt.rs", &["fn load(", "fn machine_of("])];
+
+/// Where `unsafe` may stand: launchers and drivers, the memory map of data files, and parts of two tests.
 fn may_be_unsafe(path: &str) -> bool {
-    path.starts_with("src/device/") || ["src/data/map.rs", "tests/allocation.rs"].contains(&path)
+    let tests = UNSAFE_TESTS.map(|(test, _)| test);
+    path.starts_with("src/device/") || path == "src/data/map.rs" || tests.contains(&path)
 }
 
 /// `source` with comments, strings and characters replaced by spaces; lines stay where they are.
@@ -192,7 +198,7 @@ fn sources() -> Vec<(String, String)> {
 }
 
 #[test]
-fn unsafe_stands_with_launchers_drivers_the_memory_map_and_one_test_only() {
+fn unsafe_stands_with_launchers_drivers_the_memory_map_and_two_tests_only() {
     for folders in [&["src"][..], &["tests", "benches"]] {
         let mut inside = 0;
         for (path, source) in rust_files(folders) {
@@ -204,17 +210,33 @@ fn unsafe_stands_with_launchers_drivers_the_memory_map_and_one_test_only() {
     }
 }
 
-/// The allocator that counts may be unsafe, and nothing else of its test.
-#[test]
-fn the_unsafe_test_is_unsafe_in_its_allocator_only() {
-    let (_, source) = rust_files(&["tests"]).into_iter().find(|(path, _)| path == "tests/allocation.rs").unwrap();
-    let code = code_only(&source);
-    let from = code.lines().position(|line| line.starts_with("unsafe impl GlobalAlloc for")).unwrap();
-    let to = from + code.lines().skip(from).position(|line| line == "}").unwrap();
+/// The uses of `unsafe` outside the items that begin with `allowed`, each of which must be there and have some.
+fn unsafe_outside(source: &str, allowed: &[&str]) -> Vec<usize> {
+    let code = code_only(source);
+    let mut found = unsafe_lines(source);
+    for item in allowed {
+        let from = code.lines().position(|line| line.starts_with(item)).unwrap_or_else(|| panic!("{item} is gone"));
+        let to = from + code.lines().skip(from).position(|line| line == "}").unwrap();
+        let before = found.len();
+        found.retain(|line| !(from + 1..=to + 1).contains(line));
+        assert!(found.len() < before, "{item} is not unsafe");
+    }
+    // The attribute that lets the file have it at all.
     let attribute = code.lines().position(|line| line == "#![allow(unsafe_code)]").unwrap();
-    let outside = |line: &usize| *line != attribute + 1 && !(from + 1..=to + 1).contains(line);
-    let found: Vec<usize> = unsafe_lines(&source).into_iter().filter(outside).collect();
-    assert!(found.is_empty(), "`unsafe` in lines {found:?}");
+    found.retain(|line| *line != attribute + 1);
+    found
+}
+
+#[test]
+fn unsafe_tests_are_unsafe_where_they_must_be_only() {
+    for (test, allowed) in UNSAFE_TESTS {
+        let (_, source) = rust_files(&["tests"]).into_iter().find(|(path, _)| path == test).unwrap();
+        let found = unsafe_outside(&source, allowed);
+        assert!(found.is_empty(), "{test}: `unsafe` in lines {found:?}");
+    }
+    let text = "#![allow(unsafe_code)]\nfn f() {\n    unsafe { g() }\n}\nfn h() {\n    unsafe { g() }\n}\n";
+    assert_eq!(unsafe_outside(text, &["fn f("]), [6]);
+    assert_eq!(unsafe_outside(text, &["fn f(", "fn h("]), [0usize; 0]);
 }
 
 #[test]
@@ -252,7 +274,7 @@ fn the_scan_for_unsafe_finds_planted_ones_and_passes_over_text() {
     assert_eq!(unsafe_lines(text), [0usize; 0]);
     assert!(may_be_unsafe("src/device/cpu/conv.rs") && may_be_unsafe("src/data/map.rs"));
     assert!(!may_be_unsafe("src/data/idx.rs") && !may_be_unsafe("src/devices.rs"));
-    assert!(may_be_unsafe("tests/allocation.rs"));
+    assert!(may_be_unsafe("tests/allocation.rs") && may_be_unsafe("tests/simt.rs"));
     assert!(!may_be_unsafe("tests/device.rs") && !may_be_unsafe("src/tests/allocation.rs"));
 }
 

@@ -3,9 +3,8 @@
 use super::{Case, Data, Operand};
 use crate::ops::{
     AvgPool, AvgPoolBackward, BnBackward, BnDoubleBackward, BnEval, BnForward, CeGrad, CeLoss, ChannelBroadcast,
-    ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex,
-    NearestNeighbours, Op, Operation, PoolGather,
-    PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
+    ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex, NearestNeighbours, Op,
+    Operation, PoolGather, PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
 };
 use crate::tape::{Coef, DType, Meta};
 
@@ -140,7 +139,7 @@ impl Table {
                 operands.push(operand("start", out.1, Data::Normal));
                 let added = Template::new(Conv { kind, geom }, format!("{text} added"), operands).fused();
                 if i < 3 {
-                    [0, 5, 6, 7].into_iter().for_each(|mixture| self.add(&added, M, mixture, &[]));
+                    [0, 4, 5, 6, 7].into_iter().for_each(|mixture| self.add(&added, M, mixture, &[]));
                     [1, 2, 3].into_iter().for_each(|mixture| self.add(&added, M, mixture, &[true]));
                 } else {
                     self.add(&added, M, 7, &[]);

@@ -6,14 +6,18 @@ use crate::plan::{Buffer, Place, Plan};
 use crate::tape::DType;
 
 /// Refuses a plan whose buffers do not lie in their memory, whose launches take reals for indices or the other way
-/// round, or in which a launch would read what it writes, other than where the kernel works in place.
+/// round, in which a launch would read what it writes, other than where the kernel works in place, or in which a
+/// convolution's shared result starts from values per branch.
 ///
 /// This is what makes the slices that the CPU's kernels get sound, and keeps the kernels of a GPU within their memory.
 ///
 /// # Errors
 /// [`Error::Device`], naming the operation.
 pub(super) fn check(device: &str, plan: &Plan) -> Result<()> {
-    let found = check_places(plan).and_then(|()| check_types(plan)).and_then(|()| check_aliasing(plan));
+    let found = check_places(plan)
+        .and_then(|()| check_types(plan))
+        .and_then(|()| check_starts(plan))
+        .and_then(|()| check_aliasing(plan));
     found.map_err(|what| Error::Device { device: device.into(), what })
 }
 
@@ -55,6 +59,18 @@ fn check_types(plan: &Plan) -> std::result::Result<(), String> {
     Ok(())
 }
 
+/// A convolution's sum over branches begins once, at what its third operand holds.
+fn check_starts(plan: &Plan) -> std::result::Result<(), String> {
+    for launch in plan.launches.iter().filter(|launch| matches!(launch.op, Op::Conv(_))) {
+        let branched = |b: usize| plan.buffers[b].meta.per_branch;
+        if launch.args.iter().any(|a| a.inputs.get(2).is_some_and(|b| branched(*b)) && !branched(a.outputs[0])) {
+            let what = "a result that is shared cannot start from values per branch";
+            return Err(format!("{}: {what}", launch.op.name()));
+        }
+    }
+    Ok(())
+}
+
 fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
     let span = |b: &Buffer| {
         let len = b.meta.total(plan.branches);
@@ -89,6 +105,15 @@ fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
                     let what = format!("{}: result {o} ({}) is laid over something else", launch.op.name(), out.meta);
                     return Err(what);
                 }
+            }
+        }
+        // The operand sets of a launch run side by side.
+        let buffer = |b: &usize| &plan.buffers[*b];
+        for (a, args) in launch.args.iter().enumerate() {
+            let others = launch.args.iter().enumerate().filter(|(b, _)| *b != a).map(|(_, other)| other);
+            let mut touched = others.flat_map(|other| other.inputs.iter().chain(&other.outputs));
+            if touched.any(|t| args.outputs.iter().any(|o| overlap(buffer(o), buffer(t)))) {
+                return Err(format!("{}: a result is laid over a tensor of another set", launch.op.name()));
             }
         }
     }

@@ -6,6 +6,7 @@
 mod check;
 pub mod cpu;
 pub mod cuda;
+mod shortage;
 mod states;
 
 use crate::error::Result;

@@ -49,12 +49,25 @@ impl<D> States<D> {
         Ok(self.list.len() - 1)
     }
 
-    /// The position of the state called `name`.
+    fn position(&self, name: &str) -> Result<usize> {
+        self.by_name.get(name).copied().ok_or_else(|| self.error(format!("no state named {name}")))
+    }
+
+    /// The state called `name`.
     ///
     /// # Errors
     /// When there is none.
-    pub fn position(&self, name: &str) -> Result<usize> {
-        self.by_name.get(name).copied().ok_or_else(|| self.error(format!("no state named {name}")))
+    pub fn get(&self, name: &str) -> Result<&State<D>> {
+        Ok(&self.list[self.position(name)?])
+    }
+
+    /// The state called `name`, to be changed.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn get_mut(&mut self, name: &str) -> Result<&mut State<D>> {
+        let at = self.position(name)?;
+        Ok(&mut self.list[at])
     }
 
     /// True when there is a state called `name`.

@@ -38,13 +38,19 @@ pub fn open_device(kind: DeviceKind, precision: Precision, threads: usize) -> Re
         DeviceKind::Auto if precision == Precision::F64 => {
             (cpu(precision, threads)?, DeviceKind::Cpu, "the only one that computes in f64".to_string())
         }
-        DeviceKind::Auto => match Gpu::open(0) {
-            Ok(gpu) => (cuda(gpu, precision, Mode::Graph)?, DeviceKind::Cuda(0), "a working GPU".to_string()),
-            Err(why) => (cpu(precision, threads)?, DeviceKind::Cpu, format!("no GPU is used: {why}")),
+        DeviceKind::Auto => match working_gpu() {
+            Ok(gpu) => (cuda(gpu, precision, Mode::Graph)?, DeviceKind::Cuda(0), "the GPU works".to_string()),
+            Err(why) => (cpu(precision, threads)?, DeviceKind::Cpu, why),
         },
     };
     let text = format!("device: {}: {why}", device.describe());
     Ok(Opened { device, kind, text })
+}
+
+/// The first card, or in words why not.
+fn working_gpu() -> std::result::Result<Gpu, String> {
+    Gpu::probe().map_err(|missing| format!("{} (mlnt info says more)", missing.brief()))?;
+    Gpu::open(0).map_err(|why| format!("no GPU is used: {why}"))
 }
 
 fn cpu(precision: Precision, threads: usize) -> Result<Box<dyn Device>> {

@@ -105,19 +105,23 @@ pub fn start_values(name: &str, len: usize, position: u64) -> Vec<f64> {
 }
 
 /// A step loaded on a device with its states and inputs filled.
-pub struct LoadedStep<T> {
-    pub device: Cpu<T>,
+pub struct LoadedStep<D> {
+    pub device: D,
     pub id: PlanId,
     pub scalars: Vec<f64>,
     pub launches: usize,
 }
 
-pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool, threads: usize) -> LoadedStep<T> {
+/// A step on a CPU device of its own.
+pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool, threads: usize) -> LoadedStep<Cpu<T>> {
+    load_step_on(Cpu::new(threads).unwrap(), spec, report, fuse)
+}
+
+pub fn load_step_on<D: Device>(mut device: D, spec: &StepSpec, report: Report, fuse: bool) -> LoadedStep<D> {
     let tape = record_step(spec, report).unwrap();
     let plan = Plan::build(&tape, &PlanOptions { fuse }).unwrap();
     let scalars = StepScalars { lr: 0.1, eta: 0.3, gamma: 0.99, lambda: 0.5 }.in_order(&plan.scalars).collect();
     let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());
-    let mut device = Cpu::new(threads).unwrap();
     let id = device.load(plan).unwrap();
     for (i, (name, meta)) in device.states().into_iter().enumerate() {
         // Student and teacher start apart, or there would be nothing to agree on.
@@ -137,7 +141,7 @@ pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool,
     LoadedStep { device, id, scalars, launches }
 }
 
-impl<T: Real + Default> LoadedStep<T> {
+impl<D: Device> LoadedStep<D> {
     pub fn run(&mut self) {
         self.device.run(self.id, &self.scalars).unwrap();
     }

@@ -217,7 +217,7 @@ fn product<T: Real>(
     let (depth, rows) = (patches.depth(), pass.rows);
     let summed = !out.branched() && (src.branched() || weights.branched());
     // A tile of a shared image serves all branches in one product, whose rows are (branch, row).
-    let stacked = !src.branched() && out.branched();
+    let stacked = !src.branched() && weights.branched() && out.branched();
     let outer = if out.branched() && !stacked { branches } else { 1 };
     let out_rows = if stacked { rows * branches } else { rows };
 
@@ -412,7 +412,7 @@ fn wgrad<T: Real>(
     let units = out.total();
     let chunks = chunk_count::<T>(patches, units);
     let summed = !out.branched() && (x.branched() || dy.branched());
-    let stacked = !x.branched() && out.branched();
+    let stacked = !x.branched() && dy.branched() && out.branched();
     let outer = if out.branched() && !stacked { branches } else { 1 };
     let rows = if stacked { g.k * branches } else { g.k };
     let size = rows * depth;

@@ -2,7 +2,9 @@
 #![allow(unsafe_code)]
 
 use super::real::Real;
-use crate::error::{Error, Result};
+use crate::device::shortage::shortage;
+use crate::device::states::State;
+use crate::error::Result;
 use crate::plan::{Buffer, Place};
 use crate::tape::Meta;
 
@@ -102,7 +104,7 @@ impl<E: bytemuck::Pod> Block<E> {
             return Ok(Block { map: None, len, element });
         }
         let bytes = len.saturating_mul(size_of::<E>());
-        let map = memmap2::MmapMut::map_anon(bytes).map_err(|e| shortage(bytes, e))?;
+        let map = memmap2::MmapMut::map_anon(bytes).map_err(|e| shortage("cpu", bytes, e))?;
         let map = memmap2::MmapRaw::from(map);
         #[cfg(target_os = "linux")]
         // A system without huge pages serves as well, only slower.
@@ -130,33 +132,6 @@ impl<E: bytemuck::Pod> Block<E> {
     }
 }
 
-/// The error of a machine without `bytes` of memory.
-pub(super) fn shortage(bytes: usize, why: impl std::fmt::Display) -> Error {
-    let need = bytes as f64 / 1e9;
-    let less = "--batch, --branches, --widths or --blocks lower the need, and mlnt plan shows it";
-    Error::usage(format_args!("device cpu: {need:.3} GB of memory: {why}; {less}"))
-}
-
-/// Memory that can be had without swapping and within the limits of a container, bytes; `None` where the system does
-/// not tell.
-pub(super) fn available() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    let machine = line.split_whitespace().nth(1)?.parse::<usize>().ok()?.checked_mul(1024)?;
-    let number = |file: &str| std::fs::read_to_string(file).ok()?.trim().parse::<usize>().ok();
-    let container = number("/sys/fs/cgroup/memory.max")
-        .map(|max| max.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
-    Some(container.map_or(machine, |c| c.min(machine)))
-}
-
-/// A state: its shape, the branches it is kept for, and its values in device order.
-pub(super) struct State<T> {
-    pub name: String,
-    pub meta: Meta,
-    pub branches: usize,
-    pub data: Block<T>,
-}
-
 /// An input of a loaded plan.
 pub(super) enum Input<T> {
     Reals(Block<T>),
@@ -169,7 +144,7 @@ pub(super) struct Memory<'a, T> {
     pub reals: &'a Block<T>,
     pub indices: &'a Block<i32>,
     /// Of the device.
-    pub states: &'a [State<T>],
+    pub states: &'a [State<Block<T>>],
     /// For every state of the plan its position among the device's, if the plan touches it.
     pub positions: &'a [Option<usize>],
     /// Of the plan.

@@ -24,13 +24,15 @@ mod softmax;
 pub use real::Real;
 
 use super::check::check;
+use super::shortage::{host_memory, shortage};
+use super::states::{State, States};
 use super::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, Op, Operation};
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
 use border::{Data, Entry, Values};
-use memory::{Block, Input, Memory, State};
+use memory::{Block, Input, Memory};
 use std::collections::HashMap;
 
 struct Loaded<T> {
@@ -45,8 +47,7 @@ struct Loaded<T> {
 pub struct Cpu<T> {
     pool: rayon::ThreadPool,
     plans: Vec<Loaded<T>>,
-    states: Vec<State<T>>,
-    by_name: HashMap<String, usize>,
+    states: States<Block<T>>,
     reals: Block<T>,
     indices: Block<i32>,
     work: Block<T>,
@@ -68,13 +69,12 @@ impl<T: Real> Cpu<T> {
         Ok(Cpu {
             pool,
             plans: Vec::new(),
-            states: Vec::new(),
-            by_name: HashMap::new(),
+            states: States::new("cpu"),
             reals: Block::new(0)?,
             indices: Block::new(0)?,
             work: Block::new(0)?,
             last_run: None,
-            free: memory::available(),
+            free: host_memory(),
             given: 0,
         })
     }
@@ -87,17 +87,13 @@ impl<T: Real> Cpu<T> {
         self.plans.get(id.0).ok_or_else(|| Self::error("no such plan".into()))
     }
 
-    fn state_index(&self, name: &str) -> Result<usize> {
-        self.by_name.get(name).copied().ok_or_else(|| Self::error(format!("no state named {name}")))
-    }
-
     /// Counts the memory that loading `plan` takes, and refuses what the machine does not have.
     fn reserve(&mut self, plan: &Plan, work: usize) -> Result<()> {
         let used = |ports: &[Port], new: &dyn Fn(&Port) -> bool| -> usize {
             let ports = ports.iter().filter(|p| p.buffer.is_some() && new(p));
             ports.map(|p| p.meta.total(plan.branches)).fold(0, usize::saturating_add)
         };
-        let reals = used(&plan.states, &|p| !self.by_name.contains_key(&p.name))
+        let reals = used(&plan.states, &|p| !self.states.contains(&p.name))
             .saturating_add(used(&plan.inputs, &|_| true))
             .saturating_add(plan.arena_reals.saturating_sub(self.reals.len()))
             .saturating_add(plan.arena_indices.saturating_sub(self.indices.len()))
@@ -105,32 +101,13 @@ impl<T: Real> Cpu<T> {
         let need = self.given.saturating_add(reals.saturating_mul(size_of::<T>()));
         match self.free {
             Some(free) if need > free => {
-                Err(memory::shortage(need, format_args!("{:.3} GB are free", free as f64 / 1e9)))
+                Err(shortage("cpu", need, format_args!("{:.3} GB are free", free as f64 / 1e9)))
             }
             _ => {
                 self.given = need;
                 Ok(())
             }
         }
-    }
-
-    /// The state for a port of a plan, made with zeros if it is new.
-    fn bind_state(&mut self, port: &Port, branches: usize) -> Result<usize> {
-        if let Some(&i) = self.by_name.get(&port.name) {
-            let (have, m) = (&self.states[i].meta, self.states[i].branches);
-            if port.meta.per_branch && m != branches {
-                let what = format!("state {} is kept for {m} branches, the plan has {branches}", port.name);
-                return Err(Self::error(what));
-            }
-            if *have != port.meta {
-                return Err(Self::error(format!("state {} is {have}, the plan has {}", port.name, port.meta)));
-            }
-            return Ok(i);
-        }
-        let data = Block::new(port.meta.total(branches))?;
-        self.by_name.insert(port.name.clone(), self.states.len());
-        self.states.push(State { name: port.name.clone(), meta: port.meta, branches, data });
-        Ok(self.states.len() - 1)
     }
 
     /// Runs the launches of a plan in order, each through `each`, which must call what it is given.
@@ -148,7 +125,7 @@ impl<T: Real> Cpu<T> {
         let memory = Memory {
             reals: &self.reals,
             indices: &self.indices,
-            states: &self.states,
+            states: self.states.list(),
             positions: &loaded.states,
             inputs: &loaded.inputs,
             branches: loaded.plan.branches,
@@ -180,7 +157,7 @@ impl<T: Real> Cpu<T> {
             (Place::Arena(at), DType::Real) => Data::Reals(&self.reals.slice()[at..at + total]),
             (Place::Arena(at), DType::Index) => Data::Indices(&self.indices.slice()[at..at + total]),
             (Place::State(i), _) => match loaded.states[i] {
-                Some(s) => Data::Reals(&self.states[s].data.slice()[..total]),
+                Some(s) => Data::Reals(&self.states.list()[s].data.slice()[..total]),
                 None => return Err(Self::error(format!("output {name} lives in a state the plan does not use"))),
             },
             (Place::Input(i), _) => match &loaded.inputs[i] {
@@ -209,7 +186,11 @@ impl<T: Real + Default> Device for Cpu<T> {
         self.reserve(&plan, work)?;
         let mut states = Vec::with_capacity(plan.states.len());
         for port in &plan.states {
-            states.push(if port.buffer.is_some() { Some(self.bind_state(port, plan.branches)?) } else { None });
+            let create = || Block::new(port.meta.total(plan.branches));
+            states.push(match port.buffer {
+                Some(_) => Some(self.states.bind(port, plan.branches, create)?),
+                None => None,
+            });
         }
         let input = |port: &Port| -> Result<Input<T>> {
             let len = port.meta.total(plan.branches);
@@ -285,17 +266,16 @@ impl<T: Real + Default> Device for Cpu<T> {
     }
 
     fn states(&self) -> Vec<(String, Meta)> {
-        self.states.iter().map(|s| (s.name.clone(), s.meta)).collect()
+        self.states.list().iter().map(|s| (s.name.clone(), s.meta)).collect()
     }
 
     fn write_state(&mut self, name: &str, values: HostSlice<'_>) -> Result<()> {
-        let i = self.state_index(name)?;
-        let State { meta, branches, data, .. } = &mut self.states[i];
+        let State { meta, branches, data, .. } = self.states.get_mut(name)?;
         Entry { kind: "state", name, meta, branches: *branches }.write_reals(values, data.slice_mut())
     }
 
     fn read_state(&self, name: &str) -> Result<HostVec> {
-        let State { meta, branches, data, .. } = &self.states[self.state_index(name)?];
+        let State { meta, branches, data, .. } = self.states.get(name)?;
         Ok(Values { meta: *meta, branches: *branches, data: Data::Reals(data.slice()) }.to_host())
     }
 }

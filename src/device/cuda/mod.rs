@@ -12,17 +12,18 @@ mod lower;
 pub use lower::Operands;
 
 use super::check::check;
+use super::shortage::{REMEDY, shortage};
 use super::states::States;
 use super::{Crop, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::Operation;
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
-use driver::{Address, Driver, Graph, Stream};
+use driver::{Address, Driver, Event, Graph, Stream};
 use images::{Images, Landing};
 use layout::{Towards, permute};
 use lower::{Bases, Lowered, Lowering};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
 /// How a plan's launches reach the machine.
@@ -49,6 +50,8 @@ struct Loaded {
     states: Vec<Option<usize>>,
     coefs: Address,
     tables: Address,
+    /// Bytes of scratch that its launches take.
+    scratch: usize,
     /// Launches for the addresses of now; none after shared memory has moved.
     lowered: Option<Lowered>,
     graph: Option<Graph>,
@@ -68,6 +71,8 @@ pub struct Cuda {
     scratch: Growing,
     images: Vec<Images>,
     last_run: Option<PlanId>,
+    /// Two events to measure with, once they are needed.
+    stopwatch: Cell<Option<(Event, Event)>>,
     /// Values on their way to or from the device, in its order.
     staging: RefCell<Vec<u32>>,
 }
@@ -77,8 +82,9 @@ impl Cuda {
     pub fn new(driver: Box<dyn Driver>, operands: Operands, mode: Mode) -> Self {
         let states = States::new(driver.name());
         let (reals, indices, scratch) = Default::default();
-        let (plans, images, last_run, staging) = (Vec::new(), Vec::new(), None, RefCell::default());
-        Cuda { driver, operands, mode, plans, states, reals, indices, scratch, images, last_run, staging }
+        let (plans, images, last_run) = (Vec::new(), Vec::new(), None);
+        let (stopwatch, staging) = Default::default();
+        Cuda { driver, operands, mode, plans, states, reals, indices, scratch, images, last_run, stopwatch, staging }
     }
 
     /// The machine.
@@ -94,9 +100,9 @@ impl Cuda {
         self.plans.get(id.0).ok_or_else(|| self.error("no such plan".into()))
     }
 
-    /// Memory for `bytes`, or none.
+    /// Memory of a plan, or none for no bytes.
     fn allocate(&self, bytes: usize, what: &str) -> Result<Address> {
-        if bytes == 0 { Ok(Address::NULL) } else { self.driver.allocate(bytes, what) }
+        allocate(&*self.driver, bytes, what)
     }
 
     /// Refuses a plan whose memory cannot be had, before any of it is taken.
@@ -105,42 +111,42 @@ impl Cuda {
             let ports = ports.iter().filter(|p| p.buffer.is_some() && new(p));
             ports.map(|p| p.meta.total(plan.branches).saturating_mul(4)).fold(0, usize::saturating_add)
         };
-        let growth = |have: &Growing, bytes: usize| if bytes > have.bytes { bytes } else { 0 };
+        let growth = |have: &Growing, bytes: usize| bytes.saturating_sub(have.bytes);
         let need = ports(&plan.states, &|p| !self.states.contains(&p.name))
             .saturating_add(ports(&plan.inputs, &|_| true))
             .saturating_add(growth(&self.reals, plan.arena_reals.saturating_mul(4)))
             .saturating_add(growth(&self.indices, plan.arena_indices.saturating_mul(4)))
             .saturating_add(growth(&self.scratch, scratch));
         match self.driver.free_bytes() {
-            Some(free) if need > free => Err(Error::usage(format_args!(
-                "device {}: the plan needs {:.3} GB of memory, {:.3} GB are free; --batch, --branches, --widths or \
-                 --blocks lower the need, and mlnt plan shows it",
-                self.driver.name(),
-                need as f64 / 1e9,
-                free as f64 / 1e9
-            ))),
+            Some(free) if need > free => {
+                Err(shortage(&self.driver.name(), need, format_args!("{:.3} GB are free", free as f64 / 1e9)))
+            }
             _ => Ok(()),
         }
     }
 
-    /// Lets `which` hold `bytes`; true when it moved.
-    fn grow(&mut self, which: fn(&mut Self) -> &mut Growing, bytes: usize, what: &str) -> Result<bool> {
+    /// Lets `which` hold `bytes`.
+    fn grow(&mut self, which: fn(&mut Self) -> &mut Growing, bytes: usize, what: &str) -> Result<()> {
         let Growing { at, bytes: have } = *which(self);
         if bytes <= have {
-            return Ok(false);
+            return Ok(());
         }
         self.driver.synchronize()?;
+        // Launches and outputs hold the address that goes now, also if there is no new one.
+        self.forget_launches();
+        self.last_run = None;
         if at != Address::NULL {
             self.driver.free(at);
         }
         *which(self) = Growing::default();
-        let at = self.driver.allocate(bytes, what)?;
+        let at = self.allocate(bytes, what)?;
         *which(self) = Growing { at, bytes };
-        Ok(true)
+        Ok(())
     }
 
-    /// Launches of all plans hold addresses of shared memory: they are made anew after it has moved.
+    /// Launches of all plans hold addresses of shared memory: they are made anew when it moves.
     fn forget_launches(&mut self) {
+        self.last_run = None;
         for loaded in &mut self.plans {
             loaded.lowered = None;
             if let Some(graph) = loaded.graph.take() {
@@ -162,17 +168,22 @@ impl Cuda {
         }
     }
 
-    /// Makes the launches of a plan for the addresses of now.
+    /// Makes the launches of a plan for the addresses of now, and the memory that all plans share large enough for it.
     fn lower(&mut self, id: PlanId) -> Result<()> {
-        let loaded = self.plan(id)?;
-        if loaded.lowered.is_some() {
+        let Loaded { plan, lowered, scratch, .. } = self.plan(id)?;
+        if lowered.is_some() {
             return Ok(());
         }
+        let (reals, indices, scratch) = (4 * plan.arena_reals, 4 * plan.arena_indices, *scratch);
+        self.grow(|d| &mut d.reals, reals, "activations")?;
+        self.grow(|d| &mut d.indices, indices, "indices")?;
+        self.grow(|d| &mut d.scratch, scratch, "scratch")?;
+        let loaded = self.plan(id)?;
         let lowered = Lowering::run(&loaded.plan, &self.bases(loaded), self.operands)?;
         for launch in &lowered.launches {
             let kernel = self.driver.kernel(launch.kernel)?;
             if let Some(why) = self.driver.limits().refuse(launch, &kernel) {
-                return Err(self.error(why));
+                return Err(Error::usage(format_args!("device {}: {why}; {REMEDY}", self.driver.name())));
             }
         }
         if !lowered.tables.is_empty() {
@@ -300,6 +311,14 @@ impl Cuda {
     }
 }
 
+/// Memory of a plan, or none for no bytes.
+fn allocate(driver: &dyn Driver, bytes: usize, what: &str) -> Result<Address> {
+    match bytes {
+        0 => Ok(Address::NULL),
+        _ => driver.allocate(bytes, what).map_err(|why| Error::usage(format_args!("{why}; {REMEDY}"))),
+    }
+}
+
 /// Lowers for no addresses. Sizes do not depend on them: it tells how much memory there must be.
 fn lower_nowhere(plan: &Plan, operands: Operands) -> Result<Lowered> {
     let states = vec![Address::NULL; plan.states.len()];
@@ -347,7 +366,7 @@ impl Device for Cuda {
             let driver = &*self.driver;
             let create = || {
                 let bytes = 4 * port.meta.total(plan.branches);
-                let at = driver.allocate(bytes, &port.name)?;
+                let at = allocate(driver, bytes, &port.name)?;
                 driver.zero(Stream::Compute, at, bytes).map(|()| at)
             };
             states.push(match port.buffer {
@@ -360,13 +379,17 @@ impl Device for Cuda {
             None => Ok(Address::NULL),
         };
         let inputs = plan.inputs.iter().map(input).collect::<Result<_>>()?;
-        let mut moved = self.grow(|d| &mut d.reals, 4 * plan.arena_reals, "activations")?;
-        moved |= self.grow(|d| &mut d.indices, 4 * plan.arena_indices, "indices")?;
-        moved |= self.grow(|d| &mut d.scratch, scratch, "scratch")?;
-        if moved {
-            self.forget_launches();
-        }
-        self.plans.push(Loaded { plan, inputs, states, coefs, tables, lowered: None, graph: None, landings: Vec::new() });
+        self.plans.push(Loaded {
+            plan,
+            inputs,
+            states,
+            coefs,
+            tables,
+            scratch,
+            lowered: None,
+            graph: None,
+            landings: Vec::new(),
+        });
         self.last_run = None;
         let id = PlanId(self.plans.len() - 1);
         // What a launch cannot do is known now, not at the first step.
@@ -413,7 +436,11 @@ impl Device for Cuda {
         self.prepare(id, scalars)?;
         let loaded = self.plan(id)?;
         let Some(lowered) = &loaded.lowered else { return Ok(Vec::new()) };
-        let (start, stop) = (self.driver.event()?, self.driver.event()?);
+        let (start, stop) = match self.stopwatch.get() {
+            Some(pair) => pair,
+            None => (self.driver.event()?, self.driver.event()?),
+        };
+        self.stopwatch.set(Some((start, stop)));
         let mut times: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
         let mut from = 0;
         for (launch, end) in loaded.plan.launches.iter().zip(&lowered.ends) {
@@ -451,12 +478,12 @@ impl Device for Cuda {
     }
 
     fn write_state(&mut self, name: &str, values: HostSlice<'_>) -> Result<()> {
-        let state = &self.states.list()[self.states.position(name)?];
+        let state = self.states.get(name)?;
         self.upload(&state.meta, state.branches, state.data, values, name)
     }
 
     fn read_state(&self, name: &str) -> Result<HostVec> {
-        let state = &self.states.list()[self.states.position(name)?];
+        let state = self.states.get(name)?;
         self.read(&state.meta, state.branches, state.data)
     }
 }

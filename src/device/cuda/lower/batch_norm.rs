@@ -14,7 +14,7 @@ const GROUP: usize = 16;
 /// Most neighbouring channels of a block: 128 bytes of a row, what a warp reads at a time.
 const WIDEST: usize = 32;
 /// Blocks that a launch aims at: about four of these on each multiprocessor of a large card. It is the same number on
-/// every card, so that the sums are the same bits.
+/// every card, so that the order of additions is too.
 const BLOCKS: usize = 512;
 /// Most chunks of a reduce kernel: each block of the apply kernel reads all their sums.
 const MOST_CHUNKS: usize = 128;

@@ -151,18 +151,14 @@ pub(super) fn conv(lowering: &mut Lowering<'_>, conv: &Conv, args: &Args) -> Res
     // In all forms the first operand is the image: x or dy; the second is the matrix: w, or dy of a weight gradient.
     let (image, matrix, out) = (lowering.input(args, 0), lowering.input(args, 1), lowering.output(args, 0));
     let start = lowering.optional_input(args, 2);
-    let refuse = |what: &str| Error::shape(conv.name(), format!("{what} ({})", lowering.label));
-    let too_large = || refuse("too large for its kernel, which counts the elements of a branch in 32 bits");
-    let narrow = |v: usize| i32::try_from(v).map_err(|_| too_large());
+    let narrow = |v: usize| lowering.narrow("elements of a branch", v);
 
     let g = &conv.geom;
     if g.h.max(g.w) + 2 * g.pad > MOST_PADDED_SIDE || g.stride > MOST_STRIDE {
-        return Err(refuse(&format!("padding {} or stride {} is too large for its kernel", g.pad, g.stride)));
+        let what = format!("padding {} or stride {} is too large for its kernel", g.pad, g.stride);
+        return Err(Error::shape(conv.name(), format!("{what} ({})", lowering.label)));
     }
     [image, matrix, out].iter().try_for_each(|o| narrow(o.len()).map(drop))?;
-    if start.is_some_and(|s| s.branch != 0 && out.branch == 0) {
-        return Err(refuse("a result that is shared cannot start from values per branch"));
-    }
     if out.len() == 0 {
         return Ok(());
     }

@@ -11,6 +11,7 @@ mod rows;
 mod softmax;
 
 use super::driver::{Address, Launch, Limits};
+use crate::device::shortage::REMEDY;
 use crate::error::{Error, Result};
 use crate::ops::{Op, Operation};
 use crate::plan::{Args, Place, Plan};
@@ -218,7 +219,10 @@ impl<'a> Lowering<'a> {
     /// # Errors
     /// When it does not fit.
     pub fn narrow(&self, what: &str, value: usize) -> Result<i32> {
-        i32::try_from(value).map_err(|_| Error::usage(format_args!("{}: {value} {what} are too many", self.label)))
+        i32::try_from(value).map_err(|_| {
+            let limit = "are too many for its kernel, which counts them in 32 bits";
+            Error::usage(format_args!("{}: {value} {what} {limit}; {REMEDY}", self.label))
+        })
     }
 
     /// `bytes` of scratch, aligned to 256, for the launches of the present operation.

@@ -78,12 +78,25 @@ pub enum Missing {
     Card,
 }
 
+impl Missing {
+    /// The same in a few words, without advice.
+    pub fn brief(&self) -> &'static str {
+        match self {
+            Missing::Library => "no NVIDIA driver",
+            Missing::TooOld(_) => "the NVIDIA driver is too old",
+            Missing::Function(_) => "the NVIDIA driver is damaged or too old",
+            Missing::Start(_) => "the NVIDIA driver does not start",
+            Missing::Card => "the NVIDIA driver finds no card",
+        }
+    }
+}
+
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Missing::Library => f.write_str(
                 "no NVIDIA driver: its library (libcuda.so.1) was not found. A card needs NVIDIA's driver for CUDA \
-                 12.0 or later; a container must be given access to the driver (for instance docker run --gpus all)",
+                 12.0 or later, and one as new as the nvcc that built the kernels; a container must be given access to the driver (for instance docker run --gpus all)",
             ),
             Missing::TooOld(have) => {
                 let (major, minor) = split(*have);

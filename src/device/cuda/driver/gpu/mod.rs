@@ -2,7 +2,8 @@
 //!
 //! Only this folder names cudarc, and only its layer of bare functions: its safe layer records an event for every
 //! buffer, which does not go with recorded launches. The program holds no CUDA library: the driver is looked for at
-//! run time ([`library`]), and a driver of CUDA 12.0 or later will do.
+//! run time ([`library`]), and one as new as the nvcc that built the kernels (nvcc 13:
+//! driver 580) will do, but none older than CUDA 12.0.
 
 #![allow(unsafe_code)]
 

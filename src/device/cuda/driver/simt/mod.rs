@@ -8,8 +8,9 @@
 mod memory;
 
 use super::{Address, Driver, Event, Graph, KernelInfo, Launch, Limits, Stream};
-use crate::error::{Error, Result};
 use crate::device::cuda::embedded::{self, SimtKernel, SimtLaunch};
+use crate::device::shortage::host_memory;
+use crate::error::{Error, Result};
 use memory::Memory;
 use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
@@ -187,7 +188,7 @@ impl Driver for Simt {
     }
 
     fn free_bytes(&self) -> Option<usize> {
-        None
+        host_memory()
     }
 
     fn zero(&self, stream: Stream, at: Address, bytes: usize) -> Result<()> {
