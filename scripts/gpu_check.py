@@ -39,7 +39,7 @@ BUDGET = {"cuda": 480, "simt": 7200}
 LOSS_TOLERANCE = {"train_loss": 1e-3, "meta_loss": 1e-2}
 TRAIN = (
     "--seed 1 --train-size 160 --val-fraction 0.2 --batch 16 --epochs 1 --feature-epochs 1 --widths 4,8 --blocks 1,1 "
-    "--branches 4 --neighbours 5 --recipe paper --no-baseline"
+    "--branches 4 --neighbours 5 --lr 0.3 --recipe paper --no-baseline"
 ).split()
 TRAINED = ["student.safetensors", "teacher.safetensors", "metrics.jsonl"]
 
