@@ -39,12 +39,12 @@ BUDGET = {"cuda": 480, "simt": 7200}
 LOSS_TOLERANCE = {"train_loss": 1e-3, "meta_loss": 1e-2}
 TRAIN = (
     "--seed 1 --train-size 160 --val-fraction 0.2 --batch 16 --epochs 1 --feature-epochs 1 --widths 4,8 --blocks 1,1 "
-    "--branches 4 --neighbours 5 --recipe paper --no-baseline"
+    "--branches 4 --neighbours 5 --lr 0.3 --recipe paper --no-baseline"
 ).split()
 TRAINED = ["student.safetensors", "teacher.safetensors", "metrics.jsonl"]
 
 BENCH = {
-    "cuda": "--preset cifar10 --recipe released --branches 10 --steps 10 --warmup 3".split(),
+    "cuda": "--preset cifar10 --recipe released --branches 10 --steps 5 --warmup 2".split(),
     "simt": "--widths 4,4 --blocks 1,1 --batch 8 --branches 2 --image-size 8x8 --steps 1 --warmup 1".split(),
 }
 
@@ -244,7 +244,9 @@ class GpuCheck:
             done = self.mlnt("bench", "bench-step", *flags)
             found = done.objects()
             if done.status != 0 or not found:
-                self.row(f"time of a step, {precision}", False, "", done.seconds, [done.why()])
+                # It is for information: a slow step is no fault, one that breaks off is.
+                passed = None if done.timed_out else False
+                self.row(f"time of a step, {precision}", passed, "", done.seconds, [done.why()])
                 continue
             times = found[-1]
             self.figures["bench"].append({"precision": precision, "step": " ".join(BENCH[self.kind]), **times})

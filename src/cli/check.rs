@@ -13,7 +13,7 @@ use crate::train::open_device::open_kernels;
 pub(super) const LONG_ABOUT: &str = "\
 Check the CUDA kernels on a GPU, or on the SIMT host machine.
 
-Runs every operation of the engine on some thousand cases of odd sizes, shared and per-branch operands, against \
+Runs every operation of the engine on about a thousand cases of odd sizes, shared and per-branch operands, against \
 double precision on the CPU. Each case runs twice launch by launch and once as a replayed graph, and all three must \
 give the same bits. Operations whose operands are not rounded to the precision run once.
 
@@ -31,8 +31,9 @@ Examples:
   mlnt check --device simt --per-operation 2     a sample of it without a GPU
   mlnt check --precision f16 --only \"conv2d_fprop n2\"
 
-scripts/gpu_check.py runs this and more. Exit status: 0 when everything passed, 1 when something failed; what failed
-is named.";
+scripts/gpu_check.py runs this and more.
+
+Exit status: 0 when everything passed, 1 when something failed, which is named.";
 
 /// The arguments of `mlnt check`.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
