@@ -15,6 +15,7 @@ pub mod idx;
 pub mod labels;
 pub mod map;
 pub mod noise;
+pub mod pickle;
 pub mod sample;
 pub mod split;
 
