@@ -100,7 +100,8 @@ impl<'a> Pickle<'a> {
         if u32::try_from(input.len()).is_err() {
             return Err(format!("{} bytes are too many for a pickle of labels or images", input.len()));
         }
-        let machine = Machine { input, at: 0, values: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+        let machine =
+            Machine { input, at: 0, values: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
         machine.run()
     }
 

@@ -1,152 +1,110 @@
-//! The label file: the given labels of a training set as CSV, so that a noisy data set can be kept and exchanged.
+//! Labels as CSV, the form that `mlnt` writes itself.
 //!
 //! ```text
 //! # dataset: cifar-10
 //! # noise: symmetric
 //! # nominal rate: 0.5
-//! # realised rate: 0.4503
 //! # seed: 1
+//! # realised rate: 0.4503
 //! index,label,true_label
 //! 0,6,6
 //! 1,3,9
 //! ```
 //!
-//! The comment lines may be missing, as in a file of human labels; every sample must be there once and in order.
+//! The comment lines may be missing, as in a file of human labels, and so may the columns `index` and `true_label`.
+//! Another column than `label` can be chosen as the set of labels.
 
 use std::fmt::Write;
-use std::path::Path;
 
-use super::dataset::Dataset;
-use super::noise::{NoiseKind, NoisyLabels, disagreement};
+use super::super::dataset::Dataset;
+use super::super::noise::disagreement;
+use super::{Format, Found, Places, Provenance};
 use crate::error::{Error, Result};
 
-const HEADER: [&str; 3] = ["index", "label", "true_label"];
+const INDEX: &str = "index";
+const LABEL: &str = "label";
+const TRUTH: &str = "true_label";
 
-/// How the labels of a file were made, from its comment lines.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Provenance {
-    /// Name of the data set.
-    pub dataset: String,
-    /// The rule.
-    pub kind: NoiseKind,
-    /// The rate asked for.
-    pub nominal: f64,
-    /// The seed.
-    pub seed: u64,
-}
-
-/// The content of a label file.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LabelFile {
-    /// The given labels, in sample order.
-    pub labels: Vec<u16>,
-    /// Share of them that differ from the true ones, counted.
-    pub realised_rate: f64,
-    /// How they were made, if the file says so.
-    pub provenance: Option<Provenance>,
-}
-
-/// The label file of `noisy`, which are labels of `data`, as text in UTF-8.
+/// Labels of `data` as text in UTF-8, below comment lines of the data set's name, `comments` and the realised rate.
 ///
 /// # Errors
 /// [`Error::Usage`] if there are not as many labels as samples.
-pub fn to_csv(data: &Dataset, noisy: &NoisyLabels) -> Result<Vec<u8>> {
-    if noisy.labels.len() != data.len() {
-        return Err(Error::usage(format!(
-            "{} labels for the {} samples of {}",
-            noisy.labels.len(),
-            data.len(),
-            data.name
-        )));
+pub fn write(data: &Dataset, labels: &[u16], comments: &[(&str, String)]) -> Result<Vec<u8>> {
+    if labels.len() != data.len() {
+        return Err(Error::usage(format!("{} labels for the {} samples of {}", labels.len(), data.len(), data.name)));
     }
-    let name: String = data.name.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let mut text = format!(
-        "# dataset: {name}\n# noise: {}\n# nominal rate: {}\n# realised rate: {}\n# seed: {}\n{}\n",
-        noisy.kind,
-        noisy.nominal,
-        noisy.realised_rate,
-        noisy.seed,
-        HEADER.join(",")
-    );
-    for (i, (label, truth)) in noisy.labels.iter().zip(data.labels()).enumerate() {
+    let mut text = String::new();
+    let first = [("dataset", data.name.clone())];
+    let last = [("realised rate", disagreement(labels, data.labels()).to_string())];
+    for (key, value) in first.iter().chain(comments).chain(&last) {
+        let value: String = value.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         // Writing to a string cannot fail.
+        let _ = writeln!(text, "# {key}: {value}");
+    }
+    let _ = writeln!(text, "{INDEX},{LABEL},{TRUTH}");
+    for (i, (label, truth)) in labels.iter().zip(data.labels()).enumerate() {
         let _ = writeln!(text, "{},{label},{truth}", data.original(i));
     }
     Ok(text.into_bytes())
 }
 
-/// Reads a label file for `data`; `path` is for errors only.
-///
-/// # Errors
-/// [`Error::File`] naming the line: not UTF-8, no header line, a field that is not a number, a sample that is
-/// missing, doubled or out of order, a label out of range, a true label that is not the data set's, a count that is
-/// not the data set's, a comment that cannot be read.
-pub fn parse(path: &Path, text: &[u8], data: &Dataset) -> Result<LabelFile> {
-    let text = std::str::from_utf8(text).map_err(|_| Error::file(path, "not UTF-8 text"))?;
+/// Reads the columns; `set` is the column of labels.
+pub(super) fn read(bytes: &[u8], set: Option<&str>) -> std::result::Result<Found, String> {
+    let text = std::str::from_utf8(bytes).map_err(|e| match bytes.first() {
+        Some(0x80) => "a bare pickle; labels are read from CSV, JSON, .npy, and .pt files that are zip archives".into(),
+        _ => format!("no format known here, and not text in UTF-8 from byte {} on", e.valid_up_to()),
+    })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let provenance = provenance(path, text)?;
+    let provenance = provenance(text)?;
     let mut reader = csv::ReaderBuilder::new()
         .comment(Some(b'#'))
         .has_headers(false)
         .flexible(true)
         .trim(csv::Trim::All)
         .from_reader(text.as_bytes());
-    let mut records = reader.records();
-    match records.next() {
-        Some(Ok(record)) if record.iter().eq(HEADER) => {}
-        _ => return Err(Error::file(path, format!("no header line `{}`", HEADER.join(",")))),
+    let wanted = set.unwrap_or(LABEL);
+    let mut header = csv::StringRecord::new();
+    let mut record = csv::StringRecord::new();
+    reader.read_record(&mut header).map_err(|e| e.to_string())?;
+    let column = |name: &str| header.iter().position(|column| column == name);
+    let label = column(wanted).ok_or_else(|| match set {
+        Some(name) => format!("no column `{name}`"),
+        None => format!("no header line with a column `{LABEL}`, such as `{INDEX},{LABEL},{TRUTH}`"),
+    })?;
+    let mut columns =
+        [(wanted, Some(label)), (INDEX, column(INDEX)), (TRUTH, column(TRUTH))].map(|(n, c)| (n, c, Vec::new()));
+    let mut lines = Vec::new();
+    while reader.read_record(&mut record).map_err(|e| e.to_string())? {
+        let line = record.position().map_or(0, csv::Position::line);
+        if record.len() != header.len() {
+            return Err(format!("line {line}: {} fields, expected {}", record.len(), header.len()));
+        }
+        lines.push(u32::try_from(line).unwrap_or(u32::MAX));
+        for (name, column, values) in &mut columns {
+            let Some(column) = *column else { continue };
+            let field = &record[column];
+            let value = field.parse().ok().filter(|value: &i64| *value >= 0);
+            values.push(value.ok_or_else(|| {
+                let (name, field) = (name.escape_debug(), field.escape_debug());
+                format!("line {line}: {name} `{field}` is not a whole number in range")
+            })?);
+        }
     }
-    let mut labels = Vec::new();
-    for record in records {
-        let record = record.map_err(|e| Error::file(path, e))?;
-        let line = record.position().map_or(0, |position| position.line());
-        labels
-            .push(row(&record, labels.len(), data).map_err(|what| Error::file(path, format!("line {line}: {what}")))?);
-    }
-    if labels.len() != data.len() {
-        return Err(Error::file(
-            path,
-            format!("{} labels, but {} has {} samples", labels.len(), data.name, data.len()),
-        ));
-    }
-    let realised_rate = disagreement(&labels, data.labels());
-    Ok(LabelFile { labels, realised_rate, provenance })
-}
-
-/// The given label in the record of sample `i`, or what is wrong with the record.
-fn row(record: &csv::StringRecord, i: usize, data: &Dataset) -> std::result::Result<u16, String> {
-    if record.len() != HEADER.len() {
-        return Err(format!("{} fields, expected {}", record.len(), HEADER.len()));
-    }
-    let mut fields = [0; 3];
-    for ((field, name), text) in fields.iter_mut().zip(HEADER).zip(record) {
-        *field = text.parse().map_err(|_| format!("{name} `{text}` is not a whole number in range"))?;
-    }
-    let [index, label, truth]: [u32; 3] = fields;
-    if i >= data.len() {
-        return Err(format!("index {index}, but {} has {} samples", data.name, data.len()));
-    }
-    if index != data.original(i) {
-        return Err(format!("index {index}, expected {}", data.original(i)));
-    }
-    if label as usize >= data.classes {
-        return Err(format!("label {label} is outside 0..={}", data.classes - 1));
-    }
-    if truth as usize != data.label(i) {
-        return Err(format!("true label {truth}, but sample {i} of {} has {}", data.name, data.label(i)));
-    }
-    Ok(label as u16)
+    let [(_, _, labels), index, truth] = columns;
+    let optional = |(_, column, values): (&str, Option<usize>, Vec<i64>)| column.map(|_| values);
+    let places = Places::Lines(lines);
+    Ok(Found { format: Format::Csv, labels, truth: optional(truth), index: optional(index), places, provenance })
 }
 
 /// Reads the comment lines at the start of the file; `None` if they do not name a noise.
-fn provenance(path: &Path, text: &str) -> Result<Option<Provenance>> {
+fn provenance(text: &str) -> std::result::Result<Option<Provenance>, String> {
     let comments = || text.lines().map_while(|line| line.strip_prefix('#'));
     let find = |key: &str| {
         comments().filter_map(|line| line.split_once(':')).find(|(k, _)| k.trim() == key).map(|(_, value)| value.trim())
     };
     let Some(noise) = find("noise") else { return Ok(None) };
-    let need = |key: &str| find(key).ok_or_else(|| Error::file(path, format!("no comment line `# {key}: …`")));
-    let bad = |key: &str, value: &str| Error::file(path, format!("comment line `# {key}: {value}` cannot be read"));
+    let need = |key: &str| find(key).ok_or_else(|| format!("no comment line `# {key}: …`"));
+    let bad = |key: &str, value: &str| format!("comment line `# {key}: {}` cannot be read", value.escape_debug());
     let (nominal, seed) = (need("nominal rate")?, need("seed")?);
     Ok(Some(Provenance {
         dataset: need("dataset")?.to_string(),
