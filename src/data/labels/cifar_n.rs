@@ -43,7 +43,7 @@ pub(super) fn read(bytes: &[u8], set: Option<&str>) -> Result<Found, String> {
     let id = find(name).ok_or_else(|| format!("no set of labels `{name}`; it has {}", names(&sets)))?;
     let labels = array(&pickle, name, id)?;
     let truth = find(TRUTH).map(|id| array(&pickle, TRUTH, id)).transpose()?;
-    let places = Places::Items(name.to_string());
+    let places = Places::Items(Some(name.to_string()));
     Ok(Found { format: Format::CifarN, labels, truth, index: None, places, provenance: None })
 }
 

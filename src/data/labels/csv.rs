@@ -188,8 +188,7 @@ mod tests {
         assert_eq!(with("19,x,0"), "l.csv: line 26: label `x` is not a whole number in range");
         assert_eq!(with("19,-1,0"), "l.csv: line 26: label `-1` is not a whole number in range");
         let lie = (truth + 1) % 10;
-        let lie_error =
-            format!("l.csv: line 26: true label {lie}, but sample 19 of fashion-mnist-sample has {truth}");
+        let lie_error = format!("l.csv: line 26: true label {lie}, but sample 19 of fashion-mnist-sample has {truth}");
         assert_eq!(with(&format!("19,0,{lie}")), lie_error);
         let more = with(&format!("{last}\n20,0,0"));
         assert_eq!(more, "l.csv: line 27: index 20, but fashion-mnist-sample has 20 samples");

@@ -5,7 +5,7 @@ use super::{Format, Found, Places};
 /// Reads a list.
 pub(super) fn read(bytes: &[u8]) -> Result<Found, String> {
     let labels: Vec<i64> = serde_json::from_slice(bytes).map_err(|e| format!("not a list of whole numbers: {e}"))?;
-    let places = Places::Items("label ".into());
+    let places = Places::Items(None);
     Ok(Found { format: Format::Json, labels, truth: None, index: None, places, provenance: None })
 }
 

@@ -108,15 +108,16 @@ struct Found {
 enum Places {
     /// On these lines.
     Lines(Vec<u32>),
-    /// In the list or array of this name.
-    Items(String),
+    /// In the array of this name; in the only list without.
+    Items(Option<String>),
 }
 
 impl Places {
     fn of(&self, i: usize) -> String {
         match self {
             Places::Lines(lines) => format!("line {}", lines.get(i).copied().unwrap_or(0)),
-            Places::Items(name) => format!("{name}[{i}]"),
+            Places::Items(Some(name)) => format!("{name}[{i}]"),
+            Places::Items(None) => format!("item {i}"),
         }
     }
 }

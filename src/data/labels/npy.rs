@@ -39,7 +39,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Found, String> {
         return Err(format!("the header promises {count} labels of {size} bytes, {found} bytes follow"));
     }
     let labels = payload.chunks_exact(header.size).map(|element| number(element, &header)).collect();
-    let places = Places::Items("label ".into());
+    let places = Places::Items(None);
     Ok(Found { format: Format::Npy, labels, truth: None, index: None, places, provenance: None })
 }
 
