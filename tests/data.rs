@@ -1,39 +1,15 @@
 //! Data sets on disk, good and bad, and the embedded sample.
 
-use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+mod files;
 
-use mlnt::data::cifar::{CIFAR_10, CIFAR_100, Layout};
-use mlnt::data::dataset::{Family, Source};
-use mlnt::data::idx::{self, Files};
+use std::fs;
+use std::path::Path;
+
+use files::{bytes, cifar_records, gzip, idx_file, idx_split};
+use mlnt::data::dataset::Family;
 use mlnt::data::{DataPair, Dataset, NoiseKind, Normalise, epoch_order, noise, open};
-use mlnt::rng::{Purpose, Stream, below, stream};
 
 // ---------------------------------------------------------------- files made by the tests
-
-/// An IDX file of the given sizes.
-fn idx_file(magic: u32, sizes: &[u32], payload: &[u8]) -> Vec<u8> {
-    let words = std::iter::once(&magic).chain(sizes);
-    words.flat_map(|word| word.to_be_bytes()).chain(payload.iter().copied()).collect()
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-    out.write_all(bytes).unwrap();
-    out.finish().unwrap()
-}
-
-fn bytes(n: usize, seed: u64) -> Vec<u8> {
-    let mut rng = stream(seed, Purpose::Test, 0, 0);
-    (0..n).map(|_| below(256, &mut rng) as u8).collect()
-}
-
-/// Images and labels of `n` samples of 5×3 pixels.
-fn idx_split(n: usize, seed: u64) -> [Vec<u8>; 2] {
-    let labels: Vec<u8> = (0..n).map(|i| (i * 3 % 10) as u8).collect();
-    [idx_file(0x803, &[n as u32, 5, 3], &bytes(n * 15, seed)), idx_file(0x801, &[n as u32], &labels)]
-}
 
 const IDX_NAMES: [&str; 4] =
     ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"];
@@ -45,11 +21,6 @@ fn idx_folder() -> tempfile::TempDir {
         fs::write(folder.path().join(name), content).unwrap();
     }
     folder
-}
-
-/// `n` CIFAR records with the given label bytes, then random pixels.
-fn cifar_records(n: usize, seed: u64, labels: impl Fn(usize) -> Vec<u8>) -> Vec<u8> {
-    (0..n).flat_map(|i| [labels(i), bytes(3072, seed * 1000 + i as u64)].concat()).collect()
 }
 
 /// Writes a valid CIFAR-10 of 5×4 and 3 images.
@@ -302,84 +273,6 @@ fn bad_gzip() {
     assert_error(path, &name, "truncated: the gzip stream ends early");
     rewrite(&packed);
     assert_eq!(open(path.to_str().unwrap()).unwrap().train.len(), 12);
-}
-
-// ---------------------------------------------------------------- mutations
-
-/// A damaged copy of `bytes`: some bits flipped or bytes set (most often near the start, where headers are), and
-/// sometimes cut or extended.
-fn mutate(bytes: &[u8], rng: &mut Stream) -> Vec<u8> {
-    let mut bytes = bytes.to_vec();
-    for _ in 0..below(4, rng) {
-        let range = if below(2, rng) == 0 { bytes.len().min(24) } else { bytes.len() };
-        let at = below(range as u64, rng) as usize;
-        bytes[at] = if below(2, rng) == 0 { bytes[at] ^ (1 << below(8, rng)) } else { below(256, rng) as u8 };
-    }
-    match below(4, rng) {
-        0 => bytes.truncate(below(bytes.len() as u64 + 1, rng) as usize),
-        1 => bytes.extend((0..below(40, rng)).map(|i| i as u8)),
-        _ => {}
-    }
-    bytes
-}
-
-/// Touches everything a data set gives out.
-fn touch(data: &Dataset) {
-    assert_eq!(data.class_names.len(), data.classes);
-    for i in 0..data.len() {
-        assert!(data.label(i) < data.classes);
-        assert_eq!(data.image(i).len(), data.shape().numel());
-    }
-}
-
-/// Loads from 20,000 mutations of one of `files`; an error must be one line that names the file.
-fn storm(seed: u64, files: &[Vec<u8>], load: impl Fn(&[Source]) -> mlnt::Result<DataPair>) {
-    let mut rng = stream(seed, Purpose::Test, 1, 0);
-    let source = |i: usize, bytes: Vec<u8>| Source { path: PathBuf::from(format!("file{i}")), bytes: bytes.into() };
-    let good: Vec<Source> = files.iter().enumerate().map(|(i, bytes)| source(i, bytes.clone())).collect();
-    load(&good).unwrap();
-    let mut fine = 0;
-    for _ in 0..20_000 {
-        let mut sources = good.clone();
-        let which = below(files.len() as u64, &mut rng) as usize;
-        sources[which] = source(which, mutate(&files[which], &mut rng));
-        match load(&sources) {
-            Ok(pair) => {
-                touch(&pair.train);
-                touch(&pair.test);
-                fine += 1;
-            }
-            Err(error) => {
-                let text = error.to_string();
-                assert!(text.starts_with("file") && !text.contains('\n'), "{text}");
-            }
-        }
-    }
-    assert!((1000..19_000).contains(&fine), "{fine} of 20000 mutations were valid");
-}
-
-fn load_idx(sources: &[Source]) -> mlnt::Result<DataPair> {
-    let [train_images, train_labels, test_images, test_labels] = sources.to_vec().try_into().unwrap();
-    idx::load(&Files { train_images, train_labels, test_images, test_labels }, "test", Family::Other)
-}
-
-fn load_cifar(layout: &Layout, sources: &[Source]) -> mlnt::Result<DataPair> {
-    let [train @ .., test, names] = sources else { panic!("too few files") };
-    layout.load(train, test, Some(names))
-}
-
-#[test]
-fn mutated_files_never_panic() {
-    let plain = [idx_split(12, 1), idx_split(7, 2)].concat();
-    storm(1, &plain, load_idx);
-    storm(2, &plain.iter().map(|bytes| gzip(bytes)).collect::<Vec<_>>(), load_idx);
-    let names = |n: usize| (0..n).map(|i| format!("name {i}\n")).collect::<String>().into_bytes();
-    let ten: Vec<Vec<u8>> =
-        (0..6).map(|file| cifar_records(2, file, |i| vec![i as u8 + 8])).chain([names(10)]).collect();
-    storm(3, &ten, |sources| load_cifar(&CIFAR_10, sources));
-    let hundred: Vec<Vec<u8>> =
-        (0..2).map(|file| cifar_records(2, file, |_| vec![19, 99])).chain([names(100)]).collect();
-    storm(4, &hundred, |sources| load_cifar(&CIFAR_100, sources));
 }
 
 // ---------------------------------------------------------------- the sample and the full set

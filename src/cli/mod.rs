@@ -9,6 +9,7 @@ mod console;
 pub mod eval;
 pub mod info;
 mod network;
+pub mod noise;
 pub mod plan;
 pub mod predict;
 pub mod train;
@@ -62,6 +63,9 @@ pub enum Command {
     /// Check the CUDA kernels on a GPU, or on the SIMT host machine.
     #[command(long_about = check::LONG_ABOUT)]
     Check(check::CheckArgs),
+    /// Write a label file: the noisy labels that `train` would use.
+    #[command(long_about = noise::LONG_ABOUT)]
+    Noise(noise::NoiseArgs),
     /// What one training step costs, without running it.
     #[command(long_about = plan::LONG_ABOUT)]
     Plan(plan::PlanArgs),
@@ -84,6 +88,7 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
         Command::Predict(args) => predict::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Check(args) => check::run(args),
+        Command::Noise(args) => noise::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Info(args) => info::run(args),
         Command::BenchStep(args) => bench_step::run(args),
@@ -195,7 +200,8 @@ fn with_preset_values(arg: Arg, presets: &[(Preset, toml::Table)]) -> Arg {
         presets.iter().map(|(preset, table)| Some((*preset, plain(table.get(&key)?)))).collect();
     let (Some(values), Some(help)) = (found, arg.get_help()) else { return arg };
     let default = values.iter().find(|(preset, _)| *preset == Preset::default());
-    let Some((_, default)) = default else { return arg };
+    // A setting that presets leave empty is an option without default.
+    let Some((_, default)) = default.filter(|_| values.iter().any(|(_, value)| !value.is_empty())) else { return arg };
     let mut note = format!("default: {default}");
     for (preset, value) in values.iter().filter(|(_, value)| value != default) {
         let name = preset.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());

@@ -28,6 +28,8 @@ const EXAMPLES: &str = "\
 Examples:
   mlnt train                                          the embedded sample, half its labels noisy
   mlnt train --noise asymmetric --noise-rate 0.4 --seed 2
+  mlnt train --labels noisy.csv                       labels of `mlnt noise`, .npy, JSON or CSV
+  mlnt train --data DIR --labels CIFAR-10_human.pt --label-set worse_label
   mlnt train --preset cifar10 --data DIR              the paper's setting (weeks on two cores)
   mlnt train --config mine.toml --epochs 10           flags before file before preset
   mlnt train --resume runs/sample-symmetric-0.5-s1    go on where Ctrl-C stopped, bit for bit
@@ -127,6 +129,9 @@ fn create(args: &TrainArgs) -> Result<Run> {
     if let Some(path) = Path::new(&config.data).canonicalize().ok().filter(|_| config.data != "sample") {
         config.data = path.to_string_lossy().into_owned();
     }
+    if let Some(path) = Path::new(&config.labels).canonicalize().ok().filter(|_| !config.labels.is_empty()) {
+        config.labels = path.to_string_lossy().into_owned();
+    }
     let (data, engine, device) = start(&config)?;
     // Another machine may have another device: a run keeps to the one it began on, for the sake of its bytes.
     config.device = device;
@@ -157,11 +162,9 @@ fn start(config: &Config) -> Result<(Prepared, Engine, DeviceKind)> {
         "data: {}: {train} training, {val} validation, {test} test images of {images}",
         data.train.images.name
     ))?;
-    let (nominal, realised) = (100.0 * data.nominal_noise, 100.0 * data.realised_noise);
-    say(format_args!(
-        "noise: {}, nominal rate {nominal:.1} %, realised {realised:.1} % of the labels are wrong",
-        config.noise
-    ))?;
+    let (what, realised) = (if config.labels.is_empty() { "noise" } else { "labels" }, 100.0 * data.realised_noise);
+    let nominal = data.nominal_noise.map_or(String::new(), |rate| format!("nominal rate {:.1} %, ", 100.0 * rate));
+    say(format_args!("{what}: {}, {nominal}realised {realised:.1} % of the labels are wrong", data.label_source))?;
     let model = data.model(config)?;
     let (widths, blocks) = (&config.widths, &config.blocks);
     say(format_args!(

@@ -8,19 +8,21 @@ use std::path::Path;
 use super::dataset::{DataPair, Dataset, Family, ImageShape, Segment, Source};
 use crate::error::{Error, Result};
 
-const SHAPE: ImageShape = ImageShape { channels: 3, height: 32, width: 32 };
-const PIXELS: usize = 3 * 32 * 32;
+/// Shape of every image.
+pub(super) const SHAPE: ImageShape = ImageShape { channels: 3, height: 32, width: 32 };
+/// Bytes of an image.
+pub(super) const PIXELS: usize = 3 * 32 * 32;
 
 /// What distinguishes the two data sets on disk.
 #[derive(Debug)]
 pub struct Layout {
-    name: &'static str,
-    family: Family,
+    pub(super) name: &'static str,
+    pub(super) family: Family,
     /// Training files and the records in each as published.
     train: &'static [&'static str],
-    train_records: usize,
+    pub(super) train_records: usize,
     test: &'static str,
-    test_records: usize,
+    pub(super) test_records: usize,
     /// Names and number of values of the label bytes that start a record; the last one is used.
     label_bytes: &'static [(&'static str, usize)],
     /// Optional file with one class name per line.
@@ -123,7 +125,7 @@ impl Layout {
     }
 
     /// The class names of the optional file, else the built-in ones, else numbers.
-    fn class_names(&self, file: Option<&Source>) -> Result<Vec<String>> {
+    pub(super) fn class_names(&self, file: Option<&Source>) -> Result<Vec<String>> {
         let classes = self.label_bytes.last().map_or(0, |&(_, values)| values);
         let Some(file) = file else {
             return Ok(match self.names {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use super::cifar_python::{CIFAR_10_PYTHON, CIFAR_100_PYTHON};
 use super::map::Bytes;
 use super::{cifar, idx, sample};
 use crate::error::{Error, Result};
@@ -206,14 +207,14 @@ impl Source {
 }
 
 /// What [`open`] understands, for error messages.
-const EXPECTED: &str = "the word `sample`, or a folder with CIFAR-10 (data_batch_1.bin …), CIFAR-100 (train.bin, \
-     test.bin) or IDX files (train-images-idx3-ubyte …)";
+const EXPECTED: &str = "the word `sample`, or a folder with CIFAR-10 (data_batch_1.bin … or data_batch_1 …), \
+     CIFAR-100 (train.bin, test.bin or train, test) or IDX files (train-images-idx3-ubyte …)";
 
 /// Folders into which the CIFAR archives unpack; looked for inside the given folder.
-const SUBFOLDERS: [&str; 2] = ["cifar-10-batches-bin", "cifar-100-binary"];
+const SUBFOLDERS: [&str; 4] = ["cifar-10-batches-bin", "cifar-100-binary", "cifar-10-batches-py", "cifar-100-python"];
 
 /// Opens the embedded sample (`sample`) or the data set in a folder, recognised by the names of the files in it:
-/// CIFAR-10 and CIFAR-100 in their binary versions (also one folder down, as their archives unpack) and MNIST-like
+/// CIFAR-10 and CIFAR-100 in their binary and Python versions (also one folder down, as their archives unpack) and MNIST-like
 /// sets in IDX format, plain or gzip.
 ///
 /// # Errors
@@ -241,6 +242,8 @@ pub fn open(spec: &str) -> Result<DataPair> {
         for (what, recognised) in [
             ("CIFAR-10", cifar::CIFAR_10.recognises(&place)),
             ("CIFAR-100", cifar::CIFAR_100.recognises(&place)),
+            ("CIFAR-10 for Python", CIFAR_10_PYTHON.recognises(&place)),
+            ("CIFAR-100 for Python", CIFAR_100_PYTHON.recognises(&place)),
             ("IDX", idx::recognises(&place)),
         ] {
             if recognised {
@@ -252,6 +255,8 @@ pub fn open(spec: &str) -> Result<DataPair> {
         [] => Err(Error::file(folder, format!("holds no data set known here; data is {EXPECTED}"))),
         [("CIFAR-10", place)] => cifar::CIFAR_10.open(place),
         [("CIFAR-100", place)] => cifar::CIFAR_100.open(place),
+        [("CIFAR-10 for Python", place)] => CIFAR_10_PYTHON.open(place),
+        [("CIFAR-100 for Python", place)] => CIFAR_100_PYTHON.open(place),
         [(_, place)] => idx::open(place),
         many => {
             let list: Vec<String> = many.iter().map(|(what, place)| format!("{what} in {}", place.display())).collect();

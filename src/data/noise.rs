@@ -1,6 +1,7 @@
 //! Label noise: which samples get a wrong label, and which one.
 //!
-//! Exactly `round(rate·n)` samples are chosen, without replacement, and relabelled by the rule of [`NoiseKind`].
+//! Exactly `round(rate·n)` samples are chosen, without replacement, and relabelled by the rule of [`NoiseKind`] (but for
+//! noise that depends on the image, see [`super::instance`]).
 //! Each chosen sample draws its new label from its own stream, and the samples are chosen in one random order, so
 //! that with one seed the samples chosen at a lower rate are chosen at every higher one too, with the same new labels.
 
@@ -10,6 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::dataset::{Dataset, Family};
+use super::instance;
 use crate::error::{Error, Result};
 use crate::rng::{Purpose, below, permutation, stream};
 
@@ -34,6 +36,11 @@ pub enum NoiseKind {
     #[serde(rename = "pair")]
     #[value(name = "pair")]
     Pair,
+    /// By the image: look-alikes in the eyes of random linear classifiers (Xia et al. 2020). About `rate` of the labels
+    /// are wrong.
+    #[serde(rename = "instance")]
+    #[value(name = "instance")]
+    Instance,
     /// Labels as they are; the rate is taken as 0.
     #[serde(rename = "none")]
     #[value(name = "none")]
@@ -42,11 +49,12 @@ pub enum NoiseKind {
 
 impl NoiseKind {
     /// Every kind.
-    pub const ALL: [NoiseKind; 5] = [
+    pub const ALL: [NoiseKind; 6] = [
         NoiseKind::SymmetricInclusive,
         NoiseKind::SymmetricExclusive,
         NoiseKind::Asymmetric,
         NoiseKind::Pair,
+        NoiseKind::Instance,
         NoiseKind::None,
     ];
 
@@ -57,6 +65,7 @@ impl NoiseKind {
             NoiseKind::SymmetricExclusive => "symmetric-exclusive",
             NoiseKind::Asymmetric => "asymmetric",
             NoiseKind::Pair => "pair",
+            NoiseKind::Instance => "instance",
             NoiseKind::None => "none",
         }
     }
@@ -135,10 +144,40 @@ pub struct NoisyLabels {
     pub seed: u64,
 }
 
+impl NoisyLabels {
+    /// How the labels were made, for the comment lines of a label file.
+    pub fn comments(&self) -> Vec<(&'static str, String)> {
+        let nominal = self.nominal.to_string();
+        vec![("noise", self.kind.to_string()), ("nominal rate", nominal), ("seed", self.seed.to_string())]
+    }
+}
+
 /// Share of positions at which `labels` and `true_labels` differ; 0 for no labels.
 pub fn disagreement(labels: &[u16], true_labels: &[u16]) -> f64 {
     let wrong = labels.iter().zip(true_labels).filter(|(given, truth)| given != truth).count();
     wrong as f64 / true_labels.len().max(1) as f64
+}
+
+/// Corrupts the labels of `data` by `kind` at `rate`, with the class map of the data set for asymmetric noise.
+///
+/// # Errors
+/// As [`corrupt`].
+pub fn inject(data: &Dataset, kind: NoiseKind, rate: f64, seed: u64) -> Result<NoisyLabels> {
+    match kind {
+        NoiseKind::Instance => instance::corrupt(data, rate, seed),
+        _ => corrupt(data.labels(), data.classes, kind, rate, seed, &ClassMap::of(data)),
+    }
+}
+
+/// An error unless `rate` is from 0 to 1 and there are classes enough for noise `kind`.
+pub(super) fn check(classes: usize, kind: NoiseKind, rate: f64) -> Result<()> {
+    if !(0.0..=1.0).contains(&rate) {
+        return Err(Error::usage(format!("noise rate {rate} is not between 0 and 1")));
+    }
+    if kind != NoiseKind::None && classes < 2 {
+        return Err(Error::usage(format!("noise `{kind}` needs at least 2 classes, the data has {classes}")));
+    }
+    Ok(())
 }
 
 /// Corrupts `true_labels` (each below `classes`) by `kind` at `rate`; `map` is read by [`NoiseKind::Asymmetric`] only.
@@ -146,7 +185,8 @@ pub fn disagreement(labels: &[u16], true_labels: &[u16]) -> f64 {
 /// The same arguments give the same labels on every platform.
 ///
 /// # Errors
-/// [`Error::Usage`] if `rate` is not in `0..=1`, a label is not below `classes`, or there is just one class to go to.
+/// [`Error::Usage`] if `rate` is not in `0..=1`, a label is not below `classes`, there is just one class to go to, or
+/// `kind` needs the images ([`NoiseKind::Instance`], see [`inject`]).
 pub fn corrupt(
     true_labels: &[u16],
     classes: usize,
@@ -155,14 +195,12 @@ pub fn corrupt(
     seed: u64,
     map: &ClassMap,
 ) -> Result<NoisyLabels> {
-    if !(0.0..=1.0).contains(&rate) {
-        return Err(Error::usage(format!("noise rate {rate} is not between 0 and 1")));
-    }
+    check(classes, kind, rate)?;
     if let Some(label) = true_labels.iter().find(|&&label| usize::from(label) >= classes) {
         return Err(Error::usage(format!("label {label} is not below the number of classes, {classes}")));
     }
-    if kind != NoiseKind::None && classes < 2 {
-        return Err(Error::usage(format!("noise `{kind}` needs at least 2 classes, the data has {classes}")));
+    if kind == NoiseKind::Instance {
+        return Err(Error::usage(format!("noise `{kind}` needs the images, not the labels alone")));
     }
     let nominal = if kind == NoiseKind::None { 0.0 } else { rate };
     let pair = ClassMap::pair(classes);
@@ -177,7 +215,7 @@ pub fn corrupt(
             }
             NoiseKind::Asymmetric => map.target(truth.into()).map(|class| class as u16),
             NoiseKind::Pair => pair.target(truth.into()).map(|class| class as u16),
-            NoiseKind::None => None,
+            NoiseKind::Instance | NoiseKind::None => None,
         }
     };
     let order = permutation(true_labels.len(), &mut stream(seed, Purpose::Noise, 0, 0));
@@ -270,6 +308,8 @@ mod tests {
         assert_eq!(error, "label 9 is not below the number of classes, 9");
         let error = corrupt(&[0, 0], 1, NoiseKind::SymmetricExclusive, 0.1, 0, &map).unwrap_err().to_string();
         assert_eq!(error, "noise `symmetric-exclusive` needs at least 2 classes, the data has 1");
+        let error = corrupt(&truth(), 10, NoiseKind::Instance, 0.1, 0, &map).unwrap_err().to_string();
+        assert_eq!(error, "noise `instance` needs the images, not the labels alone");
         assert!(corrupt(&[], 10, NoiseKind::Pair, 0.5, 0, &map).unwrap().labels.is_empty());
     }
 
@@ -281,6 +321,9 @@ mod tests {
             assert_eq!(<NoiseKind as clap::ValueEnum>::from_str(kind.name(), false), Ok(kind));
         }
         let error = "uniform".parse::<NoiseKind>().unwrap_err().to_string();
-        assert_eq!(error, "noise `uniform` is not one of symmetric, symmetric-exclusive, asymmetric, pair, none");
+        assert_eq!(
+            error,
+            "noise `uniform` is not one of symmetric, symmetric-exclusive, asymmetric, pair, instance, none"
+        );
     }
 }

@@ -76,6 +76,10 @@ settings! {
         [value_name = "KIND"] noise: NoiseKind,
         /// Part of the training labels that the noise touches, in [0, 1]; the realised rate is reported.
         [value_name = "F"] noise_rate: f64,
+        /// File of noisy training labels, in place of injected noise: CIFAR-N .pt, .npy, JSON list or CSV.
+        [value_name = "FILE"] labels: String,
+        /// Which labels of a --labels file with several sets, e.g. worse_label of CIFAR-10N.
+        [value_name = "NAME"] label_set: String,
     }
     "Method" {
         /// Order of updates and scale of the consistency loss: the paper's text, or the authors' released code.
@@ -160,6 +164,8 @@ impl Overrides {
 impl Config {
     /// The settings of a run: the preset, changed by `file`, changed by `flags`.
     ///
+    /// Labels from a file take the place of the preset's noise.
+    ///
     /// Where neither gives `lr-drop-epochs`, the preset's drops keep their place relative to the number of epochs.
     ///
     /// # Errors
@@ -170,6 +176,15 @@ impl Config {
         let preset_epochs = config.epochs;
         file.apply(&mut config);
         flags.apply(&mut config);
+        if !config.labels.is_empty() {
+            // The presets' noise is a default; noise that somebody asked for is refused by the check below.
+            if file.noise.is_none() && flags.noise.is_none() {
+                config.noise = NoiseKind::None;
+            }
+            if file.noise_rate.is_none() && flags.noise_rate.is_none() {
+                config.noise_rate = 0.0;
+            }
+        }
         if file.lr_drop_epochs.is_none() && flags.lr_drop_epochs.is_none() {
             config.move_lr_drops(preset_epochs);
         }

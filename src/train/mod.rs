@@ -7,6 +7,7 @@ pub mod choice;
 pub mod config;
 pub mod engine;
 pub mod feed;
+pub mod given;
 pub mod metrics;
 pub mod open_device;
 pub mod prepare;

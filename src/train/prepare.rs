@@ -2,9 +2,9 @@
 
 use super::choice;
 use super::config::Config;
-use crate::data::noise::{NoisyLabels, corrupt};
-use crate::data::split::{balanced_subset, validation_split};
-use crate::data::{Augment, Batcher, ClassMap, Dataset, Normalise, ValidationLabels, labels, open};
+use super::given::Given;
+use crate::data::split::validation_split;
+use crate::data::{Augment, Batcher, Dataset, Normalise, ValidationLabels, open};
 use crate::error::{Error, Result};
 use crate::model::{Arch, ModelSpec};
 
@@ -32,8 +32,10 @@ pub struct Prepared {
     pub augment: Augment,
     /// The content of `labels.csv`.
     pub label_file: Vec<u8>,
-    /// Part of the labels that the noise was to touch.
-    pub nominal_noise: f64,
+    /// Where the training labels come from, for people.
+    pub label_source: String,
+    /// Part of the labels that the noise was to touch, if that is known.
+    pub nominal_noise: Option<f64>,
     /// Part of the training and validation labels that are wrong.
     pub realised_noise: f64,
 }
@@ -46,24 +48,13 @@ impl Prepared {
     pub fn new(config: &Config) -> Result<Self> {
         let pair = open(&config.data)?;
         let classes = pair.train.classes;
-        let all = match config.train_size {
-            0 => pair.train,
-            n => {
-                let flag = |e| Error::usage(format_args!("--train-size {n}: {e}"));
-                let chosen = balanced_subset(pair.train.labels(), classes, n, config.seed).map_err(flag)?;
-                pair.train.subset(&chosen)?
-            }
-        };
-        let map = ClassMap::of(&all);
-        let flag = |e| Error::usage(format_args!("--noise {} --noise-rate {}: {e}", config.noise, config.noise_rate));
-        let noisy = corrupt(all.labels(), classes, config.noise, config.noise_rate, config.seed, &map).map_err(flag)?;
-        let label_file = labels::to_csv(&all, &noisy)?;
+        let given = Given::new(config, pair.train)?;
         let flag = |e| Error::usage(format_args!("--val-fraction {}: {e}", config.val_fraction));
-        let split = validation_split(&noisy.labels, classes, config.val_fraction, config.seed).map_err(flag)?;
-        let train = LabelledSet::given(&all, &noisy, &split.train)?;
+        let split = validation_split(&given.labels, classes, config.val_fraction, config.seed).map_err(flag)?;
+        let train = LabelledSet::given(&given, &split.train)?;
         let validation = match config.val_labels {
-            ValidationLabels::Noisy => LabelledSet::given(&all, &noisy, &split.validation)?,
-            ValidationLabels::Clean => LabelledSet::clean(all.subset(&split.validation)?),
+            ValidationLabels::Noisy => LabelledSet::given(&given, &split.validation)?,
+            ValidationLabels::Clean => LabelledSet::clean(given.images.subset(&split.validation)?),
         };
         config.check_against_data(train.images.len())?;
         let augment = match config.augment {
@@ -79,9 +70,10 @@ impl Prepared {
             validation,
             test: LabelledSet::clean(pair.test),
             augment,
-            label_file,
-            nominal_noise: noisy.nominal,
-            realised_noise: noisy.realised_rate,
+            label_file: given.csv,
+            label_source: given.source,
+            nominal_noise: given.nominal,
+            realised_noise: given.realised,
         })
     }
 
@@ -105,12 +97,15 @@ impl Prepared {
 }
 
 impl LabelledSet {
-    fn given(all: &Dataset, noisy: &NoisyLabels, indices: &[u32]) -> Result<Self> {
+    fn given(given: &Given, indices: &[u32]) -> Result<Self> {
         let label = |i: &u32| {
-            let label = noisy.labels.get(*i as usize).copied();
+            let label = given.labels.get(*i as usize).copied();
             label.map(i32::from).ok_or_else(|| Error::usage(format!("no label for image {i}")))
         };
-        Ok(LabelledSet { images: all.subset(indices)?, labels: indices.iter().map(label).collect::<Result<_>>()? })
+        Ok(LabelledSet {
+            images: given.images.subset(indices)?,
+            labels: indices.iter().map(label).collect::<Result<_>>()?,
+        })
     }
 
     /// Images with their true labels.

@@ -139,7 +139,7 @@ impl Run {
         }
         self.save()?;
         self.export()?;
-        let rows = summary::write(&self.dir, self.config.noise, self.data.realised_noise)?;
+        let rows = summary::write(&self.dir, &self.data.label_source, self.data.realised_noise)?;
         Ok(Ending::Complete(rows))
     }
 

@@ -97,10 +97,15 @@ impl RunDir {
     }
 }
 
-/// A name below `base` that no file has: `DATA-NOISE-RATE-sSEED`, with `-2`, `-3` … when it is taken.
+/// A name below `base` that no file has: `DATA-NOISE-RATE-sSEED` or `DATA-LABELS-SET-sSEED`, with `-2`, `-3` … when it is taken.
 pub fn free_name(base: &Path, config: &Config) -> PathBuf {
     let data = Path::new(&config.data).file_name().map_or("data".into(), |name| name.to_string_lossy());
     let noise = match config.noise {
+        NoiseKind::None if !config.labels.is_empty() => {
+            let stem = Path::new(&config.labels).file_stem().map_or("labels".into(), |name| name.to_string_lossy());
+            let set = config.label_set.replace(|c: char| !c.is_alphanumeric(), "_");
+            if set.is_empty() { stem.into_owned() } else { format!("{stem}-{set}") }
+        }
         NoiseKind::None => "none".to_string(),
         kind => format!("{kind}-{}", config.noise_rate),
     };

@@ -3,7 +3,6 @@
 use super::metrics::{EpochRecord, Phase};
 use super::run_dir::RunDir;
 use super::table::{CurvePoint, SummaryRow, summary_table};
-use crate::data::NoiseKind;
 use crate::error::{Error, Result};
 use crate::fs::write_atomic;
 use std::path::Path;
@@ -39,13 +38,13 @@ pub fn rows(records: &[EpochRecord]) -> Vec<SummaryRow> {
     .collect()
 }
 
-/// Writes `summary.txt` and `summary.json`.
+/// Writes `summary.txt` and `summary.json`; `noise` is the source of the labels, `realised` the part that is wrong.
 ///
 /// # Errors
 /// As [`read_metrics`]; [`Error::Io`].
-pub fn write(dir: &RunDir, noise: NoiseKind, realised: f64) -> Result<Vec<SummaryRow>> {
+pub fn write(dir: &RunDir, noise: &str, realised: f64) -> Result<Vec<SummaryRow>> {
     let rows = rows(&read_metrics(&dir.metrics())?);
-    let json = serde_json::json!({ "noise": noise.name(), "realised_noise": realised, "networks": rows });
+    let json = serde_json::json!({ "noise": noise, "realised_noise": realised, "networks": rows });
     let json = serde_json::to_string_pretty(&json).map_err(|e| Error::file(dir.summary_json(), e))?;
     write_atomic(dir.summary_text(), format!("{}\n", summary_table(&rows)).as_bytes())?;
     write_atomic(dir.summary_json(), format!("{json}\n").as_bytes())?;

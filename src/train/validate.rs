@@ -3,6 +3,7 @@
 use std::fmt::Display;
 
 use super::config::Config;
+use crate::data::NoiseKind;
 use crate::error::{Error, Result};
 
 /// Largest number of epochs, a bound that keeps products of settings within 64 bits.
@@ -88,7 +89,24 @@ impl Config {
         check(i64::try_from(self.train_size).is_ok(), "train-size", self.train_size, "a number of images")?;
         part("val-fraction", self.val_fraction, 0.5)?;
         count("pad", self.pad, 0, MAX_PAD)?;
-        check((0.0..=1.0).contains(&self.noise_rate), "noise-rate", self.noise_rate, "a number from 0 to 1")
+        check((0.0..=1.0).contains(&self.noise_rate), "noise-rate", self.noise_rate, "a number from 0 to 1")?;
+        self.validate_labels()
+    }
+
+    fn validate_labels(&self) -> Result<()> {
+        if self.labels.is_empty() {
+            let none = self.label_set.is_empty();
+            return check(
+                none,
+                "label-set",
+                &self.label_set,
+                "a set of labels in the file of --labels, which is missing",
+            );
+        }
+        let what = format_args!("nothing but none with --labels {}: its labels are noisy as they are", self.labels);
+        check(self.noise == NoiseKind::None, "noise", self.noise, what)?;
+        let what = format_args!("nothing but 0 with --labels {}: no noise is injected", self.labels);
+        check(self.noise_rate == 0.0, "noise-rate", self.noise_rate, what)
     }
 
     fn validate_method(&self) -> Result<()> {
