@@ -3,19 +3,23 @@
 use std::path::{Path, PathBuf};
 
 /// The layers, and those that each of them must not import.
-const MUST_NOT_KNOW: [(&str, &[&str]); 13] = [
-    ("error", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("fs", &["cases", "cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("rng", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("tape", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("ops", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("plan", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "train"]),
-    ("device", &["cases", "cli", "data", "mlnt", "model", "train"]),
-    ("cases", &["cli", "data", "mlnt", "model", "train"]),
-    ("model", &["cli", "data", "device", "mlnt", "plan", "train"]),
-    ("data", &["cli", "device", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("mlnt", &["cli", "train"]),
-    ("train", &["cli"]),
+const MUST_NOT_KNOW: [(&str, &[&str]); 14] = [
+    (
+        "error",
+        &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "rng", "tape", "train"],
+    ),
+    ("fs", &["cases", "cli", "data", "device", "mlnt", "model", "ops", "plan", "report", "rng", "tape", "train"]),
+    ("rng", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "tape", "train"]),
+    ("tape", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
+    ("ops", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
+    ("plan", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "report", "train"]),
+    ("device", &["cases", "cli", "data", "mlnt", "model", "report", "train"]),
+    ("cases", &["cli", "data", "mlnt", "model", "report", "train"]),
+    ("model", &["cli", "data", "device", "mlnt", "plan", "report", "train"]),
+    ("data", &["cli", "device", "mlnt", "model", "ops", "plan", "report", "tape", "train"]),
+    ("mlnt", &["cli", "report", "train"]),
+    ("train", &["cli", "report"]),
+    ("report", &["cases", "cli", "device", "mlnt", "model", "ops", "plan", "tape"]),
     ("cli", &[]),
 ];
 

@@ -10,6 +10,7 @@ pub mod info;
 mod network;
 pub mod plan;
 pub mod predict;
+pub mod report;
 pub mod train;
 pub mod verify;
 
@@ -41,7 +42,8 @@ step is exact, second order included.
 
 Start here, no data needed:
   mlnt train                     train on the embedded sample, compare with cross entropy
-  mlnt eval runs/sample-symmetric-0.5-s1";
+  mlnt eval runs/sample-symmetric-0.5-s1
+  mlnt report runs/sample-symmetric-0.5-s1";
 
 /// The subcommands.
 #[derive(Clone, Debug, PartialEq, Subcommand)]
@@ -55,6 +57,9 @@ pub enum Command {
     /// Class probabilities of every image, as CSV.
     #[command(long_about = predict::LONG_ABOUT)]
     Predict(predict::PredictArgs),
+    /// One HTML page about one or more runs.
+    #[command(long_about = report::LONG_ABOUT)]
+    Report(report::ReportArgs),
     /// Check the engine against golden training steps.
     #[command(long_about = verify::LONG_ABOUT)]
     Verify(verify::VerifyArgs),
@@ -78,6 +83,7 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
+        Command::Report(args) => report::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Info(args) => info::run(args),
@@ -268,6 +274,7 @@ mod tests {
             "mlnt train --resume a --out b",
             "mlnt verify",
             "mlnt predict",
+            "mlnt report",
             "mlnt eval a --batch 0",
             "mlnt plan --image-size 28",
             "mlnt plan --image-size 0x28",
