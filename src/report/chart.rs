@@ -117,9 +117,10 @@ impl Chart {
         let (y_ticks, decimals) = ticks(low, high, if height > 350 { 7.0 } else { 5.0 });
         let (bottom, top) = (y_ticks[0], y_ticks[y_ticks.len() - 1]);
         let x_ticks: Vec<f64> = ticks(1.0, last, if width > 500 { 12.0 } else { 6.0 }).0;
-        let whole = |x: &f64| *x >= 1.0 && *x <= last && x.fract() == 0.0;
-        let x_ticks: Vec<f64> =
-            std::iter::once(1.0).chain(x_ticks.into_iter().filter(|x| *x > 1.0)).filter(whole).collect();
+        // The first epoch has a tick, and no other so near that their numbers touch.
+        let near = (x_ticks[1] - x_ticks[0]) * 0.7;
+        let fits = |x: &f64| *x >= 1.0 + near && *x <= last && x.fract() == 0.0;
+        let x_ticks: Vec<f64> = std::iter::once(1.0).chain(x_ticks.into_iter().filter(fits)).collect();
         draw([width, height], class, &self.title, &self.description, |root| {
             let mut chart = ChartBuilder::on(root)
                 .margin_top(px(18.0))
@@ -163,8 +164,8 @@ impl Chart {
                         stroke(MARK.to_rgba(), 1.0),
                     ))
                     .map_err(plot_error)?;
-                let style = text(11.0, INK).pos(Pos::new(HPos::Right, VPos::Bottom));
-                chart.draw_series([Text::new(words.clone(), (last, *y), style)]).map_err(plot_error)?;
+                let style = text(11.0, INK).pos(Pos::new(HPos::Left, VPos::Bottom));
+                chart.draw_series([Text::new(format!(" {words}"), (1.0, *y), style)]).map_err(plot_error)?;
             }
             for line in &self.lines {
                 let shade = colour(line.colour).mix(0.16).filled();

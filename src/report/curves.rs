@@ -108,13 +108,24 @@ pub enum Network {
     Student,
     /// Its moving average.
     Teacher,
+    /// The network of iterative cross entropy that SGD trains.
+    IterativeStudent,
+    /// Its moving average.
+    IterativeTeacher,
     /// The network whose features define neighbours.
     Features,
 }
 
 impl Network {
     /// All, in the order of tables and legends.
-    pub const ALL: [Network; 4] = [Network::CrossEntropy, Network::Student, Network::Teacher, Network::Features];
+    pub const ALL: [Network; 6] = [
+        Network::CrossEntropy,
+        Network::Student,
+        Network::Teacher,
+        Network::IterativeStudent,
+        Network::IterativeTeacher,
+        Network::Features,
+    ];
 
     /// Its name in text.
     pub fn name(self) -> &'static str {
@@ -122,6 +133,8 @@ impl Network {
             Network::CrossEntropy => "cross entropy",
             Network::Student => "MLNT student",
             Network::Teacher => "MLNT teacher",
+            Network::IterativeStudent => "iterative CE student",
+            Network::IterativeTeacher => "iterative CE teacher",
             Network::Features => "feature network",
         }
     }
@@ -131,6 +144,7 @@ impl Network {
         match self {
             Network::CrossEntropy => "cross-entropy",
             Network::Student | Network::Teacher => "mlnt",
+            Network::IterativeStudent | Network::IterativeTeacher => "iterative-ce",
             Network::Features => "features",
         }
     }
@@ -140,7 +154,7 @@ impl Network {
         let point = |(i, e): (usize, &Epoch)| {
             let (x, iteration, epoch) = (i + 1, e.iteration.unwrap_or(1), e.epoch);
             match self {
-                Network::Teacher => {
+                Network::Teacher | Network::IterativeTeacher => {
                     let (test, val) = (e.teacher_test_accuracy, e.teacher_val_accuracy);
                     Point { x, iteration, epoch, test, val, fit: None, loss: None, meta: None }
                 }
@@ -162,6 +176,7 @@ pub fn phase_name(phase: &str) -> &str {
         "cross-entropy" => "cross entropy",
         "features" => "feature network",
         "mlnt" => "MLNT",
+        "iterative-ce" => "iterative CE",
         other => other,
     }
 }

@@ -11,8 +11,8 @@ use crate::error::Result;
 
 /// Width of the plot, pixels.
 const WIDTH: u32 = 420;
-/// Room for the names of rows, and below for those of columns.
-const NAMES: f64 = 92.0;
+/// Room for a character of a name.
+const CHARACTER: f64 = 6.6;
 /// Room for the words beside and below the names.
 const WORDS: f64 = 20.0;
 /// Up to so many classes have their share written in the cell.
@@ -35,7 +35,9 @@ fn short(name: &str) -> String {
 /// When the plotting crate fails.
 pub fn heat_map(matrix: &Matrix, title: &str, columns: &str) -> Result<Markup> {
     let n = matrix.names.len();
-    let names = if n <= WITH_NAMES { NAMES } else { 8.0 };
+    let longest = matrix.names.iter().map(|name| short(name).chars().count()).max().unwrap_or(0);
+    // The same beside the rows and below the columns.
+    let names = if n <= WITH_NAMES { 8.0 + CHARACTER * longest as f64 } else { 8.0 };
     let left = WORDS + names;
     let side = f64::from(WIDTH) - left - 2.0;
     let cell = side / n.max(1) as f64;

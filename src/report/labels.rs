@@ -157,7 +157,7 @@ pub fn class_names(path: &Path) -> Vec<String> {
         file.take(u64::from_le_bytes(length)).read_to_end(&mut head).ok()?;
         let head: serde_json::Value = serde_json::from_slice(&head).ok()?;
         let meta: serde_json::Value = serde_json::from_str(head["__metadata__"]["mlnt"].as_str()?).ok()?;
-        serde_json::from_value(meta["class_names"].clone()).ok()
+        serde_json::from_value(meta["meta"]["class_names"].clone()).ok()
     };
     read().unwrap_or_default()
 }

@@ -102,7 +102,7 @@ fn realised(group: &Group) -> Option<String> {
     let rates: Vec<f64> = group.runs.iter().filter_map(|run| run.labels.as_ref()?.realised()).collect();
     let (low, high) = (rates.iter().copied().reduce(f64::min)?, rates.iter().copied().reduce(f64::max)?);
     let [low, high] = [low, high].map(|rate| format!("{:.1}", 100.0 * rate));
-    Some(if low == high { format!("{low} %") } else { format!("{low} to {high} %") })
+    Some(if low == high { format!("{low}\u{a0}%") } else { format!("{low} to {high}\u{a0}%") })
 }
 
 /// Kind and level of noise.
@@ -118,7 +118,7 @@ fn noise(group: &Group) -> String {
         kind => {
             let nominal = run
                 .number("noise-rate")
-                .map_or_else(String::new, |rate| format!(" nominal {} %,", short(100.0 * rate)));
+                .map_or_else(String::new, |rate| format!(" nominal {}\u{a0}%,", short(100.0 * rate)));
             format!("{kind} noise,{nominal} {wrong}")
         }
     }
@@ -259,7 +259,7 @@ fn accuracy(group: &Group) -> Result<Markup> {
     let level = realised(group).and_then(|_| {
         let rates: Vec<f64> = group.runs.iter().filter_map(|run| run.labels.as_ref()?.realised()).collect();
         let right = 100.0 * (1.0 - rates.iter().sum::<f64>() / rates.len() as f64);
-        Some((right, format!("right labels: {right:.1} %")))
+        Some((right, format!("right labels: {right:.1}\u{a0}%")))
     });
     let several = group.methods.iter().any(|m| m.curves.len() > 1);
     let title = format!("Accuracy on test and validation images, {}", noise(group));
@@ -346,9 +346,10 @@ fn confusion(group: &Group) -> Result<Markup> {
                             @if *runs > 1 { " (sum of " (runs) " runs)" }
                         }
                         (plot)
-                        (moves)
+                        @if figures.len() > 1 { (moves) }
                     }
                 }
+                @if let [(_, _, moves, ..)] = &figures[..] { div { (moves) } }
             }
         }
     })
@@ -364,10 +365,8 @@ fn moves(matrix: &Matrix, columns: &str) -> Markup {
     };
     html! {
         @if !top.is_empty() {
-            details {
-                summary { "Most frequent differences" }
-                (tables::table(&["given label", columns, "samples"], &rows))
-            }
+            p.note { "Most frequent differences:" }
+            (tables::table(&["given label", columns, "samples"], &rows))
         }
     }
 }

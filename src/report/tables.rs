@@ -22,12 +22,16 @@ fn percent_spread(values: &[f64]) -> String {
     }
 }
 
+/// Columns that hold words rather than numbers.
+const TEXT_COLUMNS: [&str; 8] =
+    ["network", "run", "part", "setting", "mentor of the next", "given label", "suggested label", "true label"];
+
 /// A table that scrolls by itself where the page is too narrow for it.
 pub(super) fn table(head: &[&str], body: &Markup) -> Markup {
     html! {
         div.scroll tabindex="0" {
             table {
-                thead { tr { @for cell in head { th scope="col" { (cell) } } } }
+                thead { tr { @for cell in head { th.text[TEXT_COLUMNS.contains(cell)] scope="col" { (cell) } } } }
                 tbody { (body) }
             }
         }
