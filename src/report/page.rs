@@ -45,6 +45,8 @@ pub(super) fn page(groups: &[Group]) -> Result<String> {
             head {
                 meta charset="utf-8";
                 meta name="viewport" content="width=device-width, initial-scale=1";
+                // Even if a name got past the escaping: nothing is fetched, nothing is run.
+                meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'";
                 meta name="color-scheme" content="light dark";
                 title { "mlnt report: " (title) }
                 style { (PreEscaped(palette_css())) (PreEscaped(include_str!("style.css"))) }
