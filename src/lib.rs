@@ -17,6 +17,7 @@ pub mod mlnt;
 pub mod model;
 pub mod ops;
 pub mod plan;
+pub mod report;
 pub mod rng;
 pub mod tape;
 pub mod train;

@@ -3,23 +3,33 @@
 use std::path::{Path, PathBuf};
 
 /// The layers, and those that each of them must not import.
-const MUST_NOT_KNOW: [(&str, &[&str]); 14] = [
+const MUST_NOT_KNOW: [(&str, &[&str]); 15] = [
     (
         "error",
-        &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"],
+        &[
+            "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "rng", "tape",
+            "train",
+        ],
     ),
-    ("fs", &["cases", "check", "cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("rng", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("tape", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("ops", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("plan", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "train"]),
-    ("device", &["cases", "check", "cli", "data", "mlnt", "model", "train"]),
-    ("cases", &["check", "cli", "data", "mlnt", "model", "train"]),
-    ("model", &["check", "cli", "data", "device", "mlnt", "plan", "train"]),
-    ("data", &["check", "cli", "device", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("mlnt", &["check", "cli", "train"]),
-    ("check", &["cli", "data", "train"]),
-    ("train", &["check", "cli"]),
+    (
+        "fs",
+        &["cases", "check", "cli", "data", "device", "mlnt", "model", "ops", "plan", "report", "rng", "tape", "train"],
+    ),
+    (
+        "rng",
+        &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "tape", "train"],
+    ),
+    ("tape", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
+    ("ops", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
+    ("plan", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "report", "train"]),
+    ("device", &["cases", "check", "cli", "data", "mlnt", "model", "report", "train"]),
+    ("cases", &["check", "cli", "data", "mlnt", "model", "report", "train"]),
+    ("model", &["check", "cli", "data", "device", "mlnt", "plan", "report", "train"]),
+    ("data", &["check", "cli", "device", "mlnt", "model", "ops", "plan", "report", "tape", "train"]),
+    ("mlnt", &["check", "cli", "report", "train"]),
+    ("check", &["cli", "data", "report", "train"]),
+    ("train", &["check", "cli", "report"]),
+    ("report", &["check", "cli", "device", "mlnt", "ops", "plan", "tape"]),
     ("cli", &[]),
 ];
 

@@ -12,6 +12,7 @@ mod network;
 pub mod noise;
 pub mod plan;
 pub mod predict;
+pub mod report;
 pub mod train;
 pub mod verify;
 
@@ -43,7 +44,8 @@ step is exact, second order included.
 
 Start here, no data needed:
   mlnt train                     train on the embedded sample, compare with cross entropy
-  mlnt eval runs/sample-symmetric-0.5-s1";
+  mlnt eval runs/sample-symmetric-0.5-s1
+  mlnt report runs/sample-symmetric-0.5-s1";
 
 /// The subcommands.
 #[derive(Clone, Debug, PartialEq, Subcommand)]
@@ -57,6 +59,9 @@ pub enum Command {
     /// Class probabilities of every image, as CSV.
     #[command(long_about = predict::LONG_ABOUT)]
     Predict(predict::PredictArgs),
+    /// One HTML page about one or more runs.
+    #[command(long_about = report::LONG_ABOUT)]
+    Report(report::ReportArgs),
     /// Check the engine against golden training steps.
     #[command(long_about = verify::LONG_ABOUT)]
     Verify(verify::VerifyArgs),
@@ -86,6 +91,7 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
+        Command::Report(args) => report::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Check(args) => check::run(args),
         Command::Noise(args) => noise::run(args),
@@ -279,6 +285,7 @@ mod tests {
             "mlnt train --resume a --out b",
             "mlnt verify",
             "mlnt predict",
+            "mlnt report",
             "mlnt eval a --batch 0",
             "mlnt plan --image-size 28",
             "mlnt plan --image-size 0x28",

@@ -1,11 +1,12 @@
 //! Training: what a run is asked to do ([`config`]), the data it reads ([`prepare`]), the networks on their device
-//! ([`engine`]), the loop ([`run`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`]) and how it is
-//! summed up ([`summary`], [`table`]).
+//! ([`engine`]), the loop ([`run`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`], [`event_file`])
+//! and how it is summed up ([`summary`], [`table`]).
 
 pub mod checkpoint;
 pub mod choice;
 pub mod config;
 pub mod engine;
+pub mod event_file;
 pub mod feed;
 pub mod given;
 pub mod metrics;

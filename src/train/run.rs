@@ -3,6 +3,7 @@
 use super::checkpoint::{NamedTensor, TensorData, save_model};
 use super::config::Config;
 use super::engine::{Engine, Network, StepOutcome};
+use super::event_file::EventFile;
 use super::feed::{self, Feed};
 use super::metrics::{EpochRecord, Phase, TimingRecord};
 use super::prepare::Prepared;
@@ -50,6 +51,7 @@ pub struct Run {
     dir: RunDir,
     metrics: JsonLines,
     timing: JsonLines,
+    events: EventFile,
     position: Position,
     /// Held as long as this process trains the run.
     _lock: File,
@@ -82,10 +84,11 @@ impl Run {
         let begin = move || -> Result<Self> {
             write_atomic(dir.labels(), &data.label_file)?;
             let (metrics, timing) = (JsonLines::create(dir.metrics())?, JsonLines::create(dir.timing())?);
+            let events = EventFile::new(dir.tensorboard());
             let lock = lock(&dir)?;
             let position = Position::START;
             let kept = keep_images(&config, &data, &mut engine)?;
-            let mut run = Run { config, data, engine, kept, dir, metrics, timing, position, _lock: lock };
+            let mut run = Run { config, data, engine, kept, dir, metrics, timing, events, position, _lock: lock };
             run.save()?;
             Ok(run)
         };
@@ -106,8 +109,9 @@ impl Run {
         let (position, lines) = progress::load(&dir.checkpoint(), engine.device_mut(), &config)?;
         let metrics = JsonLines::resume(dir.metrics(), lines.metrics)?;
         let timing = JsonLines::resume(dir.timing(), lines.timing)?;
+        let events = EventFile::new(dir.tensorboard());
         let kept = keep_images(&config, &data, &mut engine)?;
-        Ok(Run { config, data, engine, kept, dir, metrics, timing, position, _lock: lock })
+        Ok(Run { config, data, engine, kept, dir, metrics, timing, events, position, _lock: lock })
     }
 
     /// The run's directory.
@@ -203,6 +207,7 @@ impl Run {
         };
         self.metrics.append(&record)?;
         self.timing.append(&times)?;
+        self.events.append(&record)?;
         self.position = Position { epoch: epoch + 1, step: 0, sums: EpochSums::default(), ..self.position };
         self.save()?;
         observer.epoch(&record, epochs);

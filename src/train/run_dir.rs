@@ -66,6 +66,11 @@ impl RunDir {
         self.path.join("timing.jsonl")
     }
 
+    /// The folder of event files for TensorBoard; they hold clock times.
+    pub fn tensorboard(&self) -> PathBuf {
+        self.path.join("tensorboard")
+    }
+
     /// Given and true label of every training image.
     pub fn labels(&self) -> PathBuf {
         self.path.join("labels.csv")
