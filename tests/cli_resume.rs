@@ -16,8 +16,16 @@ const SETTINGS: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 2\nwidths =
 /// Training images: 1,350 steps per epoch.
 const IMAGES: usize = 6000;
 
-const RESULTS: [&str; 5] =
-    ["student.safetensors", "teacher.safetensors", "metrics.jsonl", "labels.csv", "summary.json"];
+const RESULTS: [&str; 8] = [
+    "student.safetensors",
+    "teacher.safetensors",
+    "best.safetensors",
+    "metrics.jsonl",
+    "iterations.jsonl",
+    "losses.f32",
+    "labels.csv",
+    "summary.json",
+];
 
 fn results(run: &Path) -> Vec<Vec<u8>> {
     RESULTS.iter().map(|name| fs::read(run.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))).collect()
@@ -120,6 +128,44 @@ fn a_killed_run_continues_from_its_last_epoch() {
     let said = mlnt(&format!("train --resume {}", run.display()));
     assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
     assert_eq!(results(&run), results(&whole));
+}
+
+#[test]
+fn a_second_iteration_that_was_interrupted_and_killed_ends_with_the_same_bytes() {
+    let folder = Folder::new();
+    let data = folder.idx_sized("tiny", IMAGES);
+    let flags = "--no-baseline --feature-epochs 0 --iterations 2 --tau 0.08";
+    let line = |out: &Path| format!("{} {flags}", folder.train(SETTINGS, &data, out));
+    let all = |run: &Path| [results(run), vec![fs::read(run.join("kept.csv")).unwrap()]].concat();
+    let whole = folder.path("whole");
+    assert_eq!(mlnt(&line(&whole)).status, Some(0));
+
+    // Interrupted in the first iteration, as the second begins, and within it; then killed within it.
+    let run = folder.path("run");
+    let resume = format!("train --resume {}", run.display());
+    let mut stops = vec![interrupt(&line(&run), &run, [1, 1])];
+    stops.push(interrupt(&format!("{resume} --threads 1"), &run, [1, 2]));
+    stops.push(interrupt(&format!("{resume} --threads 2"), &run, [2, 0]));
+    assert_eq!(stops.iter().map(|[part, ..]| *part).collect::<Vec<_>>(), [1, 2, 2], "{stops:?}");
+    assert!(stops.iter().filter(|[part, _, step]| *part == 2 && *step > 0).count() >= 1, "{stops:?}");
+    let mut child = start(&resume);
+    wait_for(&mut child, &run, [2, 1]);
+    signal(&child, "-KILL");
+    assert_eq!(child.wait().unwrap().code(), None);
+    let said = mlnt(&resume);
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    assert_eq!(all(&run), all(&whole));
+
+    // Killed while the second iteration begins: what it had written is written again.
+    let run = folder.path("killed");
+    let mut child = start(&line(&run));
+    wait_for(&mut child, &run, [1, 2]);
+    signal(&child, "-KILL");
+    assert_eq!(child.wait().unwrap().code(), None);
+    assert_eq!(position(&run), [1, 2, 0]);
+    let said = mlnt(&format!("train --resume {}", run.display()));
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    assert_eq!(all(&run), all(&whole));
 }
 
 #[test]

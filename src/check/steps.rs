@@ -166,7 +166,7 @@ impl Step {
             let start = |name: &str, len| vec![if name.ends_with("var") { 1.0 } else { 0.0 }; len];
             let buffers = spec.model.buffers().into_iter();
             let buffers = buffers.map(|(name, len)| (state_name(owner, StateKind::Buffer, &name), start(&name, len)));
-            let all = params.zip(he_init(&spec.model, seed as u64)).chain(buffers);
+            let all = params.zip(he_init(&spec.model, seed as u64, 0)).chain(buffers);
             for (name, values) in all.filter(|(name, _)| known.contains(name)) {
                 device.write_state(&name, HostSlice::F32(&values))?;
             }
@@ -189,7 +189,8 @@ impl Step {
         self.device.write_input(self.id, "class_weight", HostSlice::F32(&[1.0 / BATCH as f32; BATCH]))?;
         // Other numbers in every step: a graph must not keep those of the first.
         let moved = step as f64 / 100.0;
-        let scalars = StepScalars { lr: 0.05 + moved, eta: 0.3 + moved, gamma: 0.9 + moved, lambda: 1.0 };
+        let (lr, eta, gamma) = (0.05 + moved, 0.3 + moved, 0.9 + moved);
+        let scalars = StepScalars { lr, momentum: 0.9, weight_decay: 1e-3, eta, gamma, lambda: 1.0 };
         let scalars: Vec<f64> = scalars.in_order(&self.scalars).collect();
         self.device.run(self.id, &scalars)
     }
@@ -243,8 +244,6 @@ fn spec(recipe: Recipe) -> StepSpec {
         recipe,
         kl: KlScale::BatchMean,
         alpha: 0.1,
-        momentum: 0.9,
-        weight_decay: 1e-3,
         mentor: false,
         first_order: false,
     }

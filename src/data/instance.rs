@@ -174,11 +174,10 @@ mod tests {
         let normalise = Normalise::measure(&data).unwrap();
         let matrix = matrix(&data, 2, 3);
         let mut expected = [[0.0; 5]; 2];
-        for image in 0..2 {
-            expected[image].copy_from_slice(&transition(&scores(&data, &normalise, &matrix, image), 2, 0.5));
-            for class in 0..5 {
+        for (image, expected) in expected.iter_mut().enumerate() {
+            expected.copy_from_slice(&transition(&scores(&data, &normalise, &matrix, image), 2, 0.5));
+            for (class, p) in expected.iter().copied().enumerate() {
                 let given = (0..2000).filter(|i| usize::from(noisy.labels[2 * i + image]) == class).count();
-                let p = expected[image][class];
                 // The mean of q is the rate 0.5; 4.5 deviations of a binomial share.
                 let bound = 4.5 * (p * (1.0 - p) / 2000.0).sqrt() + 1e-3;
                 assert!(

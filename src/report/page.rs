@@ -258,10 +258,10 @@ fn accuracy(group: &Group) -> Result<Markup> {
     }
     let fit = |(i, m): &(usize, &Method)| line(m, *i, false, m.label.clone(), 100.0, |p| p.fit);
     let fits: Vec<Line> = shown.iter().filter_map(fit).collect();
-    let level = realised(group).and_then(|_| {
+    let level = realised(group).map(|_| {
         let rates: Vec<f64> = group.runs.iter().filter_map(|run| run.labels.as_ref()?.realised()).collect();
         let right = 100.0 * (1.0 - rates.iter().sum::<f64>() / rates.len() as f64);
-        Some((right, format!("right labels: {right:.1}\u{a0}%")))
+        (right, format!("right labels: {right:.1}\u{a0}%"))
     });
     let several = group.methods.iter().any(|m| m.curves.len() > 1);
     let title = format!("Accuracy on test and validation images, {}", noise(group));

@@ -1,6 +1,7 @@
 //! Training: what a run is asked to do ([`config`]), the data it reads ([`prepare`]), the networks on their device
-//! ([`engine`]), the loop ([`run`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`], [`event_file`])
-//! and how it is summed up ([`summary`], [`table`]).
+//! ([`engine`]), what a method does ([`method`]), the loop ([`run`]), what iterations hand on ([`filter`],
+//! [`snapshot`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`], [`event_file`]) and how it is summed
+//! up ([`summary`], [`table`]).
 
 pub mod checkpoint;
 pub mod choice;
@@ -8,7 +9,9 @@ pub mod config;
 pub mod engine;
 pub mod event_file;
 pub mod feed;
+pub mod filter;
 pub mod given;
+pub mod method;
 pub mod metrics;
 pub mod open_device;
 pub mod prepare;
@@ -17,6 +20,7 @@ pub mod progress;
 pub mod run;
 pub mod run_dir;
 pub mod schedule;
+pub mod snapshot;
 pub mod summary;
 pub mod table;
 mod tensor_file;

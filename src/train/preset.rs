@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Precision, Recipe};
+use super::choice::{Augment, DeviceKind, Method, Precision, Recipe};
 use super::config::Config;
 use crate::data::{NoiseKind, ValidationLabels};
 
@@ -63,6 +63,11 @@ fn small() -> Config {
         noise_rate: 0.5,
         labels: String::new(),
         label_set: String::new(),
+        method: Method::Mlnt,
+        iterations: 1,
+        tau: 0.01,
+        lambda: 0.5,
+        lambda_ramp: 4.0,
         recipe: Recipe::Released,
         first_order: false,
         branches: 2,
@@ -107,6 +112,11 @@ fn cifar10() -> Config {
         noise_rate: 0.5,
         labels: String::new(),
         label_set: String::new(),
+        method: Method::Mlnt,
+        iterations: 1,
+        tau: 0.01,
+        lambda: 0.5,
+        lambda_ramp: 20.0,
         recipe: Recipe::Paper,
         first_order: false,
         branches: 10,

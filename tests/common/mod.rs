@@ -86,8 +86,6 @@ pub fn step_spec(model: ModelSpec, batch: usize, branches: usize, recipe: Recipe
         recipe,
         kl: KlScale::BatchMean,
         alpha: 0.1,
-        momentum: 0.9,
-        weight_decay: 1e-3,
         mentor: false,
         first_order,
     }
@@ -120,7 +118,8 @@ pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool,
 pub fn load_step_on<D: Device>(mut device: D, spec: &StepSpec, report: Report, fuse: bool) -> LoadedStep<D> {
     let tape = record_step(spec, report).unwrap();
     let plan = Plan::build(&tape, &PlanOptions { fuse }).unwrap();
-    let scalars = StepScalars { lr: 0.1, eta: 0.3, gamma: 0.99, lambda: 0.5 }.in_order(&plan.scalars).collect();
+    let scalars = StepScalars { lr: 0.1, momentum: 0.9, weight_decay: 1e-3, eta: 0.3, gamma: 0.99, lambda: 0.5 };
+    let scalars = scalars.in_order(&plan.scalars).collect();
     let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());
     let id = device.load(plan).unwrap();
     for (i, (name, meta)) in device.states().into_iter().enumerate() {

@@ -123,7 +123,7 @@ mod tests {
         let wide = [MAGIC, &[2, 0], &[56, 0, 0, 0], &[b' '; 0]].concat();
         let text = "{'shape': (2,), 'fortran_order': True, 'descr': '|u1'} \n ";
         assert_eq!(text.len(), 57);
-        let wide = [&wide, text[..56].as_bytes(), &[4, 5]].concat();
+        let wide = [&wide, &text.as_bytes()[..56], &[4, 5]].concat();
         assert_eq!(read(&wide).unwrap().labels, [4, 5]);
     }
 
