@@ -203,22 +203,17 @@ fn line(method: &Method, colour: usize, dashed: bool, label: String, scale: f64,
     (!points.is_empty()).then_some(Line { label, colour, dashed, points })
 }
 
-/// Methods with a colour each: a network has its own, and further ones of the same kind get what is left.
+/// Methods with a colour each: the first of a network has the network's own, further ones get what is left.
 fn coloured(group: &Group) -> Vec<(usize, &Method)> {
-    let own = |network: Network| Network::ALL.iter().position(|n| *n == network).unwrap_or(0);
-    let mut next = Network::ALL.len() - 1;
-    let mut used = Vec::new();
-    group
-        .methods
-        .iter()
-        .map(|method| {
-            let wanted = own(method.network);
-            let number = if used.contains(&wanted) { next } else { wanted };
-            next += usize::from(number == next);
-            used.push(number);
-            (number % super::svg::PALETTE.len(), method)
-        })
-        .collect()
+    let own = |m: &Method| Network::ALL.iter().position(|n| *n == m.network).unwrap_or(0);
+    let kept: Vec<usize> = group.methods.iter().map(own).collect();
+    let count = super::svg::PALETTE.len();
+    let mut free = (0..count).filter(|i| !kept.contains(i)).collect::<Vec<_>>().into_iter().chain((0..count).cycle());
+    let colour = |(i, m): (usize, &Method)| match kept[..i].contains(&own(m)) {
+        true => free.next().unwrap_or(0),
+        false => own(m),
+    };
+    group.methods.iter().enumerate().map(colour).zip(&group.methods).collect()
 }
 
 /// A curve in words: where it begins and ends.
