@@ -223,7 +223,7 @@ fn labels_are_counted_against_suggested_ones_where_an_audit_is_there() {
     fs::create_dir(run.join("audit")).unwrap();
     let lines = "rank,given_name,score,suggested_name\n1,coat,0.1,bag <b>\n2,coat,0.2,coat\n3,shoe & lace,0.3,coat\n";
     fs::write(run.join("audit/audit.csv"), lines).unwrap();
-    let runs = open_all(&[run.clone()]).unwrap();
+    let runs = open_all(std::slice::from_ref(&run)).unwrap();
     let matrix = runs[0].audit.as_ref().unwrap();
     assert_eq!(
         (&matrix.names[..], &matrix.counts[..]),

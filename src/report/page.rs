@@ -3,7 +3,7 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::chart::{Chart, Line};
-use super::curves::{Group, Method, Network, Point, iteration_starts, phase_name};
+use super::curves::{Group, Method, Network, Point, iteration_starts, phase_name, spread};
 use super::heat::heat_map;
 use super::labels::Matrix;
 use super::read::Run;
@@ -253,21 +253,21 @@ fn accuracy(group: &Group) -> Result<Markup> {
     }
     let fit = |(i, m): &(usize, &Method)| line(m, *i, false, m.label.clone(), 100.0, |p| p.fit);
     let fits: Vec<Line> = shown.iter().filter_map(fit).collect();
-    let level = realised(group).and_then(|_| {
-        let rates: Vec<f64> = group.runs.iter().filter_map(|run| run.labels.as_ref()?.realised()).collect();
-        let right = 100.0 * (1.0 - rates.iter().sum::<f64>() / rates.len() as f64);
-        Some((right, format!("right labels: {right:.1}\u{a0}%")))
+    let rates: Vec<f64> = group.runs.iter().filter_map(|run| run.labels.as_ref()?.realised()).collect();
+    let level = spread(&rates).map(|rate| {
+        let right = 100.0 * (1.0 - rate.mean);
+        (right, format!("right labels: {right:.1}\u{a0}%"))
     });
     let several = group.methods.iter().any(|m| m.curves.len() > 1);
     let title = format!("Accuracy on test and validation images, {}", noise(group));
     let fit_title = format!("Accuracy on the given training labels, {}", noise(group));
-    let spread = if several { "Lines are means over runs, bands one standard deviation to either side. " } else { "" };
+    let bands = if several { "Lines are means over runs, bands one standard deviation to either side." } else { "" };
     Ok(html! {
         figure {
             figcaption { (title) }
             (chart(group, title.clone(), "accuracy, %", lines, None).full()?)
         }
-        p.note { (spread) }
+        p.note { (bands) }
         @if !fits.is_empty() {
             figure {
                 figcaption { (fit_title) }
