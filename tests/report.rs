@@ -275,7 +275,7 @@ fn runs_that_differ_in_their_seed_become_a_mean_and_others_do_not() {
     fs::write(&config, fs::read_to_string(&config).unwrap() + "recipe = \"paper\"\n").unwrap();
     let group = groups(open_all(&runs).unwrap()).remove(0);
     let labels: Vec<(&str, usize)> = group.methods.iter().map(|m| (m.label.as_str(), m.curves.len())).collect();
-    assert_eq!(labels[2..4], [("MLNT student (no recipe)", 2), ("MLNT student (recipe paper)", 1)]);
+    assert_eq!(labels[2..4], [("MLNT student (recipe unset)", 2), ("MLNT student (recipe paper)", 1)]);
     roxmltree::Document::parse(&parsed(&report(&[&runs[0], &runs[1], &runs[2]]))).unwrap();
 }
 

@@ -221,7 +221,7 @@ fn methods(runs: &[Run], network: Network) -> Vec<Method> {
     let mut methods: Vec<Method> = Vec::new();
     for curve in curves {
         let setting = |key: &&String| match runs[curve.run].setting(key) {
-            value if value.is_empty() => format!("no {key}"),
+            value if value.is_empty() => format!("{key} unset"),
             value => format!("{key} {value}"),
         };
         let words: Vec<String> = keys.iter().map(setting).collect();

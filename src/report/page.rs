@@ -3,7 +3,7 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::chart::{Chart, Line};
-use super::curves::{Group, Method, Network, Point, iteration_starts, phase_name};
+use super::curves::{Group, Method, Network, Point, iteration_starts, phase_name, spread};
 use super::heat::heat_map;
 use super::labels::Matrix;
 use super::read::Run;
@@ -203,22 +203,17 @@ fn line(method: &Method, colour: usize, dashed: bool, label: String, scale: f64,
     (!points.is_empty()).then_some(Line { label, colour, dashed, points })
 }
 
-/// Methods with a colour each: a network has its own, and further ones of the same kind get what is left.
+/// Methods with a colour each: the first of a network has the network's own, further ones get what is left.
 fn coloured(group: &Group) -> Vec<(usize, &Method)> {
-    let own = |network: Network| Network::ALL.iter().position(|n| *n == network).unwrap_or(0);
-    let mut next = Network::ALL.len() - 1;
-    let mut used = Vec::new();
-    group
-        .methods
-        .iter()
-        .map(|method| {
-            let wanted = own(method.network);
-            let number = if used.contains(&wanted) { next } else { wanted };
-            next += usize::from(number == next);
-            used.push(number);
-            (number % super::svg::PALETTE.len(), method)
-        })
-        .collect()
+    let own = |m: &Method| Network::ALL.iter().position(|n| *n == m.network).unwrap_or(0);
+    let kept: Vec<usize> = group.methods.iter().map(own).collect();
+    let count = super::svg::PALETTE.len();
+    let mut free = (0..count).filter(|i| !kept.contains(i)).collect::<Vec<_>>().into_iter().chain((0..count).cycle());
+    let colour = |(i, m): (usize, &Method)| match kept[..i].contains(&own(m)) {
+        true => free.next().unwrap_or(0),
+        false => own(m),
+    };
+    group.methods.iter().enumerate().map(colour).zip(&group.methods).collect()
 }
 
 /// A curve in words: where it begins and ends.
@@ -258,21 +253,21 @@ fn accuracy(group: &Group) -> Result<Markup> {
     }
     let fit = |(i, m): &(usize, &Method)| line(m, *i, false, m.label.clone(), 100.0, |p| p.fit);
     let fits: Vec<Line> = shown.iter().filter_map(fit).collect();
-    let level = realised(group).map(|_| {
-        let rates: Vec<f64> = group.runs.iter().filter_map(|run| run.labels.as_ref()?.realised()).collect();
-        let right = 100.0 * (1.0 - rates.iter().sum::<f64>() / rates.len() as f64);
+    let rates: Vec<f64> = group.runs.iter().filter_map(|run| run.labels.as_ref()?.realised()).collect();
+    let level = spread(&rates).map(|rate| {
+        let right = 100.0 * (1.0 - rate.mean);
         (right, format!("right labels: {right:.1}\u{a0}%"))
     });
     let several = group.methods.iter().any(|m| m.curves.len() > 1);
     let title = format!("Accuracy on test and validation images, {}", noise(group));
     let fit_title = format!("Accuracy on the given training labels, {}", noise(group));
-    let spread = if several { "Lines are means over runs, bands one standard deviation to either side. " } else { "" };
+    let bands = if several { "Lines are means over runs, bands one standard deviation to either side." } else { "" };
     Ok(html! {
         figure {
             figcaption { (title) }
             (chart(group, title.clone(), "accuracy, %", lines, None).full()?)
         }
-        p.note { (spread) }
+        p.note { (bands) }
         @if !fits.is_empty() {
             figure {
                 figcaption { (fit_title) }
