@@ -7,8 +7,8 @@ use crate::data::{Augment, Batcher, Normalise};
 use crate::device::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::Result;
 use crate::mlnt::{
-    CeSpec, KlScale, Recipe, Report, StateKind, StepScalars, StepSpec, Synthetic, record_ce_step, record_eval, record_step,
-    state_name,
+    CeSpec, KlScale, Recipe, Report, StateKind, StepScalars, StepSpec, Synthetic, record_ce_step, record_eval,
+    record_step, state_name,
 };
 use crate::model::{ModelSpec, he_init};
 use crate::plan::{Plan, PlanOptions};
