@@ -13,8 +13,16 @@ const TINY: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 1\nwidths = [4,
                     neighbours = 3\nbranches = 2\n";
 
 /// What the same seed must give again, byte for byte.
-const RESULTS: [&str; 5] =
-    ["student.safetensors", "teacher.safetensors", "metrics.jsonl", "labels.csv", "summary.json"];
+const RESULTS: [&str; 8] = [
+    "student.safetensors",
+    "teacher.safetensors",
+    "best.safetensors",
+    "metrics.jsonl",
+    "iterations.jsonl",
+    "losses.f32",
+    "labels.csv",
+    "summary.json",
+];
 
 fn results(run: &Path) -> Vec<Vec<u8>> {
     RESULTS.iter().map(|name| fs::read(run.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))).collect()
@@ -61,9 +69,12 @@ fn the_same_seed_gives_the_same_bytes_whatever_the_threads() {
     assert_eq!(
         same,
         [
+            "best.safetensors",
             "checkpoint.safetensors",
             "config.toml",
+            "iterations.jsonl",
             "labels.csv",
+            "losses.f32",
             "metrics.jsonl",
             "student.safetensors",
             "summary.json",

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use mlnt::cli::{Cli, Command};
 use mlnt::data::NoiseKind;
-use mlnt::train::choice::Recipe;
+use mlnt::train::choice::{Method, Recipe};
 use mlnt::train::config::{Config, Overrides};
 use mlnt::train::preset::Preset;
 use tempfile::TempDir;
@@ -66,6 +66,22 @@ fn flags_go_before_the_file_and_the_file_before_the_preset() {
 
     let config = train(&format!("--config {} --preset small", path.display())).unwrap();
     assert_eq!((config.widths.as_slice(), config.batch), (&[16, 32, 64][..], 32), "the flag's preset, then the file");
+}
+
+#[test]
+fn settings_of_the_iterations_come_from_file_and_flags() {
+    let (_folder, path) =
+        toml("iterations = 2\ntau = 0.5\nlambda = 0.25\nlambda-ramp = 3.0\nmethod = 'iterative-ce'\n");
+    let config = train(&format!("--config {} --iterations 3 --lambda 1", path.display())).unwrap();
+    assert_eq!((config.iterations, config.method), (3, Method::IterativeCe));
+    assert_eq!((config.tau, config.lambda, config.lambda_ramp), (0.5, 1.0, 3.0));
+    let preset = train("--preset cifar10").unwrap();
+    assert_eq!((preset.iterations, preset.tau, preset.lambda, preset.lambda_ramp), (1, 0.01, 0.5, 20.0));
+    assert!(file_error("method = 'magic'").starts_with("line 1: `method`: unknown variant `magic`"));
+    assert!(file_error("iterations = 1.5").starts_with("line 1: `iterations`: invalid type"));
+    let (_folder, path) = toml("tau = 2.0");
+    let error = Config::resolve(Some(&path), &Overrides::default()).unwrap_err();
+    assert_eq!(error.to_string(), "--tau 2: takes a number from 0 to 1");
 }
 
 #[test]
@@ -173,6 +189,15 @@ fn values_out_of_range_name_the_flag_and_what_it_takes() {
         ("--blocks 1,0,1", "--blocks 1,0,1: takes 3 numbers from 1 to 1000, one for each of --widths"),
         ("--val-fraction 0.6", "--val-fraction 0.6: takes a number greater than 0 and at most 0.5"),
         ("--val-fraction 0", "--val-fraction 0: takes a number greater than 0 and at most 0.5"),
+        ("--iterations 0", "--iterations 0: takes a whole number from 1 to 1000"),
+        ("--method ce --iterations 2", "--iterations 2: takes 1 with --method ce, which has no mentor"),
+        ("--tau 1.5", "--tau 1.5: takes a number from 0 to 1"),
+        ("--tau -0.1", "--tau -0.1: takes a number from 0 to 1"),
+        ("--tau nan", "--tau NaN: takes a number from 0 to 1"),
+        ("--lambda 1.01", "--lambda 1.01: takes a number from 0 to 1"),
+        ("--lambda -1", "--lambda -1: takes a number from 0 to 1"),
+        ("--lambda-ramp inf", "--lambda-ramp inf: takes a number of at least 0"),
+        ("--iterations 2 --val-fraction 0", "--val-fraction 0: takes a number greater than 0 and at most 0.5"),
         ("--pad 1000", "--pad 1000: takes a whole number from 0 to 256"),
         ("--threads 5000", "--threads 5000: takes a whole number from 0 to 1024"),
         ("--seed 18446744073709551615", "--seed 18446744073709551615: takes a whole number up to 9223372036854775807"),
@@ -187,11 +212,15 @@ fn values_out_of_range_name_the_flag_and_what_it_takes() {
 }
 
 #[test]
-fn a_batch_larger_than_the_data_is_refused() {
+fn what_the_data_do_not_allow_is_refused() {
     let config = train("--batch 100").unwrap();
-    config.check_against_data(100).unwrap();
-    let error = config.check_against_data(99).unwrap_err().to_string();
+    config.check_against_data(100, 0).unwrap();
+    let error = config.check_against_data(99, 10).unwrap_err().to_string();
     assert_eq!(error, "--batch 100: takes at most the number of training images, 99 without the validation images");
+    let error = train("--iterations 2").unwrap().check_against_data(100, 0).unwrap_err();
+    let expected = "--iterations 2: takes 1 without validation images: the mentor of an iteration is the best network by \
+                    validation accuracy";
+    assert_eq!((error.to_string().as_str(), error.exit_code()), (expected, 2));
 }
 
 #[test]

@@ -74,8 +74,8 @@ fn right_single_precision_passes_and_planted_faults_do_not() {
             ("eta", "momentum", |g| g.scalars.eta *= 1.01),
             ("gamma", "teacher.param", |g| g.scalars.gamma *= 0.999),
             ("alpha", "meta_grad", |g| g.spec.alpha *= 1.01),
-            ("momentum", "momentum", |g| g.spec.momentum *= 1.01),
-            ("weight decay", "momentum", |g| g.spec.weight_decay *= 1.5),
+            ("momentum", "momentum", |g| g.scalars.momentum *= 1.01),
+            ("weight decay", "momentum", |g| g.scalars.weight_decay *= 1.5),
             ("first order", "momentum", |g| g.spec.first_order = true),
         ];
         for (what, group, plant) in faults {

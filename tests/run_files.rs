@@ -264,6 +264,7 @@ fn tensors_that_contradict_themselves_are_not_written() {
 fn record(epoch: usize) -> EpochRecord {
     EpochRecord {
         phase: Phase::Mlnt,
+        iteration: Some(1),
         epoch,
         lr: 0.05,
         eta: 2.0,
@@ -274,6 +275,8 @@ fn record(epoch: usize) -> EpochRecord {
         test_accuracy: Some(0.7),
         teacher_val_accuracy: None,
         teacher_test_accuracy: None,
+        kept: None,
+        skipped: Some(0),
     }
 }
 

@@ -53,11 +53,11 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let opened = open_device(args.plan.device, config.precision, args.threads)?;
     let (mut device, why) = (opened.device, opened.text);
     let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &PlanOptions::default())?;
-    let scalars = StepScalars { lr: 0.05, eta: 0.4, gamma: 0.99, lambda: 1.0 };
+    let scalars = StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0 };
     let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
     let id = device.load(plan)?;
     for owner in ["", "teacher."] {
-        for (p, values) in model.params().iter().zip(he_init(&model, 1)) {
+        for (p, values) in model.params().iter().zip(he_init(&model, 1, 0)) {
             device.write_state(&state_name(owner, StateKind::Param, &p.name), HostSlice::F32(&values))?;
         }
     }

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
-use crate::train::engine::StepOutcome;
-use crate::train::metrics::{EpochRecord, Phase};
+use crate::train::engine::{Network, StepOutcome};
+use crate::train::method::Part;
+use crate::train::metrics::{EpochRecord, IterationRecord};
 use crate::train::run::Observer;
 
 /// Prints a line on standard output. A reader such as `head` that has seen enough and closed it is no error.
@@ -48,28 +49,36 @@ impl Console {
     }
 }
 
-fn title(phase: Phase) -> &'static str {
-    match phase {
-        Phase::CrossEntropy => "cross entropy",
-        Phase::Features => "feature network",
-        Phase::Mlnt => "MLNT",
-    }
-}
-
 /// A fraction in per cent, right-aligned; blank when there is none.
 fn percent(value: Option<f64>) -> String {
     value.map_or_else(|| format!("{:>7}", "-"), |v| format!("{:>7.2}", 100.0 * v))
 }
 
 impl Observer for Console {
-    fn phase(&mut self, phase: Phase, done: usize, total: usize) {
+    fn filtered(&mut self, part: &Part, filter: &IterationRecord) {
+        let share = |name: &str, part: Option<f64>| part.map(|v| format!(", {name} {:.1} %", 100.0 * v));
+        let mentor = filter.mentor.map_or_else(String::new, |m| {
+            let network = if m.network == Network::Teacher { "teacher" } else { "student" };
+            format!("the {network} of epoch {}, {:.2} % on validation", m.epoch, 100.0 * m.val_accuracy)
+        });
+        self.line(&format!(
+            "\n{}: mentor: {mentor}; of the training labels {} are kept, {} dropped{}{}",
+            part.title(),
+            filter.kept.unwrap_or_default(),
+            filter.dropped.unwrap_or_default(),
+            share("precision", filter.precision).unwrap_or_default(),
+            share("recall", filter.recall).unwrap_or_default(),
+        ));
+    }
+
+    fn part(&mut self, part: &Part, done: usize, total: usize) {
         self.bar.finish_and_clear();
         self.bar = ProgressBar::new(total as u64).with_position(done as u64);
         let style = ProgressStyle::with_template(
             "{msg:15} {wide_bar} {pos}/{len} steps  {per_sec}  {elapsed} gone, {eta} left",
         );
         self.bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        self.bar.set_message(title(phase));
+        self.bar.set_message(part.title());
         self.bar.reset_eta();
         self.header_due = true;
     }
@@ -78,18 +87,22 @@ impl Observer for Console {
         self.bar.inc(1);
     }
 
-    fn epoch(&mut self, r: &EpochRecord, epochs: usize) {
+    fn epoch(&mut self, part: &Part, r: &EpochRecord) {
         if self.header_due {
             self.header_due = false;
             self.line(&format!(
                 "\n{:<15} epoch  loss    meta loss  train% |   val%   test% | teacher val%   test%",
-                title(r.phase)
+                part.title()
             ));
         }
         let meta = r.meta_loss.map_or_else(|| format!("{:>9}", "-"), |m| format!("{m:>9.5}"));
+        let several = part.iteration.filter(|_| part.iterations > 1);
+        let iteration = several.map_or_else(String::new, |i| format!("iteration {i}"));
+        let skipped = r.skipped.filter(|n| *n > 0).map_or_else(String::new, |n| format!("  {n} batches skipped"));
         self.line(&format!(
-            "{:>19}/{epochs:<3} {:>6.4} {meta}  {} | {} {} |      {} {}",
+            "{iteration:<15} {:>3}/{:<3} {:>6.4} {meta}  {} | {} {} |      {} {}{skipped}",
             r.epoch,
+            part.epochs,
             r.train_loss,
             percent(Some(r.train_accuracy)),
             percent(r.val_accuracy),

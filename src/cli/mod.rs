@@ -85,13 +85,15 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
     }
 }
 
-/// Which of the two networks of a run.
+/// Which of the networks of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
 pub enum ModelKind {
     /// The network that SGD trains.
     Student,
     /// Its moving average.
     Teacher,
+    /// The best of both by validation accuracy, over the epochs of the last iteration.
+    Best,
 }
 
 /// Which images of a data set.
@@ -106,7 +108,7 @@ pub enum Split {
 /// The network to load, for `eval` and `predict`.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct NetworkArgs {
-    /// Run directory, or a network file of one: student.safetensors, teacher.safetensors.
+    /// Run directory, or a network file of one: student.safetensors, teacher.safetensors, best.safetensors.
     #[arg(value_name = "RUN|FILE.safetensors")]
     pub network: PathBuf,
     /// Images: "sample" or a folder of CIFAR-10, CIFAR-100 or IDX files [default: what the network was trained on]

@@ -31,14 +31,20 @@ pub(super) fn files(path: &Path, asked: Option<ModelKind>, default: &[ModelKind]
         };
     }
     let dir = RunDir::open(path)?;
-    let file = |kind: &ModelKind| {
-        let file = if *kind == ModelKind::Student { dir.student() } else { dir.teacher() };
-        match file.is_file() {
-            true => Ok(file),
-            false => Err(Error::file(path, "the run is not complete; continue it with mlnt train --resume")),
-        }
+    let file = |kind: &ModelKind| match kind {
+        ModelKind::Student => dir.student(),
+        ModelKind::Teacher => dir.teacher(),
+        ModelKind::Best => dir.best(),
     };
-    asked.as_ref().map_or(default, std::slice::from_ref).iter().map(file).collect()
+    // A complete run has a student; cross entropy alone has no teacher.
+    if !dir.student().is_file() {
+        return Err(Error::file(path, "the run is not complete; continue it with mlnt train --resume"));
+    }
+    let files: Vec<PathBuf> = asked.as_ref().map_or(default, std::slice::from_ref).iter().map(file).collect();
+    match files.iter().find(|file| !file.is_file()).filter(|_| asked.is_some()) {
+        Some(missing) => Err(Error::file(missing, "the run has no such network")),
+        None => Ok(files.into_iter().filter(|file| file.is_file()).collect()),
+    }
 }
 
 /// What `mlnt train` writes beside a network's tensors.

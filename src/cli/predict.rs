@@ -28,7 +28,7 @@ pub struct PredictArgs {
     /// What to run.
     #[command(flatten)]
     pub network: NetworkArgs,
-    /// Network of a run directory [default: teacher]
+    /// Network of a run directory [default: teacher, or student where there is none]
     #[arg(long, value_name = "NAME")]
     pub model: Option<ModelKind>,
     /// File to write [default: standard output]
@@ -41,7 +41,7 @@ pub struct PredictArgs {
 /// # Errors
 /// For a network or data that cannot be read or do not fit one another, or a file that cannot be written.
 pub(super) fn run(args: &PredictArgs) -> Result<u8> {
-    let paths = network::files(&args.network.network, args.model, &[ModelKind::Teacher])?;
+    let paths = network::files(&args.network.network, args.model, &[ModelKind::Teacher, ModelKind::Student])?;
     let mut trained = Trained::open(&paths[0], &args.network)?;
     let target = args.out.as_deref().unwrap_or(Path::new("standard output"));
     let mut csv = csv::Writer::from_writer(Vec::new());

@@ -1,9 +1,9 @@
 //! Plain cross-entropy training and evaluation, on the same engine.
 
-use super::names::{StateKind, Tensors, complete, sgd, update_buffers};
+use super::names::{Inertia, StateKind, Tensors, complete, sgd, update_buffers};
 use crate::error::Result;
 use crate::model::{ModelSpec, Scope};
-use crate::tape::{Coef, Fan, Meta, Tape};
+use crate::tape::{Coef, Fan, Meta, Tape, Tensor};
 
 /// A cross-entropy step: what decides its plan.
 #[derive(Clone, Debug)]
@@ -19,7 +19,7 @@ pub struct CeSpec {
 }
 
 /// Images of a batch as an input of the plan.
-pub(super) fn images(tape: &mut Tape, model: &ModelSpec, batch: usize) -> Result<crate::tape::Tensor> {
+pub(super) fn images(tape: &mut Tape, model: &ModelSpec, batch: usize) -> Result<Tensor> {
     let [h, w] = model.size;
     tape.input("x", Meta::activation(batch, model.in_channels, h, w))
 }
@@ -35,15 +35,58 @@ pub fn record_ce_step(spec: &CeSpec, owner: &str) -> Result<Tape> {
     let mut tape = Tape::new(1);
     let x = images(&mut tape, &spec.model, spec.batch)?;
     let y = tape.input("y", Meta::labels(spec.batch))?;
-    let params = Tensors::states(&mut tape, &spec.model, owner, StateKind::Param)?;
-    let velocity = Tensors::states(&mut tape, &spec.model, owner, StateKind::Momentum)?;
-    let buffers = Tensors::states(&mut tape, &spec.model, owner, StateKind::Buffer)?;
+    tape.set_phase("forward");
+    let weights = tape.fill(Meta::vector(spec.batch), Coef::constant(1.0 / spec.batch as f64))?;
+    let inertia = Inertia { momentum: Coef::constant(spec.momentum), weight_decay: Coef::constant(spec.weight_decay) };
+    descend(&mut tape, &spec.model, owner, [x, y, weights], inertia)?;
+    Ok(tape)
+}
+
+/// Records one SGD step of the student on the cross entropy of the samples that a filter keeps, with a teacher that
+/// follows it: `θ̃ ← γ θ̃ + (1−γ) θ`, with running statistics of its own forward on the batch.
+///
+/// Inputs `x`, `y`, `class_weight` `[k]`; scalars `lr`, `momentum`, `weight_decay`, `gamma`; outputs `class_loss`,
+/// `class_logits`; states as in [`record_step`](super::record_step).
+///
+/// # Errors
+/// When the description is no network.
+pub fn record_filtered_ce_step(model: &ModelSpec, batch: usize) -> Result<Tape> {
+    model.check()?;
+    let mut tape = Tape::new(1);
+    let x = images(&mut tape, model, batch)?;
+    let y = tape.input("y", Meta::labels(batch))?;
+    let weights = tape.input("class_weight", Meta::vector(batch))?;
+    tape.set_phase("T teacher");
+    let teacher = Tensors::states(&mut tape, model, "teacher.", StateKind::Param)?;
+    let buffers = Tensors::states(&mut tape, model, "teacher.", StateKind::Buffer)?;
+    let mut scope = Scope::train(&teacher.by_name);
+    model.forward(&mut tape, &mut scope, x)?;
+    let updates = scope.bn_updates;
+    update_buffers(&mut tape, &buffers, &updates)?;
+    let inertia = Inertia::scalars(&mut tape);
+    let student = descend(&mut tape, model, "", [x, y, weights], inertia)?;
+    let (gamma, rest) = (tape.scalar("gamma"), tape.scalar("one_minus_gamma"));
+    let moved = Tensors::lin_comb(&mut tape, &[(gamma, &teacher), (rest, &student)])?;
+    teacher.assign(&mut tape, &moved)?;
+    Ok(tape)
+}
+
+/// One SGD step of the network of `owner` on `Σ weights·CE` of images x with labels y; returns its new parameters.
+fn descend(
+    tape: &mut Tape,
+    model: &ModelSpec,
+    owner: &str,
+    [x, y, weights]: [Tensor; 3],
+    inertia: Inertia,
+) -> Result<Tensors> {
+    let params = Tensors::states(tape, model, owner, StateKind::Param)?;
+    let velocity = Tensors::states(tape, model, owner, StateKind::Momentum)?;
+    let buffers = Tensors::states(tape, model, owner, StateKind::Buffer)?;
 
     tape.set_phase("forward");
     let mut scope = Scope::train(&params.by_name);
-    let out = spec.model.forward(&mut tape, &mut scope, x)?;
+    let out = model.forward(tape, &mut scope, x)?;
     let updates = scope.bn_updates;
-    let weights = tape.fill(Meta::vector(spec.batch), Coef::constant(1.0 / spec.batch as f64))?;
     let loss = tape.ce_loss(out.logits, y, weights)?;
     tape.output("class_loss", loss);
     tape.output("class_logits", out.logits);
@@ -53,11 +96,11 @@ pub fn record_ce_step(spec: &CeSpec, owner: &str) -> Result<Tape> {
     let grads = complete(tape.vjp(&[(loss, one)], &params.list(), Fan::Sum)?)?;
 
     tape.set_phase("update");
-    update_buffers(&mut tape, &buffers, &updates)?;
+    update_buffers(tape, &buffers, &updates)?;
     let grads = params.with(grads);
-    let new = sgd(&mut tape, &params, &velocity, &grads, spec.momentum, spec.weight_decay)?;
-    params.assign(&mut tape, &new)?;
-    Ok(tape)
+    let new = sgd(tape, &params, &velocity, &grads, inertia)?;
+    params.assign(tape, &new)?;
+    Ok(new)
 }
 
 /// Records an evaluation of the network of `owner` with its running statistics.

@@ -322,13 +322,12 @@ impl Config {
             recipe,
             kl,
             alpha: self.alpha,
-            momentum: self.momentum,
-            weight_decay: self.weight_decay,
             mentor: self.mentor,
             first_order: false,
             synthetic: Synthetic::Given,
         };
-        Ok((spec, StepScalars { lr: self.lr, eta: self.eta, gamma: self.gamma, lambda: self.lambda }))
+        let Config { lr, momentum, weight_decay, eta, gamma, lambda, .. } = self;
+        Ok((spec, StepScalars { lr, momentum, weight_decay, eta, gamma, lambda }))
     }
 }
 

@@ -7,7 +7,7 @@ pub mod replay;
 mod step;
 mod synthetic;
 
-pub use ce::{CeSpec, record_ce_step, record_eval};
+pub use ce::{CeSpec, record_ce_step, record_eval, record_filtered_ce_step};
 pub use names::{StateKind, state_name};
 pub use step::{KlScale, Recipe, Report, StepScalars, StepSpec, Synthetic, record_step};
 pub use synthetic::draw_ranks;

@@ -112,6 +112,20 @@ pub(super) fn update_buffers(tape: &mut Tape, buffers: &Tensors, updates: &[BnUp
     Ok(())
 }
 
+/// Momentum and weight decay of [`sgd`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Inertia {
+    pub momentum: Coef,
+    pub weight_decay: Coef,
+}
+
+impl Inertia {
+    /// The runtime scalars `momentum` and `weight_decay`, so that a step may leave both out.
+    pub fn scalars(tape: &mut Tape) -> Self {
+        Inertia { momentum: tape.scalar("momentum"), weight_decay: tape.scalar("weight_decay") }
+    }
+}
+
 /// SGD with momentum and weight decay, PyTorch's form: `v ← μ v + g + λ θ [+ more]`, `θ ← θ − lr v`.
 /// Returns the new parameters.
 pub(super) fn sgd(
@@ -119,11 +133,10 @@ pub(super) fn sgd(
     params: &Tensors,
     velocity: &Tensors,
     grads: &Tensors,
-    momentum: f64,
-    weight_decay: f64,
+    inertia: Inertia,
 ) -> Result<Tensors> {
     let lr = tape.scalar("lr");
-    let terms = [(Coef::constant(momentum), velocity), (Coef::ONE, grads), (Coef::constant(weight_decay), params)];
+    let terms = [(inertia.momentum, velocity), (Coef::ONE, grads), (inertia.weight_decay, params)];
     let new_velocity = Tensors::lin_comb(tape, &terms)?;
     let new_params = Tensors::lin_comb(tape, &[(Coef::ONE, params), (lr.times(-1.0), &new_velocity)])?;
     velocity.assign(tape, &new_velocity)?;

@@ -1,7 +1,7 @@
 //! The MLNT training step as a tape. Section numbers and letters are those of `docs/method.md`.
 
 use super::ce::images;
-use super::names::{StateKind, Tensors, complete, sgd, update_buffers};
+use super::names::{Inertia, StateKind, Tensors, complete, sgd, update_buffers};
 use crate::error::Result;
 use crate::model::{BnUpdate, ModelSpec, Scope};
 use crate::tape::{Coef, Fan, Meta, Named, Tape, Tensor};
@@ -55,10 +55,6 @@ pub struct StepSpec {
     pub kl: KlScale,
     /// α, length of the fast step.
     pub alpha: f64,
-    /// Momentum of SGD.
-    pub momentum: f64,
-    /// Weight decay, added to the gradient of every parameter.
-    pub weight_decay: f64,
     /// Whether a mentor is mixed into the target.
     pub mentor: bool,
     /// Drop the Hessian from the meta-gradient.
@@ -70,6 +66,10 @@ pub struct StepSpec {
 pub struct StepScalars {
     /// β, learning rate of SGD.
     pub lr: f64,
+    /// Momentum of SGD.
+    pub momentum: f64,
+    /// Weight decay, added to the gradient of every parameter.
+    pub weight_decay: f64,
     /// η, weight of the meta-gradient.
     pub eta: f64,
     /// γ, decay of the teacher.
@@ -79,10 +79,18 @@ pub struct StepScalars {
 }
 
 impl StepScalars {
+    /// The same step with an SGD step that changes neither parameters nor velocity, for a batch whose `class_weight` is
+    /// all zero: `v ← 1·v + 0 + 0·θ`, `θ ← θ − 0·v`.
+    pub fn without_sgd(self) -> Self {
+        StepScalars { lr: 0.0, momentum: 1.0, weight_decay: 0.0, ..self }
+    }
+
     /// Values in the order of a plan's names.
     pub fn in_order(self, names: &[String]) -> impl Iterator<Item = f64> {
         let value = move |name: &String| match name.as_str() {
             "lr" => self.lr,
+            "momentum" => self.momentum,
+            "weight_decay" => self.weight_decay,
             "eta" => self.eta,
             "gamma" => self.gamma,
             "one_minus_gamma" => 1.0 - self.gamma,
@@ -108,7 +116,7 @@ pub enum Report {
 /// Records one step.
 ///
 /// Inputs: `x` images, `y` labels `[k]`, `y_syn` synthetic labels `[M, k]`, `class_weight` `[k]`: weights of the
-/// classification loss, `keep/Σkeep`. Scalars: [`StepScalars`]. States: the student's `param.*`, `momentum.*`,
+/// classification loss, `keep/Σkeep` (all zero where nothing is kept). Scalars: [`StepScalars`]. States: the student's `param.*`, `momentum.*`,
 /// `buffer.*`, and `teacher.*`, `mentor.*`. Outputs: `class_loss`, `class_logits` `[k, classes, 1, 1]` of the
 /// classification forward, `consistency` (J_m) `[M]`, `inner_loss` `[M]`; with
 /// [`Report::Everything`] and [`Report::Replay`] also `logits`, `target`, `inner_grad.*`, `meta_grad.*`,
@@ -396,6 +404,7 @@ impl<'a> Step<'a> {
     }
 
     fn sgd(&mut self, params: &Tensors, grads: &Tensors) -> Result<Tensors> {
-        sgd(&mut self.tape, params, &self.velocity, grads, self.spec.momentum, self.spec.weight_decay)
+        let inertia = Inertia::scalars(&mut self.tape);
+        sgd(&mut self.tape, params, &self.velocity, grads, inertia)
     }
 }

@@ -3,10 +3,11 @@
 use super::{Init, ModelSpec};
 use crate::rng::{Purpose, normal, stream, uniform};
 
-/// Starting values of all parameters of `spec`, in the order of [`ModelSpec::params`]; the same for the same seed.
-pub fn he_init(spec: &ModelSpec, seed: u64) -> Vec<Vec<f32>> {
+/// Starting values of all parameters of `spec`, in the order of [`ModelSpec::params`]; the same for the same seed and
+/// the same number of the `draw`, from 0.
+pub fn he_init(spec: &ModelSpec, seed: u64, draw: u64) -> Vec<Vec<f32>> {
     let tensor = |(i, p): (usize, &super::ParamSpec)| -> Vec<f32> {
-        let mut rng = stream(seed, Purpose::Init, i as u64, 0);
+        let mut rng = stream(seed, Purpose::Init, i as u64, draw);
         let n = p.meta.len();
         match p.init {
             Init::One => vec![1.0; n],

@@ -4,6 +4,20 @@ use crate::mlnt::golden::TOLERANCE_F64;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+/// How a run trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// MLNT: a feature network, then iterations of meta-learning.
+    Mlnt,
+    /// MLNT without the second-order term, as --first-order.
+    MlntFirstOrder,
+    /// Cross entropy alone.
+    Ce,
+    /// Iterations of cross entropy with a teacher, without the meta loss: filter and mentor as in MLNT.
+    IterativeCe,
+}
+
 /// How the meta gradient and the classification gradient share a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -124,4 +138,4 @@ macro_rules! display_by_name {
         }
     )*};
 }
-display_by_name!(Recipe, Augment, Precision);
+display_by_name!(Method, Recipe, Augment, Precision);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Precision, Recipe};
+use super::choice::{Augment, DeviceKind, Method, Precision, Recipe};
 use super::preset::Preset;
 use super::toml_file;
 use crate::data::{NoiseKind, ValidationLabels};
@@ -78,6 +78,17 @@ settings! {
         [value_name = "F"] noise_rate: f64,
     }
     "Method" {
+        /// What to train: MLNT, cross entropy alone, or iterations of cross entropy without the meta loss.
+        [value_name = "NAME"] method: Method,
+        /// Trainings from scratch, each led by the best network of the one before: its mentor.
+        [value_name = "N"] iterations: usize,
+        /// From the second iteration on, a training label counts in the classification loss only if the mentor gives
+        /// it a probability greater than this, the paper's τ, in [0, 1].
+        [value_name = "TAU"] tau: f64,
+        /// Share of the teacher in the consistency target at the end of its ramp, the rest being the mentor's, in [0, 1].
+        [value_name = "LAMBDA"] lambda: f64,
+        /// Epochs over which λ grows to its full value, as η does; 0 = at once.
+        [value_name = "EPOCHS"] lambda_ramp: f64,
         /// Order of updates and scale of the consistency loss: the paper's text, or the authors' released code.
         [value_name = "NAME"] recipe: Recipe,
         /// Drop the second-order term of the meta gradient: faster, and no longer the exact gradient.
@@ -104,7 +115,7 @@ settings! {
     "Optimisation" {
         /// Images per step, the paper's k.
         [value_name = "K"] batch: usize,
-        /// Passes over the training images, of MLNT and of the cross-entropy comparison alike.
+        /// Passes over the training images, of each iteration and of the cross-entropy comparison alike.
         [value_name = "N"] epochs: usize,
         /// Learning rate of SGD, the paper's β.
         [value_name = "LR"] lr: f64,
@@ -120,7 +131,7 @@ settings! {
         [value_name = "N"] feature_epochs: usize,
         /// Learning rate of that network.
         [value_name = "LR"] feature_lr: f64,
-        /// Train MLNT only, without the cross-entropy run to compare it with.
+        /// Train --method only, without the cross-entropy run to compare it with.
         [value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true] no_baseline: bool,
     }
     "Network" {

@@ -1,32 +1,37 @@
 //! The networks of a run on a device: their plans and states.
 
+use super::choice::{self, Method};
 use super::config::Config;
 use super::feed::Images;
+use super::method::{Part, parts};
+use super::metrics::Phase;
 use super::prepare::LabelledSet;
 use crate::data::{Augment, Batcher, Normalise};
 use crate::device::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
-use crate::error::Result;
-use crate::mlnt::{
-    CeSpec, KlScale, Recipe, Report, StateKind, StepScalars, StepSpec, Synthetic, record_ce_step, record_eval,
-    record_step, state_name,
-};
+use crate::error::{Error, Result};
+use crate::mlnt::{KlScale, Recipe, StateKind, StepScalars, StepSpec, Synthetic, record_eval, state_name};
 use crate::model::{ModelSpec, he_init};
 use crate::plan::{Plan, PlanOptions};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 
 /// Images per forward pass of an evaluation.
 pub const EVAL_BATCH: usize = 250;
 
 /// One of the networks of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Network {
     /// The cross-entropy comparison.
     Baseline,
     /// The network whose features define the neighbours.
     Features,
-    /// MLNT's student.
+    /// The network that the method trains.
     Student,
-    /// MLNT's teacher.
+    /// Its moving average.
     Teacher,
+    /// The best network of the iteration before.
+    Mentor,
 }
 
 impl Network {
@@ -37,6 +42,7 @@ impl Network {
             Network::Features => "features.",
             Network::Student => "",
             Network::Teacher => "teacher.",
+            Network::Mentor => "mentor.",
         }
     }
 }
@@ -56,8 +62,8 @@ pub struct StepOutcome {
 /// the cost of finding them is no part of the method's.
 pub fn step_spec(config: &Config, model: ModelSpec) -> StepSpec {
     let (recipe, kl) = match config.recipe {
-        super::choice::Recipe::Paper => (Recipe::Sequential, KlScale::BatchMean),
-        super::choice::Recipe::Released => (Recipe::Joint, KlScale::Mean),
+        choice::Recipe::Paper => (Recipe::Sequential, KlScale::BatchMean),
+        choice::Recipe::Released => (Recipe::Joint, KlScale::Mean),
     };
     StepSpec {
         model,
@@ -67,10 +73,8 @@ pub fn step_spec(config: &Config, model: ModelSpec) -> StepSpec {
         recipe,
         kl,
         alpha: config.alpha,
-        momentum: config.momentum,
-        weight_decay: config.weight_decay,
         mentor: false,
-        first_order: config.first_order,
+        first_order: config.first_order || config.method == Method::MlntFirstOrder,
     }
 }
 
@@ -78,12 +82,8 @@ pub fn step_spec(config: &Config, model: ModelSpec) -> StepSpec {
 pub struct Engine {
     device: Box<dyn Device>,
     model: ModelSpec,
-    baseline: Loaded,
-    features: Loaded,
-    mlnt: Loaded,
-    evals: [(Network, PlanId); 3],
-    /// `[k]` of 1/k: every sample of a batch counts alike.
-    weights: Vec<f64>,
+    steps: Vec<Step>,
+    evals: Vec<(Network, PlanId)>,
     kept: Kept,
 }
 
@@ -92,54 +92,87 @@ pub struct Engine {
 struct Kept {
     scalars: Vec<f64>,
     output: Vec<f64>,
+    losses: Vec<f32>,
 }
 
-/// A plan and the order of its scalars.
-struct Loaded {
+/// The plan of a kind of step.
+struct Step {
+    phase: Phase,
+    mentor: bool,
     id: PlanId,
+    inputs: Vec<String>,
     scalars: Vec<String>,
 }
 
+/// What a step may read; each kind of step takes what it needs.
+#[derive(Clone, Copy, Debug)]
+pub struct StepInputs<'a> {
+    /// Images `[k, C, H, W]`.
+    pub x: Images<'a>,
+    /// Given labels `[k]`.
+    pub y: &'a [i32],
+    /// Weights of the samples in the classification loss `[k]`.
+    pub class_weight: &'a [f64],
+    /// Ranks of neighbours `[M, k]`, see [`draw_ranks`](crate::mlnt::draw_ranks).
+    pub ranks: &'a [i32],
+}
+
+/// The step of a part.
+fn find<'a>(steps: &'a [Step], part: &Part) -> Result<&'a Step> {
+    let found = steps.iter().find(|s| (s.phase, s.mentor) == (part.phase, part.mixes_mentor()));
+    found.ok_or_else(|| Error::shape("step", format_args!("no plan for {}", part.title())))
+}
+
 impl Engine {
-    /// Builds all plans and gives every network its starting values.
+    /// Builds the plans of all parts of a run and gives every network its starting values.
     ///
     /// # Errors
     /// When the device refuses a plan.
     pub fn new(mut device: Box<dyn Device>, config: &Config, model: ModelSpec) -> Result<Self> {
-        let mut load = |tape: crate::tape::Tape| -> Result<Loaded> {
-            let plan = Plan::build(&tape, &PlanOptions::default())?;
+        let parts = parts(config);
+        let mut steps: Vec<Step> = Vec::new();
+        let mut evals: Vec<(Network, PlanId)> = Vec::new();
+        for part in &parts {
+            let (phase, mentor) = (part.phase, part.mixes_mentor());
+            if steps.iter().any(|s| (s.phase, s.mentor) == (phase, mentor)) {
+                continue;
+            }
+            let plan = Plan::build(&phase.record(config, &model, mentor)?, &PlanOptions::default())?;
+            let inputs = plan.inputs.iter().map(|port| port.name.clone()).collect();
             let scalars = plan.scalars.clone();
-            Ok(Loaded { id: device.load(plan)?, scalars })
-        };
-        let ce = CeSpec {
-            model: model.clone(),
-            batch: config.batch,
-            momentum: config.momentum,
-            weight_decay: config.weight_decay,
-        };
-        let baseline = load(record_ce_step(&ce, Network::Baseline.owner())?)?;
-        let features = load(record_ce_step(&ce, Network::Features.owner())?)?;
-        let synthetic = Synthetic::Transfer { neighbours: config.neighbours };
-        let step = StepSpec { synthetic, ..step_spec(config, model.clone()) };
-        let mlnt = load(record_step(&step, Report::Losses)?)?;
-        let mut eval = |network: Network| -> Result<(Network, PlanId)> {
-            Ok((network, load(record_eval(&model, EVAL_BATCH, network.owner())?)?.id))
-        };
-        let evals = [eval(Network::Baseline)?, eval(Network::Student)?, eval(Network::Teacher)?];
-        let weights = vec![1.0 / config.batch as f64; config.batch];
-        let kept = Kept::default();
-        let mut engine = Engine { device, model, baseline, features, mlnt, evals, weights, kept };
-        engine.initialise(config.seed)?;
+            steps.push(Step { phase, mentor, id: device.load(plan)?, inputs, scalars });
+        }
+        let trained = parts.iter().flat_map(|part| part.phase.networks()).copied();
+        let mentor = parts.iter().any(|part| part.before().is_some()).then_some(Network::Mentor);
+        for network in trained.filter(|n| *n != Network::Features).chain(mentor) {
+            if evals.iter().all(|(n, _)| *n != network) {
+                let plan = Plan::build(&record_eval(&model, EVAL_BATCH, network.owner())?, &PlanOptions::default())?;
+                evals.push((network, device.load(plan)?));
+            }
+        }
+        let mut engine = Engine { device, model, steps, evals, kept: Kept::default() };
+        for part in &parts {
+            engine.start(part.phase.networks(), config.seed, 0)?;
+        }
         Ok(engine)
     }
 
-    /// The same starting values for every network: He initialisation, and running statistics of a unit normal.
-    fn initialise(&mut self, seed: u64) -> Result<()> {
-        let values = he_init(&self.model, seed);
-        for network in [Network::Baseline, Network::Features, Network::Student, Network::Teacher] {
+    /// Starting values for `networks`, the same for each: He initialisation of this number of the `draw`, running
+    /// statistics of a unit normal, no velocity.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn start(&mut self, networks: &[Network], seed: u64, draw: u64) -> Result<()> {
+        let values = he_init(&self.model, seed, draw);
+        let states: HashSet<String> = self.device.states().into_iter().map(|(name, _)| name).collect();
+        for network in networks {
             for (param, value) in self.model.params().iter().zip(&values) {
-                let name = state_name(network.owner(), StateKind::Param, &param.name);
-                self.device.write_state(&name, HostSlice::F32(value))?;
+                let name = |kind| state_name(network.owner(), kind, &param.name);
+                self.device.write_state(&name(StateKind::Param), HostSlice::F32(value))?;
+                let velocity = name(StateKind::Momentum);
+                if states.contains(&velocity) {
+                    self.device.write_state(&velocity, HostSlice::F32(&vec![0.0; value.len()]))?;
+                }
             }
             for (name, len) in self.model.buffers() {
                 let start = if name.ends_with("var") { 1.0 } else { 0.0 };
@@ -183,74 +216,89 @@ impl Engine {
         Ok(None)
     }
 
-    /// Begins to make the images of the next step of `network` on the device.
+    /// Begins to make the images of the next step of `part` on the device.
     ///
     /// # Errors
     /// As [`Device::stage`].
-    pub fn stage(&mut self, network: Network, images: ImagesId, crops: &[Crop]) -> Result<()> {
-        let id = self.training(network).id;
+    pub fn stage(&mut self, part: &Part, images: ImagesId, crops: &[Crop]) -> Result<()> {
+        let id = find(&self.steps, part)?.id;
         self.device.stage(images, id, "x", crops)
     }
 
-    fn training(&self, network: Network) -> &Loaded {
-        match network {
-            Network::Baseline => &self.baseline,
-            Network::Features => &self.features,
-            Network::Student | Network::Teacher => &self.mlnt,
+    /// Begins a step of `part`; [`Engine::outcome`] waits for it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn begin(&mut self, part: &Part, inputs: StepInputs<'_>, scalars: StepScalars) -> Result<()> {
+        let Engine { device, kept, steps, .. } = self;
+        let step = find(steps, part)?;
+        for name in &step.inputs {
+            let values = match (name.as_str(), inputs.x) {
+                ("x", Images::Staged) => continue,
+                ("x", Images::Host(x)) => HostSlice::F32(x),
+                ("y", _) => HostSlice::I32(inputs.y),
+                ("class_weight", _) => HostSlice::F64(inputs.class_weight),
+                ("ranks", _) => HostSlice::I32(inputs.ranks),
+                (other, _) => return Err(Error::shape("step", format_args!("nothing is known of an input {other}"))),
+            };
+            device.write_input(step.id, name, values)?;
         }
+        kept.scalars.clear();
+        kept.scalars.extend(scalars.in_order(&step.scalars));
+        device.run(step.id, &kept.scalars)
     }
 
-    /// Begins one SGD step of `network` on cross entropy with labels `y` `[k]`; [`Engine::outcome`] waits for it.
+    /// What the step of `part` with labels `y` that was begun last has come to.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn begin_ce(&mut self, network: Network, x: Images<'_>, y: &[i32], lr: f64) -> Result<()> {
-        let id = self.training(network).id;
-        self.write_batch(id, x, y)?;
-        self.device.run(id, &[lr])
-    }
-
-    /// Begins one MLNT step with ranks of neighbours `[M, k]`, see [`draw_ranks`](crate::mlnt::draw_ranks);
-    /// [`Engine::outcome`] waits for it.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn begin_mlnt(&mut self, x: Images<'_>, y: &[i32], ranks: &[i32], scalars: StepScalars) -> Result<()> {
-        let id = self.mlnt.id;
-        self.write_batch(id, x, y)?;
-        self.device.write_input(id, "ranks", HostSlice::I32(ranks))?;
-        self.device.write_input(id, "class_weight", HostSlice::F64(&self.weights))?;
-        self.kept.scalars.clear();
-        self.kept.scalars.extend(scalars.in_order(&self.mlnt.scalars));
-        self.device.run(id, &self.kept.scalars)
-    }
-
-    fn write_batch(&mut self, id: PlanId, x: Images<'_>, y: &[i32]) -> Result<()> {
-        if let Images::Host(x) = x {
-            self.device.write_input(id, "x", HostSlice::F32(x))?;
-        }
-        self.device.write_input(id, "y", HostSlice::I32(y))?;
-        Ok(())
-    }
-
-    /// What the step of `network` with labels `y` that was begun last has come to.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn outcome(&mut self, network: Network, y: &[i32]) -> Result<StepOutcome> {
-        let id = self.training(network).id;
-        let Engine { device, kept: Kept { output, .. }, .. } = self;
+    pub fn outcome(&mut self, part: &Part, y: &[i32]) -> Result<StepOutcome> {
+        let id = find(&self.steps, part)?.id;
+        let Engine { device, kept: Kept { output, losses, .. }, .. } = self;
         device.read_output_into(id, "class_loss", output)?;
         let loss = output[0];
         let mut meta_loss = None;
-        if network == Network::Student {
+        if part.phase == Phase::Mlnt {
             device.read_output_into(id, "consistency", output)?;
             meta_loss = Some(output.iter().sum::<f64>() / output.len() as f64);
         }
         device.read_output_into(id, "class_logits", output)?;
-        let predicted = output.chunks_exact(self.model.classes).map(argmax);
-        let correct = predicted.zip(y).filter(|(p, y)| *p == **y as usize).count();
+        let rows = || output.chunks_exact(self.model.classes).zip(y);
+        let correct = rows().filter(|(logits, y)| argmax(logits) == **y as usize).count();
+        losses.clear();
+        losses.extend(rows().map(|(logits, y)| cross_entropy(logits, *y as usize) as f32));
         Ok(StepOutcome { loss, meta_loss, correct })
+    }
+
+    /// Cross entropy of the given label of each sample of the step whose outcome was read last, nats.
+    pub fn sample_losses(&self) -> &[f32] {
+        &self.kept.losses
+    }
+
+    /// Probability that a network, with its running statistics, gives to the label of each sample of a set.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn label_probabilities(
+        &mut self,
+        network: Network,
+        set: &LabelledSet,
+        normalise: &Normalise,
+    ) -> Result<Vec<f64>> {
+        let Some(id) = self.eval(network) else {
+            return Err(Error::shape("evaluation", format_args!("no plan for the network {:?}", network.owner())));
+        };
+        let classes = self.model.classes;
+        let mut given = Vec::with_capacity(set.len());
+        for_each_batch(&mut *self.device, id, EVAL_BATCH, set, normalise, |range, probabilities| {
+            given.extend(probabilities.chunks_exact(classes).zip(&set.labels[range]).map(|(p, y)| p[*y as usize]));
+            Ok(())
+        })?;
+        Ok(given)
+    }
+
+    fn eval(&self, network: Network) -> Option<PlanId> {
+        self.evals.iter().find(|(n, _)| *n == network).map(|(_, id)| *id)
     }
 
     /// Accuracy of a network on a set, with its running statistics; `None` for an empty set.
@@ -258,7 +306,7 @@ impl Engine {
     /// # Errors
     /// When the device fails.
     pub fn accuracy(&mut self, network: Network, set: &LabelledSet, normalise: &Normalise) -> Result<Option<f64>> {
-        let Some((_, id)) = self.evals.iter().find(|(n, _)| *n == network).copied() else { return Ok(None) };
+        let Some(id) = self.eval(network) else { return Ok(None) };
         if set.is_empty() {
             return Ok(None);
         }
@@ -301,6 +349,12 @@ pub fn for_each_batch(
         use_batch(from..to, &probabilities[..(to - from) * classes])?;
     }
     Ok(())
+}
+
+/// `−log softmax(logits)[label]`, nats.
+fn cross_entropy(logits: &[f64], label: usize) -> f64 {
+    let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    largest + logits.iter().map(|v| (v - largest).exp()).sum::<f64>().ln() - logits[label]
 }
 
 /// Position of the largest value, the first on ties.

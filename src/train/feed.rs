@@ -1,6 +1,7 @@
 //! The images of every step, made while the step before runs: on the device where it can, else on the host.
 
-use super::engine::{Engine, Network};
+use super::engine::Engine;
+use super::method::Part;
 use crate::data::Batcher;
 use crate::device::{Crop, ImageSet, ImagesId};
 use crate::error::Result;
@@ -39,11 +40,11 @@ impl<'a> Feed<'a> {
         Feed { batcher, kept, x: Vec::new(), crops: Vec::new() }
     }
 
-    /// Begins to make the batch of samples `ids` for the next step of `network`.
+    /// Begins to make the batch of samples `ids` for the next step of `part`.
     ///
     /// # Errors
     /// When the device fails or a sample is not there.
-    pub fn prepare(&mut self, engine: &mut Engine, network: Network, epoch: u64, ids: &[u32]) -> Result<()> {
+    pub fn prepare(&mut self, engine: &mut Engine, part: &Part, epoch: u64, ids: &[u32]) -> Result<()> {
         let Some(kept) = self.kept else {
             self.x.resize(ids.len() * self.batcher.data().shape().numel(), 0.0);
             return self.batcher.fill(epoch, ids, &mut self.x);
@@ -55,7 +56,7 @@ impl<'a> Feed<'a> {
             let (row, column) = (place.dy as i32 - pad, place.dx as i32 - pad);
             Crop { image: id as i32, row, column, flip: i32::from(place.flip) }
         }));
-        engine.stage(network, kept, &self.crops)
+        engine.stage(part, kept, &self.crops)
     }
 
     /// The batch made last.

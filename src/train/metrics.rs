@@ -11,19 +11,10 @@ pub enum Phase {
     CrossEntropy,
     /// The network whose features define the nearest neighbours.
     Features,
-    /// MLNT.
+    /// MLNT, an iteration of it.
     Mlnt,
-}
-
-impl Phase {
-    /// The network that its steps train.
-    pub fn network(self) -> Network {
-        match self {
-            Phase::CrossEntropy => Network::Baseline,
-            Phase::Features => Network::Features,
-            Phase::Mlnt => Network::Student,
-        }
-    }
+    /// An iteration of cross entropy with a teacher, without the meta loss.
+    IterativeCe,
 }
 
 /// One epoch, a line of `metrics.jsonl`. It holds no clock time: the same seed gives the same bytes.
@@ -33,13 +24,16 @@ impl Phase {
 pub struct EpochRecord {
     /// Part of the run.
     pub phase: Phase,
-    /// Epoch within the phase, from 1.
+    /// Iteration of the method, from 1; `None` in what prepares the method or is compared with it.
+    pub iteration: Option<usize>,
+    /// Epoch within the iteration or phase, from 1.
     pub epoch: usize,
     /// Learning rate.
     pub lr: f64,
     /// Weight of the meta gradient at the end of the epoch; 0 outside [`Phase::Mlnt`].
     pub eta: f64,
-    /// Cross entropy on the noisy training labels, nats.
+    /// Cross entropy on the noisy training labels that are kept, nats, mean over the batches in which any is; 0 if there
+    /// is none.
     pub train_loss: f64,
     /// Consistency loss `L_meta`; only in [`Phase::Mlnt`].
     pub meta_loss: Option<f64>,
@@ -53,6 +47,39 @@ pub struct EpochRecord {
     pub teacher_val_accuracy: Option<f64>,
     /// Accuracy of the teacher on the test images; only in [`Phase::Mlnt`].
     pub teacher_test_accuracy: Option<f64>,
+    /// Training samples whose given label the filter keeps in this iteration; `None` without a filter.
+    pub kept: Option<usize>,
+    /// Batches of this epoch of which nothing was kept; `None` outside the iterations.
+    pub skipped: Option<usize>,
+}
+
+/// A finished iteration, a line of `iterations.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IterationRecord {
+    /// Iteration, from 1.
+    pub iteration: usize,
+    /// Its best network by validation accuracy, the student and the earlier epoch before their equals: the mentor of the
+    /// next iteration. `None` without validation images.
+    pub mentor: Option<MentorRecord>,
+    /// Training samples whose given label the filter kept; `None` in an iteration without a filter, as all below.
+    pub kept: Option<usize>,
+    /// Training samples whose given label it dropped.
+    pub dropped: Option<usize>,
+    /// Part of the dropped labels that are wrong; `None` also when none is dropped.
+    pub precision: Option<f64>,
+    /// Part of the wrong labels that were dropped; `None` also when none is wrong.
+    pub recall: Option<f64>,
+}
+
+/// Where a mentor comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MentorRecord {
+    /// Student or teacher.
+    pub network: Network,
+    /// Epoch of the iteration, from 1.
+    pub epoch: usize,
+    /// Its accuracy on the validation images.
+    pub val_accuracy: f64,
 }
 
 /// The clock time of one epoch, a line of `timing.jsonl`.
@@ -60,7 +87,9 @@ pub struct EpochRecord {
 pub struct TimingRecord {
     /// Part of the run.
     pub phase: Phase,
-    /// Epoch within the phase, from 1.
+    /// Iteration of the method, from 1; `None` outside.
+    pub iteration: Option<usize>,
+    /// Epoch within the iteration or phase, from 1.
     pub epoch: usize,
     /// Duration of training in the epoch, or in the part of it since the run was last resumed, seconds.
     pub train_seconds: f64,

@@ -1,5 +1,5 @@
 //! Training: what a run is asked to do ([`config`]), the data it reads ([`prepare`]), the networks on their device
-//! ([`engine`]), the loop ([`run`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`]) and how it is
+//! ([`engine`]), what a method does ([`method`]), the loop ([`run`]), what iterations hand on ([`filter`], [`snapshot`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`]) and how it is
 //! summed up ([`summary`], [`table`]).
 
 pub mod checkpoint;
@@ -7,6 +7,8 @@ pub mod choice;
 pub mod config;
 pub mod engine;
 pub mod feed;
+pub mod filter;
+pub mod method;
 pub mod metrics;
 pub mod open_device;
 pub mod prepare;
@@ -15,6 +17,7 @@ pub mod progress;
 pub mod run;
 pub mod run_dir;
 pub mod schedule;
+pub mod snapshot;
 pub mod summary;
 pub mod table;
 mod tensor_file;

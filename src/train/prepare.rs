@@ -65,7 +65,7 @@ impl Prepared {
             ValidationLabels::Noisy => LabelledSet::given(&all, &noisy, &split.validation)?,
             ValidationLabels::Clean => LabelledSet::clean(all.subset(&split.validation)?),
         };
-        config.check_against_data(train.images.len())?;
+        config.check_against_data(train.len(), validation.len())?;
         let augment = match config.augment {
             choice::Augment::None => Augment::NONE,
             choice::Augment::PadCropFlip => Augment { pad: config.pad, flip: true },
@@ -83,6 +83,11 @@ impl Prepared {
             nominal_noise: noisy.nominal,
             realised_noise: noisy.realised_rate,
         })
+    }
+
+    /// The true labels of the training images.
+    pub fn train_truth(&self) -> impl Iterator<Item = i32> {
+        self.train.images.labels().iter().map(|label| i32::from(*label))
     }
 
     /// The network of `config` for these images.

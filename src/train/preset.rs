@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Precision, Recipe};
+use super::choice::{Augment, DeviceKind, Method, Precision, Recipe};
 use super::config::Config;
 use crate::data::{NoiseKind, ValidationLabels};
 
@@ -61,6 +61,11 @@ fn small() -> Config {
         pad: 4,
         noise: NoiseKind::SymmetricInclusive,
         noise_rate: 0.5,
+        method: Method::Mlnt,
+        iterations: 1,
+        tau: 0.01,
+        lambda: 0.5,
+        lambda_ramp: 4.0,
         recipe: Recipe::Released,
         first_order: false,
         branches: 2,
@@ -103,6 +108,11 @@ fn cifar10() -> Config {
         pad: 4,
         noise: NoiseKind::SymmetricInclusive,
         noise_rate: 0.5,
+        method: Method::Mlnt,
+        iterations: 1,
+        tau: 0.01,
+        lambda: 0.5,
+        lambda_ramp: 20.0,
         recipe: Recipe::Paper,
         first_order: false,
         branches: 10,

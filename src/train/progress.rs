@@ -2,8 +2,11 @@
 
 use super::checkpoint::{Checkpoint, NamedTensor, TensorData, TensorSpec, match_tensors};
 use super::config::Config;
-use super::metrics::Phase;
-use crate::device::{Device, HostSlice, HostVec};
+use super::engine::{Engine, Network};
+use super::filter::Filter;
+use super::method::parts;
+use super::snapshot::{Best, Snapshot};
+use crate::device::{HostSlice, HostVec};
 use crate::error::{Error, Result};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -18,14 +21,16 @@ pub struct EpochSums {
     pub meta_loss: f64,
     /// Samples predicted as labelled.
     pub correct: f64,
+    /// Batches of which nothing was kept.
+    pub skipped: f64,
 }
 
 /// The next step of a run.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Position {
-    /// Index into the run's phases.
-    pub phase: usize,
-    /// Epoch within the phase, from 0.
+    /// Index into the run's parts.
+    pub part: usize,
+    /// Epoch within the part, from 0.
     pub epoch: usize,
     /// Step within the epoch, from 0.
     pub step: usize,
@@ -33,106 +38,165 @@ pub struct Position {
     pub sums: EpochSums,
 }
 
-impl Position {
-    /// The first step of all.
-    pub const START: Position =
-        Position { phase: 0, epoch: 0, step: 0, sums: EpochSums { loss: 0.0, meta_loss: 0.0, correct: 0.0 } };
+/// Everything that a run carries from step to step outside the device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// The next step.
+    pub position: Position,
+    /// Which training samples count in the classification loss.
+    pub filter: Filter,
+    /// Loss of every training sample in this epoch; not a number where the epoch has not been yet.
+    pub losses: Vec<f32>,
+    /// The best network of this iteration so far.
+    pub best: Option<Best>,
 }
 
-/// The phases of a run: name and epochs.
-pub fn phases(config: &Config) -> Vec<(Phase, usize)> {
-    let mut list = Vec::new();
-    if !config.no_baseline {
-        list.push((Phase::CrossEntropy, config.epochs));
+impl Progress {
+    /// The first step of a run on `n` training samples.
+    pub fn start(n: usize) -> Self {
+        Progress { position: Position::default(), filter: Filter::all(n), losses: vec![f32::NAN; n], best: None }
     }
-    list.push((Phase::Features, config.feature_epochs));
-    list.push((Phase::Mlnt, config.epochs));
-    list
 }
 
 /// The whole numbers of a checkpoint.
 #[derive(Debug, Serialize, Deserialize)]
 struct Meta {
+    /// Index into the run's parts.
     phase: usize,
     epoch: usize,
     step: usize,
-    metrics_bytes: u64,
-    timing_bytes: u64,
+    best: Option<BestMeta>,
+    lines: LineLengths,
     fingerprint: String,
+}
+
+/// Where the best network comes from.
+#[derive(Debug, Serialize, Deserialize)]
+struct BestMeta {
+    network: Network,
+    epoch: usize,
 }
 
 /// Name of the tensor that keeps [`EpochSums`] exactly.
 const SUMS: &str = "progress.sums";
+/// Name of the tensor that keeps the filter.
+const KEEP: &str = "progress.keep";
+/// Name of the tensor that keeps the losses of an epoch that has begun.
+const LOSSES: &str = "progress.losses";
+/// Name of the tensor that keeps the best network's accuracy exactly.
+const BEST_ACCURACY: &str = "progress.best_accuracy";
+/// Before the names of the best network's tensors.
+const BEST: &str = "best.";
 
-/// Lengths of a run's line files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Lengths of the files of a run that grow, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LineLengths {
-    /// Of `metrics.jsonl`, bytes.
+    /// Of `metrics.jsonl`.
     pub metrics: u64,
-    /// Of `timing.jsonl`, bytes.
+    /// Of `timing.jsonl`.
     pub timing: u64,
+    /// Of `iterations.jsonl`.
+    pub iterations: u64,
+    /// Of `losses.f32`.
+    pub losses: u64,
 }
 
-/// Writes all states and the position to `path`.
+/// Writes all states and the progress to `path`.
 ///
 /// # Errors
 /// [`Error::Io`]; errors of the device.
-pub fn save(path: &Path, device: &dyn Device, config: &Config, position: &Position, lines: LineLengths) -> Result<()> {
+pub fn save(path: &Path, engine: &Engine, config: &Config, progress: &Progress, lines: LineLengths) -> Result<()> {
+    let Progress { position, filter, losses, best } = progress;
     let mut tensors = Vec::new();
-    for (name, meta) in device.states() {
-        let data = match device.read_state(&name)? {
+    for (name, meta) in engine.device().states() {
+        let data = match engine.device().read_state(&name)? {
             HostVec::F32(v) => TensorData::F32(v),
             HostVec::F64(v) => TensorData::F64(v),
             HostVec::I32(v) => TensorData::I64(v.into_iter().map(i64::from).collect()),
         };
         tensors.push(NamedTensor { name, shape: meta.dims.to_vec(), data });
     }
-    let EpochSums { loss, meta_loss, correct } = position.sums;
-    let sums = TensorData::F64(vec![loss, meta_loss, correct]);
-    tensors.push(NamedTensor { name: SUMS.into(), shape: vec![3], data: sums });
+    let mut vector = |name: &str, data: TensorData| {
+        tensors.push(NamedTensor { name: name.into(), shape: vec![data.len()], data });
+    };
+    let EpochSums { loss, meta_loss, correct, skipped } = position.sums;
+    vector(SUMS, TensorData::F64(vec![loss, meta_loss, correct, skipped]));
+    vector(KEEP, TensorData::U8(filter.marks().iter().map(|keep| u8::from(*keep)).collect()));
+    if position.step > 0 {
+        vector(LOSSES, TensorData::F32(losses.clone()));
+    }
+    if let Some(best) = best {
+        vector(BEST_ACCURACY, TensorData::F64(vec![best.val_accuracy]));
+        tensors.extend(best.values.prefixed(BEST));
+    }
     let meta = Meta {
-        phase: position.phase,
+        phase: position.part,
         epoch: position.epoch,
         step: position.step,
-        metrics_bytes: lines.metrics,
-        timing_bytes: lines.timing,
+        best: best.as_ref().map(|best| BestMeta { network: best.network, epoch: best.epoch }),
+        lines,
         fingerprint: config.fingerprint()?,
     };
     let meta = serde_json::to_value(meta).map_err(|e| Error::file(path, e))?;
     Checkpoint { tensors, meta }.save(path)
 }
 
-/// Reads a checkpoint into the device's states.
+/// Reads a checkpoint of a run on `n` training samples into the states of `engine`.
 ///
 /// # Errors
 /// [`Error::File`] when the file is damaged, of another architecture, or of a run with other settings.
-pub fn load(path: &Path, device: &mut dyn Device, config: &Config) -> Result<(Position, LineLengths)> {
+pub fn load(path: &Path, engine: &mut Engine, config: &Config, n: usize) -> Result<(Progress, LineLengths)> {
     let Checkpoint { tensors, meta } = Checkpoint::load(path)?;
     let meta: Meta = serde_json::from_value(meta).map_err(|e| Error::file(path, format!("metadata: {e}")))?;
-    let dtype = if device.real_bytes() == 4 { Dtype::F32 } else { Dtype::F64 };
-    let mut expected: Vec<TensorSpec> =
-        device.states().into_iter().map(|(name, meta)| TensorSpec { name, shape: meta.dims.to_vec(), dtype }).collect();
-    expected.push(TensorSpec { name: SUMS.into(), shape: vec![3], dtype: Dtype::F64 });
+    let dtype = if engine.device().real_bytes() == 4 { Dtype::F32 } else { Dtype::F64 };
+    let state = |(name, meta): (String, crate::tape::Meta)| TensorSpec { name, shape: meta.dims.to_vec(), dtype };
+    let mut expected: Vec<TensorSpec> = engine.device().states().into_iter().map(state).collect();
+    let states = expected.len();
+    let vector = |name: &str, len, dtype| TensorSpec { name: name.into(), shape: vec![len], dtype };
+    expected.extend([vector(SUMS, 4, Dtype::F64), vector(KEEP, n, Dtype::U8)]);
+    if meta.step > 0 {
+        expected.push(vector(LOSSES, n, Dtype::F32));
+    }
+    if meta.best.is_some() {
+        expected.push(vector(BEST_ACCURACY, 1, Dtype::F64));
+        expected.extend(Snapshot::specs(engine.model(), BEST, dtype));
+    }
     let tensors = match_tensors(path, tensors, &expected)?;
     if meta.fingerprint != config.fingerprint()? {
         return Err(Error::file(path, "written by a run with other settings than config.toml beside it"));
     }
-    let phases = phases(config);
-    let epochs = phases.get(meta.phase).map(|p| p.1);
-    if epochs.is_none_or(|epochs| meta.epoch > epochs) && meta.phase != phases.len() {
+    let parts = parts(config);
+    let epochs = parts.get(meta.phase).map(|p| p.epochs);
+    if epochs.is_none_or(|epochs| meta.epoch > epochs) && meta.phase != parts.len() {
         return Err(Error::file(path, format!("stands at epoch {} of part {}", meta.epoch, meta.phase)));
     }
-    let mut sums = EpochSums::default();
-    for tensor in &tensors {
+    let mut tensors = tensors.into_iter();
+    for tensor in tensors.by_ref().take(states) {
         match &tensor.data {
-            TensorData::F64(v) if tensor.name == SUMS => {
-                sums = EpochSums { loss: v[0], meta_loss: v[1], correct: v[2] };
-            }
-            TensorData::F32(v) => device.write_state(&tensor.name, HostSlice::F32(v))?,
-            TensorData::F64(v) => device.write_state(&tensor.name, HostSlice::F64(v))?,
+            TensorData::F32(v) => engine.device_mut().write_state(&tensor.name, HostSlice::F32(v))?,
+            TensorData::F64(v) => engine.device_mut().write_state(&tensor.name, HostSlice::F64(v))?,
             _ => return Err(Error::file(path, format!("tensor {} has an unexpected type", tensor.name))),
         }
     }
-    let position = Position { phase: meta.phase, epoch: meta.epoch, step: meta.step, sums };
-    Ok((position, LineLengths { metrics: meta.metrics_bytes, timing: meta.timing_bytes }))
+    let mut progress = Progress::start(n);
+    progress.position = Position { part: meta.phase, epoch: meta.epoch, step: meta.step, sums: EpochSums::default() };
+    let mut accuracy = 0.0;
+    let rest: Vec<NamedTensor> = tensors.collect();
+    let (own, best): (Vec<NamedTensor>, Vec<NamedTensor>) = rest.into_iter().partition(|t| !t.name.starts_with(BEST));
+    for tensor in own {
+        match (tensor.name.as_str(), tensor.data) {
+            (SUMS, TensorData::F64(v)) => {
+                progress.position.sums = EpochSums { loss: v[0], meta_loss: v[1], correct: v[2], skipped: v[3] };
+            }
+            (KEEP, TensorData::U8(v)) => progress.filter = Filter::of(v.into_iter().map(|keep| keep != 0).collect()),
+            (LOSSES, TensorData::F32(v)) => progress.losses = v,
+            (BEST_ACCURACY, TensorData::F64(v)) => accuracy = v[0],
+            (name, _) => return Err(Error::file(path, format!("tensor {name} has an unexpected type"))),
+        }
+    }
+    progress.best = meta.best.map(|BestMeta { network, epoch }| {
+        let values = Snapshot::unprefixed(best.into_iter(), BEST);
+        Best { network, epoch, val_accuracy: accuracy, values }
+    });
+    Ok((progress, meta.lines))
 }

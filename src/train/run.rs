@@ -1,32 +1,36 @@
 //! The training loop, top to bottom.
 
-use super::checkpoint::{NamedTensor, TensorData, save_model};
 use super::config::Config;
-use super::engine::{Engine, Network, StepOutcome};
+use super::engine::{Engine, Network, StepInputs, StepOutcome};
 use super::feed::{self, Feed};
-use super::metrics::{EpochRecord, Phase, TimingRecord};
+use super::filter::Filter;
+use super::method::{Moment, Part, parts};
+use super::metrics::{EpochRecord, IterationRecord, MentorRecord, Phase, TimingRecord};
 use super::prepare::Prepared;
-use super::progress::{self, EpochSums, LineLengths, Position, phases};
-use super::run_dir::{JsonLines, RunDir};
+use super::progress::{self, EpochSums, LineLengths, Position, Progress};
+use super::run_dir::{JsonLines, LossRows, RunDir};
+use super::snapshot::{Best, Snapshot};
 use super::summary;
 use super::table::SummaryRow;
 use crate::data::{Batcher, epoch_order};
-use crate::device::{HostVec, ImagesId};
+use crate::device::ImagesId;
 use crate::error::{Error, Result};
 use crate::fs::write_atomic;
-use crate::mlnt::{StateKind, StepScalars, draw_ranks, state_name};
+use crate::mlnt::draw_ranks;
 use crate::rng::{Purpose, stream};
 use std::fs::File;
 use std::time::Instant;
 
 /// Who watches a run.
 pub trait Observer {
-    /// A phase begins, or goes on after `done` of its `total` steps.
-    fn phase(&mut self, phase: Phase, done: usize, total: usize);
+    /// An iteration begins with a mentor, and a filter of `kept` samples by it; the record holds what is known so far.
+    fn filtered(&mut self, part: &Part, filter: &IterationRecord);
+    /// A part begins, or goes on after `done` of its `total` steps.
+    fn part(&mut self, part: &Part, done: usize, total: usize);
     /// A step is over.
     fn step(&mut self, outcome: &StepOutcome);
     /// An epoch is over and evaluated.
-    fn epoch(&mut self, record: &EpochRecord, epochs: usize);
+    fn epoch(&mut self, part: &Part, record: &EpochRecord);
     /// Asked after every step: whether to stop, with a checkpoint.
     fn wants_stop(&self) -> bool;
 }
@@ -34,7 +38,7 @@ pub trait Observer {
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Ending {
-    /// All phases are complete.
+    /// All parts are complete.
     Complete(Vec<SummaryRow>),
     /// It was asked to stop; the checkpoint continues from the next step.
     Stopped,
@@ -48,11 +52,47 @@ pub struct Run {
     /// The training images on the device, if it makes batches.
     kept: Option<ImagesId>,
     dir: RunDir,
-    metrics: JsonLines,
-    timing: JsonLines,
-    position: Position,
+    lines: Lines,
+    progress: Progress,
     /// Held as long as this process trains the run.
     _lock: File,
+}
+
+/// The files that grow.
+struct Lines {
+    metrics: JsonLines,
+    timing: JsonLines,
+    iterations: JsonLines,
+    losses: LossRows,
+}
+
+impl Lines {
+    fn create(dir: &RunDir) -> Result<Self> {
+        Ok(Lines {
+            metrics: JsonLines::create(dir.metrics())?,
+            timing: JsonLines::create(dir.timing())?,
+            iterations: JsonLines::create(dir.iterations())?,
+            losses: LossRows::create(dir.losses())?,
+        })
+    }
+
+    fn resume(dir: &RunDir, lengths: LineLengths) -> Result<Self> {
+        Ok(Lines {
+            metrics: JsonLines::resume(dir.metrics(), lengths.metrics)?,
+            timing: JsonLines::resume(dir.timing(), lengths.timing)?,
+            iterations: JsonLines::resume(dir.iterations(), lengths.iterations)?,
+            losses: LossRows::resume(dir.losses(), lengths.losses)?,
+        })
+    }
+
+    fn sync(&mut self) -> Result<LineLengths> {
+        Ok(LineLengths {
+            metrics: self.metrics.sync()?,
+            timing: self.timing.sync()?,
+            iterations: self.iterations.sync()?,
+            losses: self.losses.sync()?,
+        })
+    }
 }
 
 /// Takes hold of a run's directory, so that no second process continues it at the same time.
@@ -81,11 +121,11 @@ impl Run {
         let path = dir.path().to_path_buf();
         let begin = move || -> Result<Self> {
             write_atomic(dir.labels(), &data.label_file)?;
-            let (metrics, timing) = (JsonLines::create(dir.metrics())?, JsonLines::create(dir.timing())?);
+            let lines = Lines::create(&dir)?;
             let lock = lock(&dir)?;
-            let position = Position::START;
+            let progress = Progress::start(data.train.len());
             let kept = keep_images(&config, &data, &mut engine)?;
-            let mut run = Run { config, data, engine, kept, dir, metrics, timing, position, _lock: lock };
+            let mut run = Run { config, data, engine, kept, dir, lines, progress, _lock: lock };
             run.save()?;
             Ok(run)
         };
@@ -103,11 +143,10 @@ impl Run {
             return Err(Error::file(dir.labels(), "not the labels that this data, noise and seed give"));
         }
         let lock = lock(&dir)?;
-        let (position, lines) = progress::load(&dir.checkpoint(), engine.device_mut(), &config)?;
-        let metrics = JsonLines::resume(dir.metrics(), lines.metrics)?;
-        let timing = JsonLines::resume(dir.timing(), lines.timing)?;
+        let (progress, lengths) = progress::load(&dir.checkpoint(), &mut engine, &config, data.train.len())?;
+        let lines = Lines::resume(&dir, lengths)?;
         let kept = keep_images(&config, &data, &mut engine)?;
-        Ok(Run { config, data, engine, kept, dir, metrics, timing, position, _lock: lock })
+        Ok(Run { config, data, engine, kept, dir, lines, progress, _lock: lock })
     }
 
     /// The run's directory.
@@ -117,7 +156,7 @@ impl Run {
 
     /// True when no step is left.
     pub fn is_complete(&self) -> bool {
-        self.position.phase >= phases(&self.config).len()
+        self.progress.position.part >= parts(&self.config).len()
     }
 
     /// Trains from where the run stands to its end.
@@ -126,188 +165,243 @@ impl Run {
     /// [`Error::Diverged`] when a loss is not finite: the last checkpoint stays as it was. Errors of files and device.
     pub fn train(&mut self, observer: &mut dyn Observer) -> Result<Ending> {
         let steps = self.data.train.len() / self.config.batch;
-        let phases = phases(&self.config);
-        while let Some(&(phase, epochs)) = phases.get(self.position.phase) {
-            observer.phase(phase, self.position.epoch * steps + self.position.step, epochs * steps);
-            while self.position.epoch < epochs {
-                if !self.epoch(phase, epochs, steps, observer)? {
+        let parts = parts(&self.config);
+        while let Some(part) = parts.get(self.progress.position.part) {
+            let at = self.progress.position;
+            if at.epoch == 0 && at.step == 0 {
+                self.begin(part, observer)?;
+            }
+            observer.part(part, at.epoch * steps + at.step, part.epochs * steps);
+            while self.progress.position.epoch < part.epochs {
+                if !self.epoch(part, steps, observer)? {
                     self.save()?;
                     return Ok(Ending::Stopped);
                 }
             }
-            self.position = Position { phase: self.position.phase + 1, ..Position::START };
+            self.finish(part)?;
+            self.progress.position = Position { part: at.part + 1, ..Position::default() };
         }
         self.save()?;
-        self.export()?;
+        self.export(&parts, steps)?;
         let rows = summary::write(&self.dir, self.config.noise, self.data.realised_noise)?;
         Ok(Ending::Complete(rows))
     }
 
+    /// Before the first step of a part. An iteration after the first makes the best network so far its mentor, filters
+    /// the training labels by it, and starts from scratch. No checkpoint holds this state before a step was made from
+    /// it, so that it is made exactly once from what the iteration before left.
+    fn begin(&mut self, part: &Part, observer: &mut dyn Observer) -> Result<()> {
+        if part.before().is_none() {
+            return Ok(());
+        }
+        let Prepared { train, normalise, .. } = &self.data;
+        let Some(mentor) = self.progress.best.take() else {
+            return Err(Error::usage("an iteration needs validation images to choose its mentor by"));
+        };
+        mentor.values.put(&mut self.engine, Network::Mentor)?;
+        let probabilities = self.engine.label_probabilities(Network::Mentor, train, normalise)?;
+        let filter = Filter::by_probability(&probabilities, self.config.tau);
+        let index = (0..train.len()).map(|i| train.images.original(i));
+        filter.write(&self.dir, index, &train.labels, &probabilities)?;
+        self.engine.start(part.phase.networks(), self.config.seed, part.draw())?;
+        self.progress.filter = filter;
+        let record = self.iteration_record(part, Some(mentor));
+        observer.filtered(part, &record);
+        Ok(())
+    }
+
+    /// After the last step of a part.
+    fn finish(&mut self, part: &Part) -> Result<()> {
+        match part.iteration {
+            Some(_) => self.lines.iterations.append(&self.iteration_record(part, self.progress.best.clone())),
+            None => Ok(()),
+        }
+    }
+
+    fn iteration_record(&self, part: &Part, mentor: Option<Best>) -> IterationRecord {
+        let filter = part.before().map(|_| &self.progress.filter);
+        let quality = filter.map(|f| f.quality(&self.data.train.labels, self.data.train_truth()));
+        IterationRecord {
+            iteration: part.iteration.unwrap_or(1),
+            mentor: mentor.map(|Best { network, epoch, val_accuracy, .. }| MentorRecord {
+                network,
+                epoch,
+                val_accuracy,
+            }),
+            kept: filter.map(Filter::kept),
+            dropped: filter.map(Filter::dropped),
+            precision: quality.and_then(|q| q.precision),
+            recall: quality.and_then(|q| q.recall),
+        }
+    }
+
     /// The rest of an epoch, its evaluation and its checkpoint; false when asked to stop before its end.
-    fn epoch(&mut self, phase: Phase, epochs: usize, steps: usize, observer: &mut dyn Observer) -> Result<bool> {
+    fn epoch(&mut self, part: &Part, steps: usize, observer: &mut dyn Observer) -> Result<bool> {
         let (config, k) = (self.config.clone(), self.config.batch);
-        let epoch = self.position.epoch;
-        let order = epoch_order(self.data.train.len(), config.seed, epoch as u64);
+        let epoch = self.progress.position.epoch;
+        // Every iteration has its own order of samples, augmentation and synthetic labels.
+        let drawn = part.stream_epoch(epoch);
+        let order = epoch_order(self.data.train.len(), config.seed, drawn);
         let ids = |step: usize| &order[step * k..(step + 1) * k];
         let start = Instant::now();
         let batcher = Batcher::new(&self.data.train.images, &self.data.normalise, self.data.augment, config.seed)?;
         let mut feed = Feed::new(batcher, self.kept);
-        let network = phase.network();
-        if self.position.step < steps {
-            feed.prepare(&mut self.engine, network, epoch as u64, ids(self.position.step))?;
+        if self.progress.position.step < steps {
+            feed.prepare(&mut self.engine, part, drawn, ids(self.progress.position.step))?;
         }
-        let mut y = vec![0; k];
-        while self.position.step < steps {
-            let step = self.position.step;
+        let (mut y, mut class_weight) = (vec![0; k], vec![0.0; k]);
+        let replaced = (config.rho * k as f64).round() as usize;
+        while self.progress.position.step < steps {
+            let step = self.progress.position.step;
             y.iter_mut().zip(ids(step)).for_each(|(y, i)| *y = self.data.train.labels[*i as usize]);
-            match phase {
-                Phase::CrossEntropy => self.engine.begin_ce(network, feed.images(), &y, config.lr_at(epoch))?,
-                Phase::Features => self.engine.begin_ce(network, feed.images(), &y, config.feature_lr)?,
-                Phase::Mlnt => {
-                    let mut rng = stream(config.seed, Purpose::Synthetic, epoch as u64, step as u64);
-                    let replaced = (config.rho * k as f64).round() as usize;
-                    let ranks = draw_ranks(k, config.neighbours, replaced, config.branches, &mut rng);
-                    let scalars = StepScalars {
-                        lr: config.lr_at(epoch),
-                        eta: config.eta_at(epoch as f64 + step as f64 / steps as f64),
-                        gamma: config.gamma_at(epoch),
-                        lambda: 1.0,
-                    };
-                    self.engine.begin_mlnt(feed.images(), &y, &ranks, scalars)?;
-                }
-            }
+            let kept = self.progress.filter.class_weights(ids(step), &mut class_weight);
+            let mut rng = stream(config.seed, Purpose::Synthetic, drawn, step as u64);
+            let ranks = draw_ranks(k, config.neighbours, replaced, config.branches, &mut rng);
+            let moment = Moment { epoch, progress: epoch as f64 + step as f64 / steps as f64, kept };
+            let inputs = StepInputs { x: feed.images(), y: &y, class_weight: &class_weight, ranks: &ranks };
+            self.engine.begin(part, inputs, part.phase.scalars(&config, moment))?;
             if step + 1 < steps {
                 // While the device works.
-                feed.prepare(&mut self.engine, network, epoch as u64, ids(step + 1))?;
+                feed.prepare(&mut self.engine, part, drawn, ids(step + 1))?;
             }
-            let outcome = self.engine.outcome(network, &y)?;
-            self.check_finite(phase, step, &outcome)?;
-            self.position.sums.loss += outcome.loss;
-            self.position.sums.meta_loss += outcome.meta_loss.unwrap_or(0.0);
-            self.position.sums.correct += outcome.correct as f64;
-            self.position.step += 1;
+            let outcome = self.engine.outcome(part, &y)?;
+            self.check_finite(part, step, &outcome)?;
+            let Progress { position, losses, .. } = &mut self.progress;
+            position.sums.loss += outcome.loss;
+            position.sums.meta_loss += outcome.meta_loss.unwrap_or(0.0);
+            position.sums.correct += outcome.correct as f64;
+            position.sums.skipped += f64::from(u8::from(!kept));
+            position.step += 1;
+            for (id, loss) in ids(step).iter().zip(self.engine.sample_losses()) {
+                losses[*id as usize] = *loss;
+            }
             observer.step(&outcome);
-            if observer.wants_stop() && self.position.step < steps {
-                self.check_networks(phase)?;
+            if observer.wants_stop() && self.progress.position.step < steps {
+                self.check_networks(part)?;
                 return Ok(false);
             }
         }
-        self.check_networks(phase)?;
+        self.check_networks(part)?;
         let trained = start.elapsed().as_secs_f64();
-        let record = self.evaluate(phase, steps)?;
+        let record = self.evaluate(part, steps)?;
         let times = TimingRecord {
-            phase,
+            phase: part.phase,
+            iteration: part.iteration,
             epoch: epoch + 1,
             train_seconds: trained,
             eval_seconds: start.elapsed().as_secs_f64() - trained,
         };
-        self.metrics.append(&record)?;
-        self.timing.append(&times)?;
-        self.position = Position { epoch: epoch + 1, step: 0, sums: EpochSums::default(), ..self.position };
+        if part.iteration.is_some() {
+            self.keep_best(part, &record)?;
+            self.lines.losses.append(&self.progress.losses)?;
+        }
+        self.progress.losses.fill(f32::NAN);
+        self.lines.metrics.append(&record)?;
+        self.lines.timing.append(&times)?;
+        let part_index = self.progress.position.part;
+        self.progress.position = Position { part: part_index, epoch: epoch + 1, ..Position::default() };
         self.save()?;
-        observer.epoch(&record, epochs);
+        observer.epoch(part, &record);
         Ok(!observer.wants_stop())
     }
 
-    fn check_finite(&self, phase: Phase, step: usize, outcome: &StepOutcome) -> Result<()> {
+    /// Keeps a copy of the student or the teacher, where it is better than the best so far.
+    fn keep_best(&mut self, part: &Part, record: &EpochRecord) -> Result<()> {
+        let roles = [(Network::Student, record.val_accuracy), (Network::Teacher, record.teacher_val_accuracy)];
+        for (trained, (network, accuracy)) in part.phase.networks().iter().zip(roles) {
+            let better = |val_accuracy: &f64| Best::is_beaten(self.progress.best.as_ref(), *val_accuracy);
+            if let Some(val_accuracy) = accuracy.filter(better) {
+                let values = Snapshot::take(&self.engine, *trained)?;
+                self.progress.best = Some(Best { network, epoch: record.epoch, val_accuracy, values });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_finite(&self, part: &Part, step: usize, outcome: &StepOutcome) -> Result<()> {
         let meta = outcome.meta_loss.unwrap_or(0.0);
         if outcome.loss.is_finite() && meta.is_finite() {
             return Ok(());
         }
         let what = format!("the loss is not a number any more (loss {}, meta loss {meta})", outcome.loss);
-        Err(self.diverged(phase, step + 1, &what))
+        Err(self.diverged(part, step + 1, &what))
     }
 
     /// A step whose loss is still finite may leave weights that are not; they must reach neither the checkpoint nor
     /// the results.
-    fn check_networks(&self, phase: Phase) -> Result<()> {
+    fn check_networks(&self, part: &Part) -> Result<()> {
         match self.engine.not_finite()? {
             None => Ok(()),
-            Some(name) => Err(self.diverged(phase, self.position.step, &format!("{name} is not finite any more"))),
+            Some(name) => {
+                Err(self.diverged(part, self.progress.position.step, &format!("{name} is not finite any more")))
+            }
         }
     }
 
-    fn diverged(&self, phase: Phase, step: usize, what: &str) -> Error {
-        let (part, rate) = match phase {
-            Phase::CrossEntropy => ("cross entropy", "--lr"),
-            Phase::Features => ("the feature network", "--feature-lr"),
-            Phase::Mlnt => ("MLNT", "--lr, --alpha or --eta"),
-        };
-        let (epoch, checkpoint) = (self.position.epoch + 1, self.dir.checkpoint());
+    fn diverged(&self, part: &Part, step: usize, what: &str) -> Error {
+        let (epoch, checkpoint) = (self.progress.position.epoch + 1, self.dir.checkpoint());
         Error::Diverged(format!(
-            "{what} in epoch {epoch}, step {step} of {part}; the last good checkpoint is {}; start again with a smaller \
-             {rate}",
+            "{what} in {}, epoch {epoch}, step {step}; the last good checkpoint is {}; start again with a smaller {}",
+            part.title(),
             checkpoint.display(),
+            part.phase.step_sizes(),
         ))
     }
 
-    fn evaluate(&mut self, phase: Phase, steps: usize) -> Result<EpochRecord> {
-        let (epoch, sums) = (self.position.epoch, self.position.sums);
+    fn evaluate(&mut self, part: &Part, steps: usize) -> Result<EpochRecord> {
+        let Position { epoch, sums: EpochSums { loss, meta_loss, correct, skipped }, .. } = self.progress.position;
         let Prepared { validation, test, normalise, .. } = &self.data;
-        let mut accuracies = |network| -> Result<[Option<f64>; 2]> {
-            let val = self.engine.accuracy(network, validation, normalise)?;
-            Ok([val, self.engine.accuracy(network, test, normalise)?])
-        };
-        let ([val, test], [teacher_val, teacher_test]) = match phase {
-            Phase::CrossEntropy => (accuracies(Network::Baseline)?, [None; 2]),
-            Phase::Features => ([None; 2], [None; 2]),
-            Phase::Mlnt => (accuracies(Network::Student)?, accuracies(Network::Teacher)?),
-        };
-        let mlnt = phase == Phase::Mlnt;
+        let mut accuracies = [[None; 2]; 2];
+        for (network, accuracy) in part.phase.networks().iter().zip(&mut accuracies) {
+            let val = self.engine.accuracy(*network, validation, normalise)?;
+            *accuracy = [val, self.engine.accuracy(*network, test, normalise)?];
+        }
+        let [[val, test], [teacher_val, teacher_test]] = accuracies;
+        let mlnt = part.phase == Phase::Mlnt;
         Ok(EpochRecord {
-            phase,
+            phase: part.phase,
+            iteration: part.iteration,
             epoch: epoch + 1,
-            lr: if phase == Phase::Features { self.config.feature_lr } else { self.config.lr_at(epoch) },
+            lr: part.phase.lr_at(&self.config, epoch),
             eta: if mlnt { self.config.eta_at(epoch as f64 + 1.0) } else { 0.0 },
-            train_loss: sums.loss / steps as f64,
-            meta_loss: mlnt.then_some(sums.meta_loss / steps as f64),
-            train_accuracy: sums.correct / (steps * self.config.batch) as f64,
+            train_loss: loss / (steps as f64 - skipped).max(1.0),
+            meta_loss: mlnt.then_some(meta_loss / steps as f64),
+            train_accuracy: correct / (steps * self.config.batch) as f64,
             val_accuracy: val,
             test_accuracy: test,
             teacher_val_accuracy: teacher_val,
             teacher_test_accuracy: teacher_test,
+            kept: part.before().map(|_| self.progress.filter.kept()),
+            skipped: part.iteration.map(|_| skipped as usize),
         })
     }
 
     fn save(&mut self) -> Result<()> {
-        let lines = LineLengths { metrics: self.metrics.sync()?, timing: self.timing.sync()? };
-        progress::save(&self.dir.checkpoint(), self.engine.device(), &self.config, &self.position, lines)
+        let lengths = self.lines.sync()?;
+        progress::save(&self.dir.checkpoint(), &self.engine, &self.config, &self.progress, lengths)
     }
 
-    /// Writes student and teacher under PyTorch's names.
-    fn export(&self) -> Result<()> {
-        let steps = self.data.train.len() / self.config.batch * self.config.epochs;
-        for (network, path) in [(Network::Student, self.dir.student()), (Network::Teacher, self.dir.teacher())] {
-            let mut tensors = Vec::new();
-            let mut push = |name: String, shape: Vec<usize>, kind: StateKind| -> Result<()> {
-                let values = self.engine.device().read_state(&state_name(network.owner(), kind, &name))?;
-                let data = match values {
-                    HostVec::F64(v) => TensorData::F64(v),
-                    HostVec::F32(v) => TensorData::F32(v),
-                    HostVec::I32(v) => TensorData::I64(v.into_iter().map(i64::from).collect()),
-                };
-                tensors.push(NamedTensor { name, shape, data });
-                Ok(())
-            };
-            for p in self.engine.model().params() {
-                push(p.name, p.shape, StateKind::Param)?;
-            }
-            for (name, len) in self.engine.model().buffers() {
-                push(name, vec![len], StateKind::Buffer)?;
-            }
-            for (name, _) in self.engine.model().batch_norms() {
-                // PyTorch's batch norms count the batches they have seen.
-                let data = TensorData::I64(vec![steps as i64]);
-                tensors.push(NamedTensor { name: format!("{name}.num_batches_tracked"), shape: vec![], data });
-            }
-            let meta = serde_json::json!({
-                "model": self.engine.model(),
-                "data": self.config.data,
-                "mean": self.data.normalise.mean(),
-                "std": self.data.normalise.std(),
-                "class_names": self.data.train.images.class_names,
-            });
-            save_model(path, &tensors, &meta)?;
+    /// Writes the networks of the last part, and the best of its iteration, under PyTorch's names.
+    fn export(&self, parts: &[Part], steps: usize) -> Result<()> {
+        let Some(part) = parts.last() else { return Ok(()) };
+        let model = self.engine.model();
+        let meta = serde_json::json!({
+            "model": model,
+            "data": self.config.data,
+            "mean": self.data.normalise.mean(),
+            "std": self.data.normalise.std(),
+            "class_names": self.data.train.images.class_names,
+        });
+        if let Some(Best { network, epoch, values, .. }) = &self.progress.best {
+            let mut meta = meta.clone();
+            meta["network"] = serde_json::json!(network);
+            meta["epoch"] = serde_json::json!(epoch);
+            values.save(&self.dir.best(), model, steps * epoch, &meta)?;
+        }
+        // The student comes last: where it is, the others are.
+        let paths = [self.dir.student(), self.dir.teacher()];
+        for (network, path) in part.phase.networks().iter().zip(paths).rev() {
+            Snapshot::take(&self.engine, *network)?.save(&path, model, steps * part.epochs, &meta)?;
         }
         Ok(())
     }

@@ -66,12 +66,32 @@ impl RunDir {
         self.path.join("timing.jsonl")
     }
 
+    /// One [`IterationRecord`](super::metrics::IterationRecord) per line.
+    pub fn iterations(&self) -> PathBuf {
+        self.path.join("iterations.jsonl")
+    }
+
+    /// What the last iteration with a filter keeps, see [`Filter::write`](super::filter::Filter::write).
+    pub fn kept(&self) -> PathBuf {
+        self.path.join("kept.csv")
+    }
+
+    /// Losses per sample, see [`LossRows`].
+    pub fn losses(&self) -> PathBuf {
+        self.path.join("losses.f32")
+    }
+
+    /// The best network of the last iteration by validation accuracy.
+    pub fn best(&self) -> PathBuf {
+        self.path.join("best.safetensors")
+    }
+
     /// Given and true label of every training image.
     pub fn labels(&self) -> PathBuf {
         self.path.join("labels.csv")
     }
 
-    /// The student network.
+    /// The student network, the one that SGD trains.
     pub fn student(&self) -> PathBuf {
         self.path.join("student.safetensors")
     }
@@ -109,13 +129,50 @@ pub fn free_name(base: &Path, config: &Config) -> PathBuf {
     std::iter::once(base.join(&name)).chain(numbered).find(|path| !path.exists()).unwrap_or_else(|| base.join(&name))
 }
 
-/// A file of JSON lines that only grows, and that a checkpoint can be tied to by its length.
+/// A file that only grows, and that a checkpoint can be tied to by its length.
 #[derive(Debug)]
-pub struct JsonLines {
+struct Growing {
     path: PathBuf,
     file: File,
     len: u64,
 }
+
+impl Growing {
+    fn create(path: PathBuf) -> Result<Self> {
+        let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(Error::io(&path))?;
+        Ok(Growing { path, file, len: 0 })
+    }
+
+    /// Drops what was written after the first `len` bytes, of which `fault` says what is wrong with them.
+    fn resume(path: PathBuf, len: u64, fault: impl FnOnce(&[u8]) -> Option<String>) -> Result<Self> {
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let kept = usize::try_from(len).ok().and_then(|len| bytes.get(..len)).ok_or_else(|| {
+            Error::file(&path, format_args!("cut short: {} bytes, the checkpoint counts {len}", bytes.len()))
+        })?;
+        if let Some(fault) = fault(kept) {
+            return Err(Error::file(&path, fault));
+        }
+        let mut file = OpenOptions::new().write(true).open(&path).map_err(Error::io(&path))?;
+        file.set_len(len).map_err(Error::io(&path))?;
+        file.seek(SeekFrom::Start(len)).map_err(Error::io(&path))?;
+        Ok(Growing { path, file, len })
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(Error::io(&self.path))?;
+        self.len += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<u64> {
+        self.file.sync_data().map_err(Error::io(&self.path))?;
+        Ok(self.len)
+    }
+}
+
+/// A file of JSON lines that only grows, and that a checkpoint can be tied to by its length.
+#[derive(Debug)]
+pub struct JsonLines(Growing);
 
 impl JsonLines {
     /// A new, empty file.
@@ -123,9 +180,7 @@ impl JsonLines {
     /// # Errors
     /// [`Error::Io`], also when the file exists.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
-        let path = path.into();
-        let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(Error::io(&path))?;
-        Ok(JsonLines { path, file, len: 0 })
+        Growing::create(path.into()).map(JsonLines)
     }
 
     /// Opens a file and drops what was written after its first `len` bytes, so that a resumed run's file equals that
@@ -134,21 +189,11 @@ impl JsonLines {
     /// # Errors
     /// [`Error::Io`]; [`Error::File`] when the file is shorter than `len` or `len` is within a line.
     pub fn resume(path: impl Into<PathBuf>, len: u64) -> Result<Self> {
-        let path = path.into();
-        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let kept = usize::try_from(len).ok().and_then(|len| bytes.get(..len)).ok_or_else(|| {
-            Error::file(&path, format_args!("cut short: {} bytes, the checkpoint counts {len}", bytes.len()))
-        })?;
-        if kept.last().is_some_and(|&byte| byte != b'\n') {
-            return Err(Error::file(
-                &path,
-                format_args!("changed: no line ends at byte {len}, the checkpoint's count"),
-            ));
-        }
-        let mut file = OpenOptions::new().write(true).open(&path).map_err(Error::io(&path))?;
-        file.set_len(len).map_err(Error::io(&path))?;
-        file.seek(SeekFrom::Start(len)).map_err(Error::io(&path))?;
-        Ok(JsonLines { path, file, len })
+        let within = |kept: &[u8]| {
+            let whole = kept.last().is_none_or(|&byte| byte == b'\n');
+            (!whole).then(|| format!("changed: no line ends at byte {len}, the checkpoint's count"))
+        };
+        Growing::resume(path.into(), len, within).map(JsonLines)
     }
 
     /// Appends one record as one line, in one write.
@@ -156,11 +201,9 @@ impl JsonLines {
     /// # Errors
     /// [`Error::Io`]; [`Error::File`] for a record that has no form in JSON.
     pub fn append(&mut self, record: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_vec(record).map_err(|error| Error::file(&self.path, error))?;
+        let mut line = serde_json::to_vec(record).map_err(|error| Error::file(&self.0.path, error))?;
         line.push(b'\n');
-        self.file.write_all(&line).map_err(Error::io(&self.path))?;
-        self.len += line.len() as u64;
-        Ok(())
+        self.0.append(&line)
     }
 
     /// Makes every line so far last and gives the file's length in bytes, for the checkpoint that follows.
@@ -168,7 +211,47 @@ impl JsonLines {
     /// # Errors
     /// [`Error::Io`].
     pub fn sync(&mut self) -> Result<u64> {
-        self.file.sync_data().map_err(Error::io(&self.path))?;
-        Ok(self.len)
+        self.0.sync()
+    }
+}
+
+/// `losses.f32`: a row per epoch of the method, one little-endian f32 per training sample in the order of the training
+/// set: the cross entropy of its given label in that epoch's training-mode forward, nats; not a number for a sample that
+/// the epoch did not visit.
+#[derive(Debug)]
+pub struct LossRows(Growing);
+
+impl LossRows {
+    /// A new, empty file.
+    ///
+    /// # Errors
+    /// [`Error::Io`], also when the file exists.
+    pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
+        Growing::create(path.into()).map(LossRows)
+    }
+
+    /// As [`JsonLines::resume`].
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::File`] when the file is shorter than `len`.
+    pub fn resume(path: impl Into<PathBuf>, len: u64) -> Result<Self> {
+        Growing::resume(path.into(), len, |_| None).map(LossRows)
+    }
+
+    /// Appends a row, in one write.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn append(&mut self, losses: &[f32]) -> Result<()> {
+        let bytes: Vec<u8> = losses.iter().flat_map(|loss| loss.to_le_bytes()).collect();
+        self.0.append(&bytes)
+    }
+
+    /// As [`JsonLines::sync`].
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn sync(&mut self) -> Result<u64> {
+        self.0.sync()
     }
 }

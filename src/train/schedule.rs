@@ -1,4 +1,4 @@
-//! What changes during a run: learning rate, η and γ as pure functions of the settings and the progress.
+//! What changes during an iteration: learning rate, η, λ and γ as pure functions of the settings and the progress.
 
 use super::config::Config;
 
@@ -12,8 +12,12 @@ impl Config {
     /// Weight η of the meta gradient after `progress` epochs (a fraction within an epoch):
     /// `η·exp(−5(1−u)²)` with `u = progress / eta_ramp`, at most 1 (the paper's ramp).
     pub fn eta_at(&self, progress: f64) -> f64 {
-        let u = if self.eta_ramp > 0.0 { (progress / self.eta_ramp).clamp(0.0, 1.0) } else { 1.0 };
-        self.eta * (-5.0 * (1.0 - u).powi(2)).exp()
+        self.eta * ramp(progress, self.eta_ramp)
+    }
+
+    /// Share λ of the teacher in the target after `progress` epochs: grows as η does, over `lambda_ramp` epochs.
+    pub fn lambda_at(&self, progress: f64) -> f64 {
+        self.lambda * ramp(progress, self.lambda_ramp)
     }
 
     /// Decay γ of the teacher in epoch `epoch` (from 0).
@@ -21,6 +25,12 @@ impl Config {
         let late = self.gamma_switch_epoch > 0 && epoch >= self.gamma_switch_epoch;
         if late { self.gamma_late } else { self.gamma }
     }
+}
+
+/// `exp(−5(1−u)²)` with `u = progress / length`, at most 1; 1 without a ramp.
+fn ramp(progress: f64, length: f64) -> f64 {
+    let u = if length > 0.0 { (progress / length).clamp(0.0, 1.0) } else { 1.0 };
+    (-5.0 * (1.0 - u).powi(2)).exp()
 }
 
 #[cfg(test)]
@@ -63,6 +73,15 @@ mod tests {
         for (progress, eta) in expected {
             assert!(near(config.eta_at(progress), eta), "{progress}: {}", config.eta_at(progress));
         }
+    }
+
+    #[test]
+    fn lambda_grows_from_almost_nothing_to_a_half_as_eta_does() {
+        let config = Preset::Cifar10.config();
+        for progress in [0.0, 0.3, 7.5, 20.0, 100.0] {
+            assert!(near(config.lambda_at(progress), config.eta_at(progress) * 0.5 / 0.4), "{progress}");
+        }
+        assert!(config.lambda_at(0.0) < 0.004 && config.lambda_at(20.0) == 0.5);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The result of a run, from its `metrics.jsonl`.
 
+use super::method::Part;
 use super::metrics::{EpochRecord, Phase};
 use super::run_dir::RunDir;
 use super::table::{CurvePoint, SummaryRow, summary_table};
@@ -23,20 +24,26 @@ pub fn read_metrics(path: &Path) -> Result<Vec<EpochRecord>> {
 /// One row per network that was trained and evaluated.
 pub fn rows(records: &[EpochRecord]) -> Vec<SummaryRow> {
     type Score = fn(&EpochRecord) -> Option<f64>;
-    let curve = |phase: Phase, val: Score, test: Score| -> Vec<CurvePoint> {
+    let curve = |part: (Phase, Option<usize>), val: Score, test: Score| -> Vec<CurvePoint> {
         let point = |r: &EpochRecord| Some(CurvePoint { epoch: r.epoch, val: val(r)?, test: test(r)? });
-        records.iter().filter(|r| r.phase == phase).filter_map(point).collect()
+        records.iter().filter(|r| (r.phase, r.iteration) == part).filter_map(point).collect()
     };
-    let student: [Score; 2] = [|r| r.val_accuracy, |r| r.test_accuracy];
-    let teacher: [Score; 2] = [|r| r.teacher_val_accuracy, |r| r.teacher_test_accuracy];
-    [
-        ("cross entropy", Phase::CrossEntropy, student),
-        ("MLNT student", Phase::Mlnt, student),
-        ("MLNT teacher", Phase::Mlnt, teacher),
-    ]
-    .into_iter()
-    .filter_map(|(name, phase, [val, test])| SummaryRow::from_curve(name, &curve(phase, val, test)))
-    .collect()
+    let mut parts: Vec<(Phase, Option<usize>)> = records.iter().map(|r| (r.phase, r.iteration)).collect();
+    parts.dedup();
+    let iterations = records.iter().filter_map(|r| r.iteration).max().unwrap_or(1);
+    let mut rows = Vec::new();
+    for (phase, iteration) in parts {
+        let title = Part { phase, epochs: 0, iteration, iterations }.title();
+        let scores: [(&str, [Score; 2]); 2] = [
+            ("student", [|r| r.val_accuracy, |r| r.test_accuracy]),
+            ("teacher", [|r| r.teacher_val_accuracy, |r| r.teacher_test_accuracy]),
+        ];
+        for (network, [val, test]) in &scores[..phase.networks().len()] {
+            let name = if phase.networks().len() > 1 { format!("{title} {network}") } else { title.clone() };
+            rows.extend(SummaryRow::from_curve(&name, &curve((phase, iteration), *val, *test)));
+        }
+    }
+    rows
 }
 
 /// Writes `summary.txt` and `summary.json`.

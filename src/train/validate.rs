@@ -2,11 +2,14 @@
 
 use std::fmt::Display;
 
+use super::choice::Method;
 use super::config::Config;
 use crate::error::{Error, Result};
 
 /// Largest number of epochs, a bound that keeps products of settings within 64 bits.
 const MAX_EPOCHS: usize = 1_000_000;
+/// Largest number of iterations.
+const MAX_ITERATIONS: usize = 1000;
 /// Largest batch.
 const MAX_BATCH: usize = 1_000_000;
 /// Largest number of branches.
@@ -47,6 +50,11 @@ fn decay(flag: &str, value: f64) -> Result<()> {
     check((0.0..1.0).contains(&value), flag, value, "a number of at least 0 and less than 1")
 }
 
+/// A number from 0 to 1.
+fn share(flag: &str, value: f64) -> Result<()> {
+    check((0.0..=1.0).contains(&value), flag, value, "a number from 0 to 1")
+}
+
 /// A number greater than 0 and at most `high`.
 fn part(flag: &str, value: f64, high: f64) -> Result<()> {
     check(value > 0.0 && value <= high, flag, value, format_args!("a number greater than 0 and at most {high}"))
@@ -74,13 +82,17 @@ impl Config {
         count("threads", self.threads, 0, MAX_THREADS)
     }
 
-    /// Checks the settings that depend on the data; `train_len` is the number of training images without validation.
+    /// Checks the settings that depend on the data: the numbers of training images without validation, and of
+    /// validation images.
     ///
     /// # Errors
-    /// [`Error::Usage`] when a batch is larger than the data.
-    pub fn check_against_data(&self, train_len: usize) -> Result<()> {
+    /// [`Error::Usage`] when a batch is larger than the data, or there is nothing to choose a mentor by.
+    pub fn check_against_data(&self, train_len: usize, validation_len: usize) -> Result<()> {
         let takes = format_args!("at most the number of training images, {train_len} without the validation images");
-        check(self.batch <= train_len, "batch", self.batch, takes)
+        check(self.batch <= train_len, "batch", self.batch, takes)?;
+        let takes =
+            "1 without validation images: the mentor of an iteration is the best network by validation accuracy";
+        check(self.iterations == 1 || validation_len > 0, "iterations", self.iterations, takes)
     }
 
     fn validate_data(&self) -> Result<()> {
@@ -88,10 +100,16 @@ impl Config {
         check(i64::try_from(self.train_size).is_ok(), "train-size", self.train_size, "a number of images")?;
         part("val-fraction", self.val_fraction, 0.5)?;
         count("pad", self.pad, 0, MAX_PAD)?;
-        check((0.0..=1.0).contains(&self.noise_rate), "noise-rate", self.noise_rate, "a number from 0 to 1")
+        share("noise-rate", self.noise_rate)
     }
 
     fn validate_method(&self) -> Result<()> {
+        count("iterations", self.iterations, 1, MAX_ITERATIONS)?;
+        let takes = "1 with --method ce, which has no mentor";
+        check(self.method != Method::Ce || self.iterations == 1, "iterations", self.iterations, takes)?;
+        share("tau", self.tau)?;
+        share("lambda", self.lambda)?;
+        not_negative("lambda-ramp", self.lambda_ramp)?;
         count("branches", self.branches, 1, MAX_BRANCHES)?;
         part("rho", self.rho, 1.0)?;
         not_negative("alpha", self.alpha)?;

@@ -86,8 +86,6 @@ pub fn step_spec(model: ModelSpec, batch: usize, branches: usize, recipe: Recipe
         recipe,
         kl: KlScale::BatchMean,
         alpha: 0.1,
-        momentum: 0.9,
-        weight_decay: 1e-3,
         mentor: false,
         first_order,
     }
@@ -115,7 +113,8 @@ pub struct LoadedStep<T> {
 pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool, threads: usize) -> LoadedStep<T> {
     let tape = record_step(spec, report).unwrap();
     let plan = Plan::build(&tape, &PlanOptions { fuse }).unwrap();
-    let scalars = StepScalars { lr: 0.1, eta: 0.3, gamma: 0.99, lambda: 0.5 }.in_order(&plan.scalars).collect();
+    let scalars = StepScalars { lr: 0.1, momentum: 0.9, weight_decay: 1e-3, eta: 0.3, gamma: 0.99, lambda: 0.5 };
+    let scalars = scalars.in_order(&plan.scalars).collect();
     let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());
     let mut device = Cpu::new(threads).unwrap();
     let id = device.load(plan).unwrap();
