@@ -3,19 +3,20 @@
 use std::path::{Path, PathBuf};
 
 /// The layers, and those that each of them must not import.
-const MUST_NOT_KNOW: [(&str, &[&str]); 13] = [
-    ("error", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("fs", &["cases", "cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
-    ("rng", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("tape", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("ops", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
-    ("plan", &["cases", "cli", "data", "device", "fs", "mlnt", "model", "train"]),
-    ("device", &["cases", "cli", "data", "mlnt", "model", "train"]),
-    ("cases", &["cli", "data", "mlnt", "model", "train"]),
-    ("model", &["cli", "data", "device", "mlnt", "plan", "train"]),
-    ("data", &["cli", "device", "mlnt", "model", "ops", "plan", "tape", "train"]),
-    ("mlnt", &["cli", "train"]),
-    ("train", &["cli"]),
+const MUST_NOT_KNOW: [(&str, &[&str]); 14] = [
+    ("error", &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
+    ("fs", &["audit", "cases", "cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
+    ("rng", &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
+    ("tape", &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
+    ("ops", &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),
+    ("plan", &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "train"]),
+    ("device", &["audit", "cases", "cli", "data", "mlnt", "model", "train"]),
+    ("cases", &["audit", "cli", "data", "mlnt", "model", "train"]),
+    ("model", &["audit", "cli", "data", "device", "mlnt", "plan", "train"]),
+    ("data", &["audit", "cli", "device", "mlnt", "model", "ops", "plan", "tape", "train"]),
+    ("mlnt", &["audit", "cli", "train"]),
+    ("train", &["audit", "cli"]),
+    ("audit", &["cli", "device", "mlnt", "model", "ops", "plan", "tape"]),
     ("cli", &[]),
 ];
 

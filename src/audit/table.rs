@@ -4,6 +4,7 @@ use super::history::Trajectory;
 use super::roc::Roc;
 use super::samples::Samples;
 use super::score::Finding;
+use super::sheet::Entry;
 use crate::error::{Error, Result};
 
 /// One line of `audit.csv`. Fields that nothing is known about are empty.
@@ -52,6 +53,23 @@ pub struct Table<'a> {
 }
 
 impl Table<'_> {
+    /// What the contact sheet shows of sample `i`.
+    ///
+    /// # Panics
+    /// If there is no sample `i`.
+    pub fn entry(&self, i: usize) -> Entry {
+        let f = &self.findings[i];
+        Entry {
+            position: i,
+            index: self.samples.set.images.original(i),
+            given: self.names[f.given].clone(),
+            p_given: f.p_given,
+            suggested: self.names[f.suggested].clone(),
+            p_suggested: f.p_suggested,
+            wrong: self.wrong.map(|wrong| wrong[i]),
+        }
+    }
+
     /// The file, one line per sample of `order`.
     ///
     /// # Errors

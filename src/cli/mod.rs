@@ -3,6 +3,7 @@
 //! One file per subcommand holds its arguments. The value that each preset gives to a setting is written into the help
 //! from the presets themselves.
 
+pub mod audit;
 pub mod bench_step;
 mod console;
 pub mod eval;
@@ -55,6 +56,9 @@ pub enum Command {
     /// Class probabilities of every image, as CSV.
     #[command(long_about = predict::LONG_ABOUT)]
     Predict(predict::PredictArgs),
+    /// Which labels of a run are probably wrong, and what they should be.
+    #[command(long_about = audit::LONG_ABOUT)]
+    Audit(audit::AuditArgs),
     /// Check the engine against golden training steps.
     #[command(long_about = verify::LONG_ABOUT)]
     Verify(verify::VerifyArgs),
@@ -78,6 +82,7 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
+        Command::Audit(args) => audit::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Info(args) => info::run(args),

@@ -366,16 +366,7 @@ impl Device for Cuda {
         if moved {
             self.forget_launches();
         }
-        self.plans.push(Loaded {
-            plan,
-            inputs,
-            states,
-            coefs,
-            tables,
-            lowered: None,
-            graph: None,
-            landings: Vec::new(),
-        });
+        self.plans.push(Loaded { plan, inputs, states, coefs, tables, lowered: None, graph: None, landings: Vec::new() });
         self.last_run = None;
         let id = PlanId(self.plans.len() - 1);
         // What a launch cannot do is known now, not at the first step.

@@ -8,8 +8,8 @@
 mod memory;
 
 use super::{Address, Driver, Event, Graph, KernelInfo, Launch, Limits, Stream};
-use crate::device::cuda::embedded::{self, SimtKernel, SimtLaunch};
 use crate::error::{Error, Result};
+use crate::device::cuda::embedded::{self, SimtKernel, SimtLaunch};
 use memory::Memory;
 use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
