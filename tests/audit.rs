@@ -185,7 +185,8 @@ fn check_sheet(images: &mlnt::data::Dataset, count: usize, wrong: Option<bool>) 
         wrong,
     };
     let entries: Vec<Entry> = (0..count).map(entry).collect();
-    let png = draw(images, &entries, "A title that is too long for a sheet of one image, but must not break it").unwrap();
+    let png =
+        draw(images, &entries, "A title that is too long for a sheet of one image, but must not break it").unwrap();
     let sheet = image::load_from_memory_with_format(&png, image::ImageFormat::Png).unwrap().to_rgb8();
     let layout = Layout::new(count, images.width, images.height);
     assert_eq!([sheet.width(), sheet.height()], layout.size());
@@ -262,7 +263,7 @@ fn a_tiny_run_is_audited() {
     let audit = run.join("audit");
     let files = ["audit.csv", "given_labels.npy", "pred_probs.npy", "roc.csv", "roc.svg", "sheet.png"];
     assert_eq!(names_in(&audit), files);
-    assert_eq!((&said["labels"], &said["data"]), (&Value::from(TRAIN), &Value::from("idx")));
+    assert_eq!((&said["labels"], &said["data"]), (&Value::from(TRAIN), &Value::from("tiny")));
 
     let mut csv = csv::Reader::from_path(audit.join("audit.csv")).unwrap();
     let header: Vec<String> = csv.headers().unwrap().iter().map(String::from).collect();
@@ -307,8 +308,8 @@ fn a_tiny_run_is_audited() {
     }
     let known = &said["known_errors"];
     assert_eq!((&said["flagged"], &known["wrong"]), (&Value::from(flagged), &Value::from(wrong)));
-    close(known["precision"].as_f64().unwrap(), f64::from(hits) / flagged as f64);
-    close(known["recall"].as_f64().unwrap(), f64::from(hits) / f64::from(wrong));
+    close(known["precision"].as_f64().unwrap(), hits as f64 / flagged as f64);
+    close(known["recall"].as_f64().unwrap(), hits as f64 / wrong as f64);
     let svg = fs::read_to_string(audit.join("roc.svg")).unwrap();
     assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
 
@@ -379,7 +380,8 @@ fn the_filters_decision_stands_in_the_table() {
     let columns: Vec<String> = csv.headers().unwrap().iter().map(String::from).collect();
     let at = |name: &str| columns.iter().position(|c| c == name).unwrap();
     let kept = fs::read_to_string(run.join("kept.csv")).unwrap();
-    let decided = |index: &str| kept.lines().find(|l| l.split(',').next() == Some(index)).map(|l| l.rsplit(',').next().unwrap());
+    let decided =
+        |index: &str| kept.lines().find(|l| l.split(',').next() == Some(index)).map(|l| l.rsplit(',').next().unwrap());
     for line in csv.records().map(Result::unwrap) {
         assert_eq!(line[at("kept")], *decided(&line[at("index")]).unwrap_or(""));
         assert_eq!(line[at("kept")].is_empty(), &line[at("split")] == "validation");

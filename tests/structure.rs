@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 /// The layers, and those that each of them must not import.
 const MUST_NOT_KNOW: [(&str, &[&str]); 14] = [
-    ("error", &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
+    (
+        "error",
+        &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "rng", "tape", "train"],
+    ),
     ("fs", &["audit", "cases", "cli", "data", "device", "mlnt", "model", "ops", "plan", "rng", "tape", "train"]),
     ("rng", &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "tape", "train"]),
     ("tape", &["audit", "cases", "cli", "data", "device", "fs", "mlnt", "model", "plan", "train"]),

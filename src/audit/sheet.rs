@@ -75,8 +75,10 @@ impl Layout {
         let scale = (IMAGE_SIDE.div_ceil(width.max(height).max(1))).max(1);
         let image = [width * scale, height * scale];
         let cell = [CELL_WIDTH.max(image[0] + 2 * FRAME), image[1] + 2 * FRAME + TEXT];
-        let wide = ((f64::from(count) * 1.5 * f64::from(cell[1]) / f64::from(cell[0])).sqrt().round() as u32).max(1);
-        let columns = wide.clamp(1, count.max(1));
+        let ideal = (f64::from(count) * 1.5 * f64::from(cell[1]) / f64::from(cell[0])).sqrt().round() as u32;
+        let near = [ideal, ideal.saturating_sub(1), ideal + 1].map(|columns| columns.clamp(1, count.max(1)));
+        // The fewest empty places in the last row; the first of equals.
+        let columns = near.into_iter().min_by_key(|c| count.div_ceil(*c) * c - count).unwrap_or(1);
         Layout { columns, rows: count.div_ceil(columns), scale, image, cell }
     }
 
