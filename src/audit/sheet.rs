@@ -103,7 +103,7 @@ impl Layout {
 }
 
 /// Room for the heading of a sheet with few images.
-const MIN_WIDTH: u32 = 620;
+const MIN_WIDTH: u32 = 840;
 
 /// The sheet as a PNG file: `entries` from left to right and top to bottom, below `title` and a line that explains the colours.
 /// Images `[C, H, W]` of three channels are taken as red, green and blue, others as grey by their first channel; they are enlarged by a whole
@@ -171,11 +171,14 @@ fn caption(sheet: &mut RgbImage, pen: &Pen, layout: &Layout, i: usize, entry: &E
             x += pen.width(text, size);
         }
     };
-    let size = 14.0;
-    line(14.0, size, &[(GIVEN, &pen.fit(&entry.given, size, room))]);
     let arrow = "→ ";
-    let suggested = pen.fit(&entry.suggested, size, room - pen.width(arrow, size));
-    line(30.0, size, &[(INK, arrow), (SUGGESTED, &suggested)]);
+    // A long name is written smaller before it is cut.
+    let size = |text: &str| [14.0, 12.0].into_iter().find(|size| pen.width(text, *size) <= room).unwrap_or(11.0);
+    let given = size(&entry.given);
+    line(14.0, given, &[(GIVEN, &pen.fit(&entry.given, given, room))]);
+    let suggested = size(&format!("{arrow}{}", entry.suggested));
+    let name = pen.fit(&entry.suggested, suggested, room - pen.width(arrow, suggested));
+    line(30.0, suggested, &[(INK, arrow), (SUGGESTED, &name)]);
     let numbers = format!("{:.3} → {:.3}   #{}", entry.p_given, entry.p_suggested, entry.index);
     line(45.0, 11.5, &[(FAINT, &pen.fit(&numbers, 11.5, room))]);
 }
