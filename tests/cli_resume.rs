@@ -131,6 +131,44 @@ fn a_killed_run_continues_from_its_last_epoch() {
 }
 
 #[test]
+fn a_second_iteration_that_was_interrupted_and_killed_ends_with_the_same_bytes() {
+    let folder = Folder::new();
+    let data = folder.idx_sized("tiny", IMAGES);
+    let flags = "--no-baseline --feature-epochs 0 --iterations 2 --tau 0.08";
+    let line = |out: &Path| format!("{} {flags}", folder.train(SETTINGS, &data, out));
+    let all = |run: &Path| [results(run), vec![fs::read(run.join("kept.csv")).unwrap()]].concat();
+    let whole = folder.path("whole");
+    assert_eq!(mlnt(&line(&whole)).status, Some(0));
+
+    // Interrupted in the first iteration, as the second begins, and within it; then killed within it.
+    let run = folder.path("run");
+    let resume = format!("train --resume {}", run.display());
+    let mut stops = vec![interrupt(&line(&run), &run, [1, 1])];
+    stops.push(interrupt(&format!("{resume} --threads 1"), &run, [1, 2]));
+    stops.push(interrupt(&format!("{resume} --threads 2"), &run, [2, 0]));
+    assert_eq!(stops.iter().map(|[part, ..]| *part).collect::<Vec<_>>(), [1, 2, 2], "{stops:?}");
+    assert!(stops.iter().filter(|[part, _, step]| *part == 2 && *step > 0).count() >= 1, "{stops:?}");
+    let mut child = start(&resume);
+    wait_for(&mut child, &run, [2, 1]);
+    signal(&child, "-KILL");
+    assert_eq!(child.wait().unwrap().code(), None);
+    let said = mlnt(&resume);
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    assert_eq!(all(&run), all(&whole));
+
+    // Killed while the second iteration begins: what it had written is written again.
+    let run = folder.path("killed");
+    let mut child = start(&line(&run));
+    wait_for(&mut child, &run, [1, 2]);
+    signal(&child, "-KILL");
+    assert_eq!(child.wait().unwrap().code(), None);
+    assert_eq!(position(&run), [1, 2, 0]);
+    let said = mlnt(&format!("train --resume {}", run.display()));
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    assert_eq!(all(&run), all(&whole));
+}
+
+#[test]
 fn a_run_interrupted_before_its_first_step_continues() {
     let folder = Folder::new();
     let data = folder.idx_sized("tiny", IMAGES);

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::console::{Console, say};
 use crate::error::{Error, Result};
-use crate::train::config::{Config, Overrides};
 use crate::train::choice::DeviceKind;
+use crate::train::config::{Config, Overrides};
 use crate::train::engine::Engine;
 use crate::train::open_device::open_device;
 use crate::train::prepare::Prepared;
@@ -30,6 +30,7 @@ Examples:
   mlnt train --noise asymmetric --noise-rate 0.4 --seed 2
   mlnt train --preset cifar10 --data DIR              the paper's setting (weeks on two cores)
   mlnt train --config mine.toml --epochs 10           flags before file before preset
+  mlnt train --iterations 3                           then twice more, led by the best network so far
   mlnt train --resume runs/sample-symmetric-0.5-s1    go on where Ctrl-C stopped, bit for bit
 
 A TOML file has the flags' names as keys, e.g.
@@ -38,8 +39,9 @@ A TOML file has the flags' names as keys, e.g.
   widths = [16, 32, 64]
 
 The run directory receives config.toml (every setting), labels.csv (the noisy labels), metrics.jsonl \
-(one line per epoch), student.safetensors and teacher.safetensors (PyTorch's names), \
-checkpoint.safetensors, summary.txt.";
+(one line per epoch), iterations.jsonl (the best network of each iteration and its filter), kept.csv (the \
+last filter), losses.f32 (loss per sample and epoch), student.safetensors, teacher.safetensors and \
+best.safetensors (PyTorch's names), checkpoint.safetensors, summary.txt.";
 
 /// The arguments of `mlnt train`.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
