@@ -6,8 +6,8 @@
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use mlnt::device::cuda::driver::simt::Simt;
-use mlnt::device::cuda::embedded::{SimtKernel, SimtLaunch};
 use mlnt::device::cuda::driver::{Address, Driver, Launch, Stream};
+use mlnt::device::cuda::embedded::{SimtKernel, SimtLaunch};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;

@@ -81,7 +81,14 @@ fn several(step: &mut LoadedStep<Cuda>, scalars: &[String]) -> Vec<(String, Host
     let mut seen = Vec::new();
     for i in 1..=3 {
         let at = f64::from(i);
-        let numbers = StepScalars { lr: 0.1 / at, eta: 0.1 * at, gamma: 1.0 - 0.1 / at, lambda: 0.5 };
+        let numbers = StepScalars {
+            lr: 0.1 / at,
+            momentum: 0.9,
+            weight_decay: 1e-3,
+            eta: 0.1 * at,
+            gamma: 1.0 - 0.1 / at,
+            lambda: 0.5,
+        };
         step.scalars = numbers.in_order(scalars).collect();
         step.run();
         for name in ["class_loss", "consistency", "inner_loss"] {

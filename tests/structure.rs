@@ -3,33 +3,40 @@
 use std::path::{Path, PathBuf};
 
 /// The layers, and those that each of them must not import.
-const MUST_NOT_KNOW: [(&str, &[&str]); 15] = [
+const MUST_NOT_KNOW: [(&str, &[&str]); 16] = [
     (
         "error",
         &[
-            "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "rng", "tape",
-            "train",
+            "audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "rng",
+            "tape", "train",
         ],
     ),
     (
         "fs",
-        &["cases", "check", "cli", "data", "device", "mlnt", "model", "ops", "plan", "report", "rng", "tape", "train"],
+        &[
+            "audit", "cases", "check", "cli", "data", "device", "mlnt", "model", "ops", "plan", "report", "rng",
+            "tape", "train",
+        ],
     ),
     (
         "rng",
-        &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "tape", "train"],
+        &[
+            "audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "tape",
+            "train",
+        ],
     ),
-    ("tape", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
-    ("ops", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
-    ("plan", &["cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "report", "train"]),
-    ("device", &["cases", "check", "cli", "data", "mlnt", "model", "report", "train"]),
-    ("cases", &["check", "cli", "data", "mlnt", "model", "report", "train"]),
-    ("model", &["check", "cli", "data", "device", "mlnt", "plan", "report", "train"]),
-    ("data", &["check", "cli", "device", "mlnt", "model", "ops", "plan", "report", "tape", "train"]),
-    ("mlnt", &["check", "cli", "report", "train"]),
-    ("check", &["cli", "data", "report", "train"]),
-    ("train", &["check", "cli", "report"]),
-    ("report", &["check", "cli", "device", "mlnt", "ops", "plan", "tape"]),
+    ("tape", &["audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
+    ("ops", &["audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
+    ("plan", &["audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "report", "train"]),
+    ("device", &["audit", "cases", "check", "cli", "data", "mlnt", "model", "report", "train"]),
+    ("cases", &["audit", "check", "cli", "data", "mlnt", "model", "report", "train"]),
+    ("model", &["audit", "check", "cli", "data", "device", "mlnt", "plan", "report", "train"]),
+    ("data", &["audit", "check", "cli", "device", "mlnt", "model", "ops", "plan", "report", "tape", "train"]),
+    ("mlnt", &["audit", "check", "cli", "report", "train"]),
+    ("check", &["audit", "cli", "data", "report", "train"]),
+    ("train", &["audit", "check", "cli", "report"]),
+    ("report", &["audit", "check", "cli", "device", "mlnt", "ops", "plan", "tape"]),
+    ("audit", &["check", "cli", "device", "mlnt", "model", "ops", "plan", "report", "tape"]),
     ("cli", &[]),
 ];
 

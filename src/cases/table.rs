@@ -3,9 +3,8 @@
 use super::{Case, Data, Operand};
 use crate::ops::{
     AvgPool, AvgPoolBackward, BnBackward, BnDoubleBackward, BnEval, BnForward, CeGrad, CeLoss, ChannelBroadcast,
-    ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex,
-    NearestNeighbours, Op, Operation, PoolGather,
-    PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
+    ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex, NearestNeighbours, Op,
+    Operation, PoolGather, PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
 };
 use crate::tape::{Coef, DType, Meta};
 

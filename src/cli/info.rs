@@ -70,9 +70,11 @@ fn built() -> String {
         Some(version) => {
             format!("{kernels} kernels for {}, compiled by nvcc {version}", architectures(modules.iter()).join(", "))
         }
-        None => "none in this binary: it was built without nvcc; scripts/install_nvcc.sh installs nvcc, then build mlnt \
+        None => {
+            "none in this binary: it was built without nvcc; scripts/install_nvcc.sh installs nvcc, then build mlnt \
                  again"
-            .to_string(),
+                .to_string()
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! One file per subcommand holds its arguments. The value that each preset gives to a setting is written into the help
 //! from the presets themselves.
 
+pub mod audit;
 pub mod bench_step;
 pub mod check;
 mod console;
@@ -62,6 +63,9 @@ pub enum Command {
     /// One HTML page about one or more runs.
     #[command(long_about = report::LONG_ABOUT)]
     Report(report::ReportArgs),
+    /// Which labels of a run are probably wrong, and what they should be.
+    #[command(long_about = audit::LONG_ABOUT)]
+    Audit(audit::AuditArgs),
     /// Check the engine against golden training steps.
     #[command(long_about = verify::LONG_ABOUT)]
     Verify(verify::VerifyArgs),
@@ -92,6 +96,7 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Report(args) => report::run(args),
+        Command::Audit(args) => audit::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Check(args) => check::run(args),
         Command::Noise(args) => noise::run(args),

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::console::{Console, say};
 use crate::error::{Error, Result};
-use crate::train::config::{Config, Overrides};
 use crate::train::choice::DeviceKind;
+use crate::train::config::{Config, Overrides};
 use crate::train::engine::Engine;
 use crate::train::open_device::open_device;
 use crate::train::prepare::Prepared;

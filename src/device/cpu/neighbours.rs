@@ -27,9 +27,8 @@ pub(super) fn nearest<T: Real>(x: View<'_, T>, samples: usize, out: Out<'_, i32>
             let mut last: Option<usize> = None;
             for rank in 0..count {
                 // The smallest (distance, index) behind the one found last; a NaN is larger than any number.
-                let behind = |j: usize| {
-                    last.is_none_or(|l| distance[l].total_cmp(&distance[j]).then(l.cmp(&j)).is_lt())
-                };
+                let behind =
+                    |j: usize| last.is_none_or(|l| distance[l].total_cmp(&distance[j]).then(l.cmp(&j)).is_lt());
                 let rest = (0..samples).filter(|&j| j != i && behind(j));
                 let next = rest.min_by(|&a, &b| distance[a].total_cmp(&distance[b]));
                 last = next;

@@ -3,8 +3,8 @@
 //! Two implementations: the GPU through cudarc, and the SIMT host machine, which runs the same kernel sources as
 //! C++. Nothing above this module knows which of the two it talks to.
 
-pub mod simt;
 pub mod gpu;
+pub mod simt;
 
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
