@@ -80,6 +80,7 @@ fn the_same_seed_gives_the_same_bytes_whatever_the_threads() {
             "summary.json",
             "summary.txt",
             "teacher.safetensors",
+            "tensorboard",
             "timing.jsonl"
         ]
     );
