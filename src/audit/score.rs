@@ -9,7 +9,7 @@
 //!
 //! A label is *flagged* when its score is above the threshold that parts the scores into two groups of least variance within (Otsu 1979).
 //! No true label is used for any of that. Samples that were trained on and those held out are scored apart: only the first can have been
-//! memorised.
+//! memorised. `docs/audit.md` has the scores that were compared.
 
 use super::history::Trajectory;
 use crate::error::{Error, Result};
