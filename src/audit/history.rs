@@ -15,8 +15,9 @@ pub struct Trajectory {
     pub belief: f64,
 }
 
-/// Reads `losses.f32`, little-endian `[epochs, samples]`: the cross entropy of every training sample's given label in each epoch, NaN where the
-/// epoch did not visit it. One trajectory per sample, `None` for a sample that no epoch visited.
+/// Reads `losses.f32`, little-endian `[epochs, samples]`: the cross entropy of every training sample's given label in
+/// each epoch, NaN where the epoch did not visit it. One trajectory per sample, `None` for a sample that no epoch
+/// visited.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::File`] for a file that is not a whole number of epochs.
@@ -45,10 +46,12 @@ struct KeptLine {
     kept: u8,
 }
 
-/// Reads `kept.csv`: whether the filter of the last iteration kept the sample of each of `indices`, `None` for one that the file lacks.
+/// Reads `kept.csv`: whether the filter of the last iteration kept the sample of each of `indices`, `None` for one that
+/// the file lacks.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::File`] naming the line for a file without columns `index` and `kept` (0 or 1), or that names a sample twice.
+/// [`Error::Io`]; [`Error::File`] naming the line for a file without columns `index` and `kept` (0 or 1), or that names
+/// a sample twice.
 pub fn kept(path: &Path, indices: impl Iterator<Item = u32>) -> Result<Vec<Option<bool>>> {
     let text = std::fs::read(path).map_err(Error::io(path))?;
     let mut decided = std::collections::HashMap::new();

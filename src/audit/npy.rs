@@ -1,7 +1,7 @@
 //! NumPy's `.npy` files, version 1.0, of two-dimensional probabilities and one-dimensional labels.
 //!
-//! The format: the magic `\x93NUMPY`, the version, the header's length as u16, the header as a Python dictionary padded with blanks so
-//! that the values begin at a multiple of 64 bytes, and the values in little-endian C order
+//! The format: the magic `\x93NUMPY`, the version, the header's length as u16, the header as a Python dictionary padded
+//! with blanks so that the values begin at a multiple of 64 bytes, and the values in little-endian C order
 //! (<https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>).
 
 /// The bytes before the values of an array of type `descr` (`<f8`, `<i8`) and `shape`.

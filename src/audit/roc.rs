@@ -1,7 +1,7 @@
 //! How well a score finds wrong labels, where the true ones are known.
 //!
-//! A *positive* is a label that differs from the true one. Samples are taken from the highest score downwards; samples of equal score are
-//! taken together, so that no order among them can change a number.
+//! A *positive* is a label that differs from the true one. Samples are taken from the highest score downwards; samples
+//! of equal score are taken together, so that no order among them can change a number.
 
 /// A threshold of the score, and what calling everything at or above it wrong comes to.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,7 +32,8 @@ pub struct Roc {
 }
 
 impl Roc {
-    /// The curve of `scores`, high for suspicious, against `wrong`; `None` unless there are both right and wrong labels.
+    /// The curve of `scores`, high for suspicious, against `wrong`; `None` unless there are both right and wrong
+    /// labels.
     ///
     /// # Panics
     /// If the two differ in length.
@@ -64,8 +65,8 @@ impl Roc {
         Some(Roc { points, wrong: positives, total })
     }
 
-    /// Area under the curve by trapezoids: the probability that a wrong label has a higher score than a right one, equal scores counted half
-    /// (Hanley and McNeil 1982).
+    /// Area under the curve by trapezoids: the probability that a wrong label has a higher score than a right one,
+    /// equal scores counted half (Hanley and McNeil 1982).
     pub fn auc(&self) -> f64 {
         let area = |w: &[RocPoint]| {
             (w[1].false_positive_rate - w[0].false_positive_rate) * (w[1].true_positive_rate + w[0].true_positive_rate)
@@ -73,8 +74,8 @@ impl Roc {
         self.points.windows(2).map(area).sum::<f64>() / 2.0
     }
 
-    /// Precision when as many labels are called wrong as are wrong; recall is the same number then. Where a group of equal scores straddles
-    /// that count, its expected value for a random order within the group.
+    /// Precision when as many labels are called wrong as are wrong; recall is the same number then. Where a group of
+    /// equal scores straddles that count, its expected value for a random order within the group.
     pub fn precision_at_errors(&self) -> f64 {
         let after = self.points.iter().position(|p| p.called >= self.wrong).unwrap_or(self.points.len() - 1);
         let (to, from) = (self.points[after], self.points[after.saturating_sub(1)]);
@@ -82,7 +83,8 @@ impl Roc {
         (from.hits as f64 + share * (to.hits - from.hits) as f64) / self.wrong as f64
     }
 
-    /// The point of the highest F1, the first on ties: the best threshold one could have chosen with the true labels at hand.
+    /// The point of the highest F1, the first on ties: the best threshold one could have chosen with the true labels at
+    /// hand.
     pub fn best(&self) -> RocPoint {
         let f1 = |p: &RocPoint| 2.0 * p.hits as f64 / (p.called + self.wrong) as f64;
         self.points.iter().copied().fold(self.points[0], |best, p| if f1(&p) > f1(&best) { p } else { best })

@@ -1,15 +1,15 @@
 //! How suspicious a given label is.
 //!
-//! A network believes in the label that it will be trained on sooner for a right label than for a wrong one, and in the end it may believe in
-//! all of them: what separates is how much it believed on the way. The *belief* in sample i is
-//! `b_i = mean_t √p_t(given)`, over the epochs t of training where the run has kept their losses, else over the one network at hand. The square
-//! root weighs a probability that is small in every epoch against one that is so in a few. As classes differ in difficulty, the *score*
-//! compares with the samples of the same given label, as confident learning does (Northcutt et al. 2021): `s_i = mean_{j: y_j = y_i} b_j − b_i`, in
-//! −1..1, high for suspicious.
+//! A network believes in the label that it will be trained on sooner for a right label than for a wrong one, and in the
+//! end it may believe in all of them: what separates is how much it believed on the way. The *belief* in sample i is
+//! `b_i = mean_t √p_t(given)`, over the epochs t of training where the run has kept their losses, else over the one
+//! network at hand. The square root weighs a probability that is small in every epoch against one that is so in a few.
+//! As classes differ in difficulty, the *score* compares with the samples of the same given label, as confident
+//! learning does (Northcutt et al. 2021): `s_i = mean_{j: y_j = y_i} b_j − b_i`, in −1..1, high for suspicious.
 //!
-//! A label is *flagged* when its score is above the threshold that parts the scores into two groups of least variance within (Otsu 1979).
-//! No true label is used for any of that. Samples that were trained on and those held out are scored apart: only the first can have been
-//! memorised.
+//! A label is *flagged* when its score is above the threshold that parts the scores into two groups of least variance
+//! within (Otsu 1979). No true label is used for any of that. Samples that were trained on and those held out are
+//! scored apart: only the first can have been memorised. `docs/audit.md` has the scores that were compared.
 
 use super::history::Trajectory;
 use crate::error::{Error, Result};
@@ -49,7 +49,8 @@ pub struct Evidence<'a> {
 /// A finding for every sample.
 ///
 /// # Errors
-/// [`Error::Usage`] for parts of different lengths, fewer than two classes, a label out of range, or a probability that is no number.
+/// [`Error::Usage`] for parts of different lengths, fewer than two classes, a label out of range, or a probability that
+/// is no number.
 pub fn findings(evidence: &Evidence<'_>) -> Result<Vec<Finding>> {
     let Evidence { probabilities, classes, given, history, trained } = *evidence;
     let n = given.len();
@@ -101,8 +102,8 @@ pub fn scores(belief: &[f64], given: &[usize], classes: usize) -> Vec<f64> {
     belief.iter().zip(given).map(|(b, y)| sum[*y] / count[*y] as f64 - b).collect()
 }
 
-/// The threshold between two values of `v` that parts them with the largest variance between the groups, `n₀n₁(m₀ − m₁)²` (Otsu 1979); half way
-/// between its neighbours. `None` when all values are equal.
+/// The threshold between two values of `v` that parts them with the largest variance between the groups, `n₀n₁(m₀ −
+/// m₁)²` (Otsu 1979); half way between its neighbours. `None` when all values are equal.
 pub fn otsu(v: &[f64]) -> Option<f64> {
     let mut v = v.to_vec();
     v.sort_by(f64::total_cmp);

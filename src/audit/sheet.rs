@@ -105,9 +105,9 @@ impl Layout {
 /// Room for the heading of a sheet with few images.
 const MIN_WIDTH: u32 = 840;
 
-/// The sheet as a PNG file: `entries` from left to right and top to bottom, below `title` and a line that explains the colours.
-/// Images `[C, H, W]` of three channels are taken as red, green and blue, others as grey by their first channel; they are enlarged by a whole
-/// factor without smoothing.
+/// The sheet as a PNG file: `entries` from left to right and top to bottom, below `title` and a line that explains the
+/// colours. Images `[C, H, W]` of three channels are taken as red, green and blue, others as grey by their first
+/// channel; they are enlarged by a whole factor without smoothing.
 ///
 /// # Errors
 /// [`Error::Usage`] for a sheet too large to be an image.

@@ -41,7 +41,8 @@ impl Pen {
         })
     }
 
-    /// The scale at which an em is `size` pixels high: the library counts from the lowest descender to the highest ascender.
+    /// The scale at which an em is `size` pixels high: the library counts from the lowest descender to the highest
+    /// ascender.
     fn scale(&self, size: f32) -> PxScale {
         self.font.pt_to_px_scale(size * 0.75).unwrap_or(PxScale::from(size))
     }

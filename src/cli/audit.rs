@@ -84,7 +84,8 @@ impl AuditArgs {
 /// Runs `mlnt audit`.
 ///
 /// # Errors
-/// For a run that is none, not complete, or whose labels do not fit its images, and for a folder that cannot be written.
+/// For a run that is none, not complete, or whose labels do not fit its images, and for a folder that cannot be
+/// written.
 pub(super) fn run(args: &AuditArgs) -> Result<u8> {
     let dir = RunDir::open(&args.run)?;
     let config = Config::load(&dir.config())?;
