@@ -12,22 +12,6 @@ use serde_json::{Value, json};
 const TINY: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 1\nwidths = [4, 6]\nblocks = [1, 1]\nbatch = 12\n\
                     neighbours = 3\nbranches = 2\n";
 
-/// What the same seed must give again, byte for byte.
-const RESULTS: [&str; 8] = [
-    "student.safetensors",
-    "teacher.safetensors",
-    "best.safetensors",
-    "metrics.jsonl",
-    "iterations.jsonl",
-    "losses.f32",
-    "labels.csv",
-    "summary.json",
-];
-
-fn results(run: &Path) -> Vec<Vec<u8>> {
-    RESULTS.iter().map(|name| fs::read(run.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))).collect()
-}
-
 /// `config.toml` without the number of threads.
 fn settings(run: &Path) -> String {
     let text = fs::read_to_string(run.join("config.toml")).unwrap();

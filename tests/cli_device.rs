@@ -11,12 +11,6 @@ use program::*;
 /// Tiny settings: 7 steps per epoch.
 const TINY: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 2\nwidths = [4, 6]\nblocks = [1, 1]\nbatch = 12\n\
                     neighbours = 3\nbranches = 2\naugment = \"pad-crop-flip\"\npad = 2\n";
-const RESULTS: [&str; 5] =
-    ["student.safetensors", "teacher.safetensors", "metrics.jsonl", "labels.csv", "summary.json"];
-
-fn results(run: &Path) -> Vec<Vec<u8>> {
-    RESULTS.iter().map(|name| fs::read(run.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))).collect()
-}
 
 /// 96 training images, 30 test images, 1×9×7.
 fn data(folder: &Folder) -> PathBuf {

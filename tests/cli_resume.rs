@@ -16,21 +16,6 @@ const SETTINGS: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 2\nwidths =
 /// Training images: 1,350 steps per epoch.
 const IMAGES: usize = 6000;
 
-const RESULTS: [&str; 8] = [
-    "student.safetensors",
-    "teacher.safetensors",
-    "best.safetensors",
-    "metrics.jsonl",
-    "iterations.jsonl",
-    "losses.f32",
-    "labels.csv",
-    "summary.json",
-];
-
-fn results(run: &Path) -> Vec<Vec<u8>> {
-    RESULTS.iter().map(|name| fs::read(run.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))).collect()
-}
-
 /// A run in the background.
 fn start(line: &str) -> Child {
     program(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()

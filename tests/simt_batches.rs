@@ -151,6 +151,24 @@ fn the_next_batch_waits_for_the_next_run() {
 }
 
 #[test]
+fn of_two_sets_of_images_the_one_staged_last_counts() {
+    let first = Set::new(SHAPES[1]);
+    let mut second = Set::new(SHAPES[1]);
+    second.pixels.reverse();
+    let mut device = simt();
+    let id = identity(&mut device, first.shape, 2);
+    let kept = [first.keep(&mut device).unwrap(), second.keep(&mut device).unwrap()];
+    let batch = &placements(2)[..2];
+    let want = [first.on_the_host(2, batch), second.on_the_host(2, batch)];
+    assert!(want[0] != want[1]);
+    for order in [[0, 1], [1, 0], [0, 1]] {
+        order.iter().for_each(|&set| device.stage(kept[set], id, "x", batch).unwrap());
+        device.run(id, &[]).unwrap();
+        assert!(device.read_output(id, "same").unwrap().to_f64() == want[order[1]], "{order:?}");
+    }
+}
+
+#[test]
 fn batches_that_cannot_be_made_are_refused() {
     let set = Set::new(SHAPES[0]);
     let mut device = simt();

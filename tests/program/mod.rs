@@ -16,6 +16,24 @@ pub const TEST: usize = 30;
 /// Its classes.
 pub const CLASSES: usize = 10;
 
+/// What the same seed must give again, byte for byte.
+pub const RESULTS: [&str; 8] = [
+    "student.safetensors",
+    "teacher.safetensors",
+    "best.safetensors",
+    "metrics.jsonl",
+    "iterations.jsonl",
+    "losses.f32",
+    "labels.csv",
+    "summary.json",
+];
+
+/// The bytes of those files of a run.
+pub fn results(run: &Path) -> Vec<Vec<u8>> {
+    let read = |name: &&str| std::fs::read(run.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+    RESULTS.iter().map(read).collect()
+}
+
 /// What the program said, and its exit status.
 pub struct Said {
     pub status: Option<i32>,

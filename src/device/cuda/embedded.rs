@@ -70,7 +70,7 @@ pub struct EmbeddedKernel {
     pub name: &'static str,
     /// The module that holds it.
     pub module: &'static str,
-    /// Its parameter struct in `kernels/include/params.h`.
+    /// Its parameter struct, which stands in the same file.
     pub params: &'static str,
     /// The most threads a block may have.
     pub threads: u32,

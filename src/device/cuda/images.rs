@@ -37,6 +37,10 @@ pub(super) struct Images {
 pub(super) struct Landing {
     /// Which input.
     input: usize,
+    /// Of which images.
+    images: ImagesId,
+    /// What makes a batch of them.
+    launch: Launch,
     crops: Address,
     values: Address,
     bytes: usize,
@@ -93,10 +97,9 @@ impl Cuda {
 
     /// Queues the making of a batch on the copy stream.
     pub(super) fn make_batch(&mut self, images: ImagesId, plan: PlanId, input: &str, crops: &[Crop]) -> Result<()> {
-        let Some(Images { pixels, table, count, shape }) = self.images.get(images.0) else {
+        let Some(Images { count, shape: [channels, height, width], .. }) = self.images.get(images.0) else {
             return Err(self.error("no such images".into()));
         };
-        let (pixels, table, [channels, height, width]) = (*pixels, *table, *shape);
         if let Some(bad) = crops.iter().find(|c| usize::try_from(c.image).map_or(true, |i| i >= *count)) {
             return Err(self.error(format!("image {} of {count}", bad.image)));
         }
@@ -106,24 +109,15 @@ impl Cuda {
             return Err(self.error(format!("the plan has no input named {input}, or does not use it")));
         };
         let meta = &loaded.plan.inputs[position].meta;
-        if meta.dims != [crops.len(), channels, height, width] || meta.per_branch {
+        if meta.dims != [crops.len(), *channels, *height, *width] || meta.per_branch {
             let have = format!("{} images {channels}x{height}x{width}", crops.len());
             return Err(self.error(format!("{input} is {meta} and cannot be made of {have}")));
         }
-        let values = meta.len();
-        let at = match loaded.landings.iter().position(|l| l.input == position) {
+        let known = loaded.landings.iter().position(|l| l.input == position && l.images == images);
+        let at = match known {
             Some(at) => at,
             None => {
-                let landing = Landing {
-                    input: position,
-                    crops: self.driver.allocate(size_of_val(crops), "crops")?,
-                    values: self.driver.allocate(4 * values, "the next batch")?,
-                    bytes: 4 * values,
-                    made: self.driver.event()?,
-                    taken: self.driver.event()?,
-                    staged: false,
-                    used: false,
-                };
+                let landing = self.landing(images, plan, position)?;
                 self.plans[plan.0].landings.push(landing);
                 self.plans[plan.0].landings.len() - 1
             }
@@ -133,30 +127,45 @@ impl Cuda {
             self.driver.wait(Stream::Copy, landing.taken)?;
         }
         self.driver.upload(Stream::Copy, landing.crops, bytemuck::cast_slice(crops))?;
+        self.driver.launch(Stream::Copy, &landing.launch)?;
+        self.driver.record(Stream::Copy, landing.made)?;
+        // The batch that was made last counts.
+        for (i, landing) in self.plans[plan.0].landings.iter_mut().enumerate().filter(|(_, l)| l.input == position) {
+            landing.staged = i == at;
+        }
+        Ok(())
+    }
+
+    /// Memory, events and the launch for batches of `images` that become input number `input` of `plan`.
+    fn landing(&self, images: ImagesId, plan: PlanId, input: usize) -> Result<Landing> {
+        let meta = &self.plan(plan)?.plan.inputs[input].meta;
+        let Images { pixels, table, .. } = self.images[images.0];
+        let [samples, channels, height, width] = meta.dims;
+        let values = meta.len();
+        let crops = self.driver.allocate(samples * size_of::<Crop>(), "crops")?;
+        let out = self.driver.allocate(4 * values, "the next batch")?;
+        // What does not fit 32 bits is beyond the limits of a launch and is refused there.
         let narrow = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
         let params = AugmentParams {
             pixels,
             table,
-            crops: landing.crops,
-            out: landing.values,
+            crops,
+            out,
             channels: narrow(channels),
             height: narrow(height),
             width: narrow(width),
-            samples: narrow(crops.len()),
+            samples: narrow(samples),
         };
-        self.driver.launch(
-            Stream::Copy,
-            &Launch {
-                kernel: "augment_u8_f32",
-                params: bytemuck::bytes_of(&params).into(),
-                grid: [u32::try_from(values.div_ceil(THREADS)).unwrap_or(u32::MAX), 1, 1],
-                threads: THREADS as u32,
-                shared: 0,
-                label: format!("augment: {meta}", meta = self.plans[plan.0].plan.inputs[position].meta).into(),
-            },
-        )?;
-        self.driver.record(Stream::Copy, landing.made)?;
-        self.plans[plan.0].landings[at].staged = true;
-        Ok(())
+        let launch = Launch {
+            kernel: "augment_u8_f32",
+            params: bytemuck::bytes_of(&params).into(),
+            grid: [u32::try_from(values.div_ceil(THREADS)).unwrap_or(u32::MAX), 1, 1],
+            threads: THREADS as u32,
+            shared: 0,
+            label: format!("augment: {meta}").into(),
+        };
+        let (made, taken) = (self.driver.event()?, self.driver.event()?);
+        let bytes = 4 * values;
+        Ok(Landing { input, images, launch, crops, values: out, bytes, made, taken, staged: false, used: false })
     }
 }
