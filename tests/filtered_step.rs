@@ -38,7 +38,7 @@ fn a_step_of_which_nothing_is_kept_is_the_meta_update_alone() {
         let model = small_model(Arch::PreactResnet);
         let spec = step_spec(model.clone(), K, 3, recipe, first_order);
         let mut step = load_step::<f64>(&spec, Report::Everything, true, 1);
-        let names = Plan::build(&record_step(&spec, Report::Everything).unwrap(), &PlanOptions { fuse: true }).unwrap();
+        let names = Plan::build(&record_step(&spec, Report::Everything).unwrap(), &PlanOptions::default()).unwrap();
         // The joint recipe has one SGD step for both gradients: the meta-gradient alone goes through it.
         let scalars = if recipe == Recipe::Sequential { SCALARS.without_sgd() } else { SCALARS };
         step.scalars = scalars.in_order(&names.scalars).collect();

@@ -15,7 +15,7 @@ fn golden(name: &str) -> Golden {
 
 fn worst(name: &str, device: &mut dyn Device, fuse: bool) -> (f64, String) {
     let golden = golden(name);
-    let result = golden.run(device, &PlanOptions { fuse }).unwrap();
+    let result = golden.run(device, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap();
     let groups = golden.compare(&result);
     assert_eq!(groups.len(), 13);
     groups.into_iter().map(|(g, d)| (d.rel, g)).fold((0.0, String::new()), |a, b| if b.0 > a.0 { b } else { a })

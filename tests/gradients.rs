@@ -446,7 +446,7 @@ fn hessian_vector(arch: Arch, fuse: bool) {
         let theta = values.iter().zip(&v).map(|(x, v)| HostVec::F64(moved(x, t, v)));
         theta.chain(rest.iter().cloned()).collect::<Vec<_>>()
     };
-    let options = PlanOptions { fuse };
+    let options = PlanOptions { fuse, ..PlanOptions::default() };
     let mut gradient = Runner::<f64>::new(&plain, options);
     let mut at = |t: f64| gradient.run(&plain, &inputs(t)).concat();
     let full: Vec<HostVec> = inputs(0.0).into_iter().chain(v.iter().cloned().map(HostVec::F64)).collect();

@@ -20,7 +20,7 @@ const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
 /// Plans of every kind of step of both networks, with their names.
 fn plans(fuse: bool) -> Vec<(String, Plan)> {
     let mut list = Vec::new();
-    let options = PlanOptions { fuse };
+    let options = PlanOptions { fuse, ..PlanOptions::default() };
     for arch in ARCHS {
         for recipe in RECIPES {
             for first_order in [false, true] {
@@ -141,7 +141,7 @@ fn live_tensors_never_overlap() {
 #[test]
 fn a_large_plan_keeps_its_tensors_apart() {
     let tape = record_step(&step_spec(paper_model(), 128, 4, Recipe::Joint, false), Report::Losses).unwrap();
-    check_memory("PreAct-32", &Plan::build(&tape, &PlanOptions { fuse: true }).unwrap());
+    check_memory("PreAct-32", &Plan::build(&tape, &PlanOptions::default()).unwrap());
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn dead_code_is_removed() {
     tape.relu(y).unwrap();
     tape.output("y", y);
     for fuse in [false, true] {
-        let plan = Plan::build(&tape, &PlanOptions { fuse }).unwrap();
+        let plan = Plan::build(&tape, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap();
         assert_eq!(plan.launches.len(), 1);
         assert_eq!(plan.launches[0].op.name(), "relu");
         assert_eq!(plan.states[0].buffer, None);
@@ -175,7 +175,7 @@ fn dead_code_is_removed() {
 fn run_states(tape: &Tape, runs: usize) -> (HashMap<String, f64>, Vec<f64>) {
     let mut results = Vec::new();
     for fuse in [false, true] {
-        let plan = Plan::build(tape, &PlanOptions { fuse }).unwrap();
+        let plan = Plan::build(tape, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap();
         check_memory("states", &plan);
         let outputs: Vec<String> = plan.outputs.iter().map(|p| p.name.clone()).collect();
         let mut device = Cpu::<f64>::new(1).unwrap();
@@ -324,12 +324,12 @@ fn sums_of_convolutions_start_where_the_last_one_ended() {
         .enumerate()
         .map(|(i, n)| HostVec::F64(common::normals(tape.meta(n.tensor).total(3), i as u64)))
         .collect();
-    let fused = Runner::<f64>::new(&tape, PlanOptions { fuse: true }).run(&tape, &inputs);
+    let fused = Runner::<f64>::new(&tape, PlanOptions::default()).run(&tape, &inputs);
     let plain = Runner::<f64>::unfused(&tape).run(&tape, &inputs);
     for (have, want) in fused.iter().zip(&plain) {
         assert!(deviation(have, want) <= 1e-13);
     }
-    check_memory("sums", &Plan::build(&tape, &PlanOptions { fuse: true }).unwrap());
+    check_memory("sums", &Plan::build(&tape, &PlanOptions::default()).unwrap());
 }
 
 /// The paper's network for CIFAR-10: PreAct ResNet-32.
@@ -348,7 +348,7 @@ fn paper_model() -> ModelSpec {
 fn a_joint_step_costs_nine_passes_per_branch_and_four() {
     for m in [1, 4, 10] {
         let spec = step_spec(paper_model(), 128, m, Recipe::Joint, false);
-        let plan = Plan::build(&record_step(&spec, Report::Losses).unwrap(), &PlanOptions { fuse: true }).unwrap();
+        let plan = Plan::build(&record_step(&spec, Report::Losses).unwrap(), &PlanOptions::default()).unwrap();
         let cost = plan.cost(4);
         let forward = cost.phases.iter().find(|p| p.phase == "A forward").unwrap().flops as f64;
         let ratio = cost.flops() as f64 / forward;

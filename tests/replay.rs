@@ -48,7 +48,7 @@ fn replay(golden: &Golden, decisions: &Decisions) -> mlnt::Result<Replay> {
 fn with_its_own_decisions_a_replayed_step_is_the_free_one() {
     for name in FILES {
         for fuse in [false, true] {
-            let (golden, options) = (read(name), PlanOptions { fuse });
+            let (golden, options) = (read(name), PlanOptions { fuse, ..PlanOptions::default() });
             let free = golden.run(&mut Cpu::<f64>::new(2).unwrap(), &options).unwrap();
             let replay = golden.replay(&mut Cpu::<f64>::new(2).unwrap(), &options, &free.decisions).unwrap();
             let off = worst(&deviations(&replay.groups, &free.groups));

@@ -78,7 +78,8 @@ fn values(case: &Case, offset: f64) -> Vec<HostVec> {
 }
 
 fn results(device: &mut dyn Device, case: &Case, values: &[HostVec]) -> Vec<Vec<f64>> {
-    let plan = Plan::build(&case.record().unwrap().tape, &PlanOptions { fuse: false }).unwrap();
+    let plan =
+        Plan::build(&case.record().unwrap().tape, &PlanOptions { fuse: false, ..PlanOptions::default() }).unwrap();
     let outputs: Vec<String> = plan.outputs.iter().map(|p| p.name.clone()).collect();
     let id = device.load(plan).unwrap();
     for (operand, values) in case.operands.iter().zip(values) {

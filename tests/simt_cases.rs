@@ -14,7 +14,7 @@ use mlnt::plan::{Plan, PlanOptions};
 /// Results of a case on a device.
 fn results(device: &mut dyn Device, case: &Case, values: &[HostVec]) -> Vec<Vec<f64>> {
     let recorded = case.record().unwrap();
-    let plan = Plan::build(&recorded.tape, &PlanOptions { fuse: false }).unwrap();
+    let plan = Plan::build(&recorded.tape, &PlanOptions { fuse: false, ..PlanOptions::default() }).unwrap();
     let outputs: Vec<String> = plan.outputs.iter().map(|p| p.name.clone()).collect();
     let id = device.load(plan).unwrap();
     for (operand, values) in case.operands.iter().zip(values) {

@@ -55,7 +55,7 @@ fn one(branches: usize, conv: Conv, operands: &[Meta], sum: bool) -> Tape {
 }
 
 fn plan(tape: &Tape) -> Plan {
-    Plan::build(tape, &PlanOptions { fuse: false }).unwrap()
+    Plan::build(tape, &PlanOptions { fuse: false, ..PlanOptions::default() }).unwrap()
 }
 
 fn integers(meta: &Meta, branches: usize, seed: u64) -> Vec<f64> {
@@ -127,7 +127,7 @@ fn sums_of_convolutions_accumulate_in_place() {
             let sum = tape.add(terms[0], terms[1]).unwrap();
             tape.output("out", sum);
             let want = run(&mut Cpu::<f64>::new(1).unwrap(), plan(&tape), &values);
-            let fused = Plan::build(&tape, &PlanOptions { fuse: true }).unwrap();
+            let fused = Plan::build(&tape, &PlanOptions::default()).unwrap();
             let place = |b: usize| fused.buffers[b].place;
             let in_place = |l: &mlnt::plan::Launch| {
                 let args = &l.args[0];

@@ -35,7 +35,8 @@ fn case(op: impl Into<Op>, branches: usize, operands: &[(Meta, Data)], sum: bool
 
 /// The one result of a case, given its operands.
 fn result(device: &mut dyn Device, case: &Case, values: &[HostVec]) -> Vec<f64> {
-    let plan = Plan::build(&case.record().unwrap().tape, &PlanOptions { fuse: false }).unwrap();
+    let plan =
+        Plan::build(&case.record().unwrap().tape, &PlanOptions { fuse: false, ..PlanOptions::default() }).unwrap();
     let id = device.load(plan).unwrap();
     for (operand, values) in case.operands.iter().zip(values) {
         device.write_input(id, operand.name, values.as_slice()).unwrap();

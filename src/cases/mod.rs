@@ -106,7 +106,7 @@ impl Case {
     /// # Errors
     /// As [`Case::record`].
     pub fn cost(&self, real_bytes: usize) -> Result<Cost> {
-        Ok(Plan::build(&self.record()?.tape, &PlanOptions { fuse: false })?.cost(real_bytes))
+        Ok(Plan::build(&self.record()?.tape, &PlanOptions { fuse: false, ..PlanOptions::default() })?.cost(real_bytes))
     }
 
     /// Name of the operation.

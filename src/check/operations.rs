@@ -103,7 +103,7 @@ fn run_case(machine: &Machine<'_>, devices: &mut Devices, case: &Case, row: &mut
 
 /// All results of a case in each of `runs` runs.
 fn results(device: &mut dyn Device, case: &Case, values: &[HostVec], runs: usize) -> Result<Vec<Vec<HostVec>>> {
-    let plan = Plan::build(&case.record()?.tape, &PlanOptions { fuse: false })?;
+    let plan = Plan::build(&case.record()?.tape, &PlanOptions { fuse: false, ..PlanOptions::default() })?;
     let outputs: Vec<String> = plan.outputs.iter().map(|p| p.name.clone()).collect();
     let id = device.load(plan)?;
     for (operand, values) in case.operands.iter().zip(values) {

@@ -25,6 +25,7 @@ fn check_places(plan: &Plan) -> std::result::Result<(), String> {
     for buffer in &plan.buffers {
         let meta = &buffer.meta;
         let inside = match (buffer.place, meta.dtype) {
+            (Place::Arena(at), DType::Real) if buffer.half => at + meta.total(plan.branches) <= plan.arena_halves,
             (Place::Arena(at), DType::Real) => at + meta.total(plan.branches) <= plan.arena_reals,
             (Place::Arena(at), DType::Index) => at + meta.total(plan.branches) <= plan.arena_indices,
             (Place::State(i), dtype) => plan.states.get(i).is_some_and(|s| s.meta == *meta) && dtype == DType::Real,
@@ -75,6 +76,7 @@ fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
     let span = |b: &Buffer| {
         let len = b.meta.total(plan.branches);
         let (space, from) = match b.place {
+            Place::Arena(at) if b.half => ((4, 0), at),
             Place::Arena(at) => (if b.meta.dtype == DType::Real { (0, 0) } else { (1, 0) }, at),
             Place::State(i) => ((2, i), 0),
             Place::Input(i) => ((3, i), 0),

@@ -10,7 +10,7 @@ mod shortage;
 mod states;
 
 use crate::error::Result;
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanOptions};
 use crate::tape::Meta;
 
 /// Values on their way to a device. Reals are converted to the precision of the device.
@@ -99,6 +99,11 @@ pub trait Device {
 
     /// Bytes of one real.
     fn real_bytes(&self) -> usize;
+
+    /// How plans for it are best built.
+    fn plan_options(&self) -> PlanOptions {
+        PlanOptions::default()
+    }
 
     /// Makes a plan ready: its memory, and zeros in the states that are new.
     ///

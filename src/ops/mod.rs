@@ -6,6 +6,7 @@
 mod batch_norm;
 mod channel;
 mod conv;
+mod fused;
 mod lin_comb;
 mod neighbours;
 mod pool;
@@ -15,6 +16,7 @@ mod softmax;
 pub use batch_norm::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnForward, BnResult};
 pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
+pub use fused::{BnReluBackward, BnReluDoubleBackward, BnStats, ConvForm, FusedConv};
 pub use lin_comb::{Fill, LinComb};
 pub use neighbours::{NearestNeighbours, TransferLabels};
 pub use pool::{AvgPool, AvgPoolBackward, MaxPool, MaxPoolIndex, PoolGather, PoolScatter, Window};
@@ -139,6 +141,10 @@ operations!(
     KlGrad,
     NearestNeighbours,
     TransferLabels,
+    FusedConv,
+    BnStats,
+    BnReluBackward,
+    BnReluDoubleBackward,
 );
 
 impl Operation for Op {

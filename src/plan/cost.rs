@@ -1,6 +1,6 @@
 //! What a plan costs, without running it.
 
-use super::{Launch, Plan};
+use super::{Buffer, Launch, Plan};
 use crate::ops::Operation;
 use crate::tape::{DType, Meta};
 use serde::Serialize;
@@ -63,13 +63,15 @@ impl Plan {
         let (mut flops, mut bytes) = (0, 0);
         for args in &launch.args {
             let metas = |ids: &[usize]| -> Vec<Meta> { ids.iter().map(|&b| self.buffers[b].meta).collect() };
+            let width = |b: &Buffer| match (b.meta.dtype, b.half) {
+                (DType::Real, false) => real_bytes,
+                (DType::Real, true) => 2,
+                (DType::Index, _) => 4,
+            };
             let (inputs, outputs) = (metas(&args.inputs), metas(&args.outputs));
             flops += launch.op.flops(&inputs, &outputs, self.branches);
-            bytes += inputs
-                .iter()
-                .chain(&outputs)
-                .map(|m| (m.total(self.branches) * if m.dtype == DType::Real { real_bytes } else { 4 }) as u64)
-                .sum::<u64>();
+            let touched = args.inputs.iter().chain(&args.outputs).map(|&b| &self.buffers[b]);
+            bytes += touched.map(|b| (b.meta.total(self.branches) * width(b)) as u64).sum::<u64>();
         }
         (flops, bytes)
     }

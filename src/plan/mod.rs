@@ -19,18 +19,24 @@ use graph::Graph;
 pub struct PlanOptions {
     /// Fuse operations; without it every recorded operation is a launch of its own (the reference for the fusions).
     pub fuse: bool,
+    /// Fuse further, to operations that only the CUDA kernels know (`ops::fused`); without `fuse` it does nothing.
+    pub kernels: bool,
+    /// Keep activations and their cotangents in 16 bits, in the device's half-width type.
+    pub half: bool,
+    /// Run the work on branches in groups of this many, one group after the other; `None` takes all at a time.
+    pub group: Option<usize>,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        PlanOptions { fuse: true }
+        PlanOptions { fuse: true, kernels: false, half: false, group: None }
     }
 }
 
 /// Where a buffer lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Place {
-    /// In the arena of its element type, from this element on.
+    /// In the arena of its element type and width, from this element on.
     Arena(usize),
     /// In the device memory of this state: index into [`Plan::states`].
     State(usize),
@@ -43,6 +49,8 @@ pub enum Place {
 pub struct Buffer {
     /// Shape, kind, element type, branching.
     pub meta: Meta,
+    /// Its reals take 16 bits; only activations in the arena.
+    pub half: bool,
     /// Where it lives. Two buffers alive at the same time share a place only where an operation works in place.
     pub place: Place,
 }
@@ -97,6 +105,8 @@ pub struct Plan {
     pub outputs: Vec<Port>,
     /// Size of the arena of reals, in elements.
     pub arena_reals: usize,
+    /// Size of the arena of 16-bit reals, in elements.
+    pub arena_halves: usize,
     /// Size of the arena of indices, in elements.
     pub arena_indices: usize,
 }
@@ -122,9 +132,9 @@ impl Plan {
         Ok(assemble(graph, groups))
     }
 
-    /// Bytes of both arenas when a real takes `real_bytes`.
+    /// Bytes of all arenas when a real takes `real_bytes`.
     pub fn arena_bytes(&self, real_bytes: usize) -> usize {
-        self.arena_reals * real_bytes + self.arena_indices * 4
+        self.arena_reals * real_bytes + self.arena_halves * 2 + self.arena_indices * 4
     }
 
     /// Bytes of the states when a real takes `real_bytes`.
@@ -144,7 +154,7 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
     let mut buffers = Vec::new();
     let mut buffer_of = |t: Tensor| {
         *index[t.index()].get_or_insert_with(|| {
-            buffers.push(Buffer { meta: graph.metas[t.index()], place: layout.places[t.index()] });
+            buffers.push(Buffer { meta: graph.metas[t.index()], half: false, place: layout.places[t.index()] });
             buffers.len() - 1
         })
     };
@@ -183,6 +193,7 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
         scalars: graph.scalars,
         outputs,
         arena_reals: layout.reals,
+        arena_halves: 0,
         arena_indices: layout.indices,
     }
 }

@@ -27,7 +27,7 @@ impl<T: Real + Default> Runner<T> {
     }
 
     pub fn unfused(tape: &Tape) -> Self {
-        Runner::new(tape, PlanOptions { fuse: false })
+        Runner::new(tape, PlanOptions { fuse: false, ..PlanOptions::default() })
     }
 
     /// Writes the inputs in the order of the tape, runs, and returns the outputs in the order of the tape.
@@ -117,7 +117,7 @@ pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool,
 
 pub fn load_step_on<D: Device>(mut device: D, spec: &StepSpec, report: Report, fuse: bool) -> LoadedStep<D> {
     let tape = record_step(spec, report).unwrap();
-    let plan = Plan::build(&tape, &PlanOptions { fuse }).unwrap();
+    let plan = Plan::build(&tape, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap();
     let scalars = StepScalars { lr: 0.1, momentum: 0.9, weight_decay: 1e-3, eta: 0.3, gamma: 0.99, lambda: 0.5 };
     let scalars = scalars.in_order(&plan.scalars).collect();
     let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());

@@ -118,6 +118,9 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
             let y = op.relu.then(|| real(8));
             batch_norm::double_backward(plan.branches, ins, y, [out(0), out(1), out(2)], channels(&input(0).meta));
         }
+        Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
+            unreachable!("refused when the plan was loaded")
+        }
         Op::Relu(_) => elementwise::relu(real(0), out(0)),
         Op::Mask(_) => elementwise::mask(real(0), real(1), sum_over, out(0)),
         Op::LinComb(op) => {

@@ -181,6 +181,12 @@ impl<T: Real + Default> Device for Cpu<T> {
     }
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
+        let foreign = |op: &Op| {
+            matches!(op, Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_))
+        };
+        if plan.launches.iter().any(|l| foreign(&l.op)) || plan.arena_halves > 0 {
+            return Err(Self::error("the plan is one for the CUDA kernels".into()));
+        }
         check("cpu", &plan)?;
         let work = launch::workspace::<T>(&plan);
         self.reserve(&plan, work)?;

@@ -152,6 +152,9 @@ impl<'a> Lowering<'a> {
             Op::BnEval(op) => batch_norm::eval(self, op.relu, args),
             Op::BnBackward(op) => batch_norm::backward(self, op.relu, args),
             Op::BnDoubleBackward(op) => batch_norm::double_backward(self, op.relu, args),
+            Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
+                Err(Error::shape(op.name(), "has no kernel yet"))
+            }
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),
             Op::LinComb(op) => elementwise::lin_comb(self, op, std::slice::from_ref(args)),
