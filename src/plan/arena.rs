@@ -46,7 +46,7 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
     let mut last = vec![0usize; count];
     for (g, group) in groups.iter().enumerate() {
         for node in group.iter().map(|&n| &graph.nodes[n]) {
-            for t in node.inputs.iter().chain(&node.outputs) {
+            for t in node.inputs.iter().chain(&node.outputs).map(|t| graph.root(*t)) {
                 (last[t.index()], used[t.index()]) = (g, true);
             }
         }
@@ -61,14 +61,20 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
         // The operand sets of one launch may run at the same time: memory read by two of them is not handed on.
         let mut reads = HashMap::new();
         for t in group.iter().flat_map(|&n| &graph.nodes[n].inputs) {
-            *reads.entry(*t).or_insert(0) += 1;
+            *reads.entry(graph.root(*t)).or_insert(0) += 1;
         }
         for node in group.iter().map(|&n| &graph.nodes[n]) {
-            for t in node.outputs.iter().filter(|t| places[t.index()].is_none()) {
+            // What lies in another tensor's memory comes with that tensor, when the first part of it is made.
+            for t in node.outputs.iter().map(|t| graph.root(*t)) {
+                if places[t.index()].is_some() || block_of[t.index()].is_some() {
+                    continue;
+                }
                 let meta = &graph.metas[t.index()];
                 let handed_on = in_place_operands(&node.op, &node.inputs).iter().copied().find(|&i| {
-                    let same = graph.metas[i.index()] == *meta;
-                    same && reads[&i] == 1
+                    let same = graph.metas[i.index()] == *meta && graph.span(i) == graph.span(t);
+                    same && graph.root(i) == i
+                        && node.outputs.contains(&t)
+                        && reads[&i] == 1
                         && last[i.index()] == g
                         && block_of[i.index()].is_some_and(|b| blocks[b].last == g)
                 });
@@ -79,7 +85,7 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
                     }
                     None => {
                         block_of[t.index()] = Some(blocks.len());
-                        let len = meta.total(graph.branches).next_multiple_of(ALIGN);
+                        let len = graph.elements(t).next_multiple_of(ALIGN);
                         let index = meta.dtype == DType::Index;
                         blocks.push(Block { len, first: g, last: last[t.index()].max(g), index });
                     }
@@ -93,11 +99,17 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
     for (offset, other) in offsets.iter_mut().zip(index_offsets) {
         *offset = (*offset).max(other);
     }
-    let places = places
-        .into_iter()
-        .enumerate()
-        .map(|(t, place)| place.unwrap_or_else(|| Place::Arena(block_of[t].map_or(0, |b| offsets[b]))))
-        .collect();
+    let place = |t: Tensor| {
+        let root = graph.root(t);
+        match places[root.index()] {
+            Some(place) => place,
+            None => {
+                let from = if root == t { 0 } else { graph.span(t).0 * graph.metas[t.index()].len() };
+                Place::Arena(block_of[root.index()].map_or(0, |b| offsets[b]) + from)
+            }
+        }
+    };
+    let places = (0..count as u32).map(|t| place(Tensor(t))).collect();
     Layout { places, used, reals, indices }
 }
 

@@ -109,6 +109,8 @@ pub(super) struct Lowering<'a> {
     /// Operand type of convolutions.
     pub operands: Operands,
     out: Lowered,
+    /// Number of branches of the present launch.
+    branches: usize,
     scratch: usize,
     label: String,
 }
@@ -120,9 +122,10 @@ impl<'a> Lowering<'a> {
     /// When an operation has sizes that its kernels cannot take.
     pub fn run(plan: &'a Plan, bases: &'a Bases, operands: Operands) -> Result<Lowered> {
         let out = Lowered::default();
-        let mut lowering = Lowering { plan, bases, operands, out, scratch: 0, label: String::new() };
+        let mut lowering = Lowering { plan, bases, operands, out, branches: 1, scratch: 0, label: String::new() };
         for launch in &plan.launches {
             lowering.scratch = 0;
+            lowering.branches = launch.branches.len();
             if let Op::LinComb(op) = &launch.op {
                 // Independent combinations with the same coefficients are one launch.
                 lowering.set_label(&launch.op, &launch.args[0]);
@@ -175,14 +178,14 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    /// M.
+    /// Branches that the present launch works on: what each of its per-branch tensors holds.
     pub fn branches(&self) -> usize {
-        self.plan.branches
+        self.branches
     }
 
-    /// Branches that an operation runs over: M if any operand is per-branch, else 1.
+    /// Branches that an operation runs over: those of the launch if any operand is per-branch, else 1.
     pub fn live_branches(&self, args: &Args) -> usize {
-        if args.inputs.iter().any(|&b| self.plan.buffers[b].meta.per_branch) { self.plan.branches } else { 1 }
+        if args.inputs.iter().any(|&b| self.plan.buffers[b].meta.per_branch) { self.branches } else { 1 }
     }
 
     /// Operand `i`.
@@ -202,12 +205,13 @@ impl<'a> Lowering<'a> {
 
     fn operand(&self, buffer: usize) -> Operand {
         let buffer = &self.plan.buffers[buffer];
-        let at = match (buffer.place, buffer.meta.dtype) {
-            (Place::Arena(at), DType::Real) => self.bases.reals.offset(4 * at),
-            (Place::Arena(at), DType::Index) => self.bases.indices.offset(4 * at),
+        let memory = match (buffer.place, buffer.meta.dtype) {
+            (Place::Arena(_), DType::Real) => self.bases.reals,
+            (Place::Arena(_), DType::Index) => self.bases.indices,
             (Place::State(i), _) => self.bases.states[i],
             (Place::Input(i), _) => self.bases.inputs[i],
         };
+        let at = memory.offset(4 * buffer.start());
         let branch = if buffer.meta.per_branch { buffer.meta.len() as i64 } else { 0 };
         Operand { at, meta: buffer.meta, branch }
     }
