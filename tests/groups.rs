@@ -50,7 +50,7 @@ fn every_step(mut each: impl FnMut(Arch, Recipe, bool)) {
 fn groups_change_no_result() {
     every_step(|arch, recipe, first_order| {
         for branches in [1, 3, 5] {
-            let spec = step_spec(small_model(arch), 4, branches, recipe, first_order);
+            let spec = step_spec(small_model(arch), 8, branches, recipe, first_order);
             // One step: the next would magnify the rounding of this one.
             let run =
                 |options| run_steps(&mut load_planned(Cpu::<f64>::new(2).unwrap(), &spec, Report::Losses, &options), 1);
