@@ -9,7 +9,7 @@
 use super::graph::{Graph, Part};
 use crate::error::Result;
 use crate::ops::{BnReluBackward, FusedConv, LinComb, Op, Operation};
-use crate::tape::{Coef, Kind, Meta, Node, Tensor};
+use crate::tape::{Coef, Meta, Node, Tensor};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
@@ -242,16 +242,11 @@ impl<'a> Region<'a> {
                 let phase = node.phase;
                 self.graph.nodes.push(node);
                 for (t, own) in sums {
-                    let [_, _, h, w] = self.graph.metas[t.index()].dims;
                     let sum = if last { t } else { self.graph.tensor(self.graph.metas[t.index()]) };
                     let inputs = [self.running.insert(t, sum).into_iter().collect(), vec![own]].concat();
                     let op = LinComb { coefs: vec![Coef::ONE; inputs.len()] }.into();
                     let add = Node { op, inputs, outputs: vec![sum], phase };
-                    // Large shares are added at once and go; the small ones of a group share a launch at its end.
-                    match self.graph.metas[t.index()].kind == Kind::Activation && h * w > 1 {
-                        true => self.graph.nodes.push(add),
-                        false => late.push(add),
-                    }
+                    late.push(add);
                 }
             }
             late.sort_by_key(|node| node.phase);
