@@ -106,6 +106,8 @@ fn in_place_operands<'a>(op: &Op, inputs: &'a [Tensor]) -> &'a [Tensor] {
     match op {
         Op::LinComb(_) => inputs,
         Op::Conv(_) => &inputs[2..],
+        Op::FusedConv(op) => op.start_operand().map_or(&[], |i| &inputs[i..]),
+        Op::BnReluBackward(op) if op.start => &inputs[6..],
         _ => &[],
     }
 }
