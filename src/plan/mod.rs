@@ -130,6 +130,10 @@ impl Plan {
         }
         graph.check()?;
         graph.check_size()?;
+        if options.fuse && options.kernels {
+            fuse::gather(&mut graph);
+            graph.check()?;
+        }
         let groups = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
         Ok(assemble(graph, groups))
     }

@@ -2,13 +2,14 @@
 
 mod backward;
 mod batch_norm_relu;
+mod constants;
 mod lin_combs;
 mod recompute;
 mod statistics;
 mod sums;
 mod tangent;
 
-pub(super) use lin_combs::group_lin_combs;
+pub(super) use lin_combs::{gather, group_lin_combs};
 
 use super::graph::Graph;
 use crate::error::Result;
@@ -19,10 +20,18 @@ type Pass = fn(&mut Graph);
 /// What every device can run.
 const PLAIN: [Pass; 2] = [batch_norm_relu::fuse, sums::accumulate];
 
-/// What only the CUDA kernels know. The order matters: pairs are found among plain convolutions, sums are pushed into what they became,
-/// and statistics are those of a finished sum.
-const KERNELS: [Pass; 6] =
-    [batch_norm_relu::fuse, tangent::join, backward::join, recompute::fuse, sums::accumulate, statistics::fuse];
+/// For the CUDA kernels. The order matters: pairs are found among plain convolutions, sums are pushed into what they became, and
+/// statistics are those of a finished sum.
+const KERNELS: [Pass; 8] = [
+    batch_norm_relu::fuse,
+    constants::share,
+    tangent::join,
+    backward::join,
+    recompute::fuse,
+    sums::accumulate,
+    sums::flatten,
+    statistics::fuse,
+];
 
 /// Applies all passes.
 ///

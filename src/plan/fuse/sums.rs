@@ -1,8 +1,8 @@
-//! Sums that begin where the operation behind their last term begins.
+//! Sums that are computed inside other operations: in the one that makes the last term, or in the sum of which they are a term.
 
 use super::Graph;
 use crate::ops::{BnReluBackward, FusedConv, LinComb, Op};
-use crate::tape::{Coef, Node, Tensor};
+use crate::tape::{Coef, Kind, Node, Tensor};
 
 /// `t_1 + … + t_n`, where nobody else reads the last terms and each is a convolution, a backward of both kinds or `dx` of
 /// [`BnReluBackward`], becomes these operations, each of which adds to what the one before made.
@@ -63,5 +63,35 @@ fn with_start(node: &Node) -> Option<Op> {
         Op::FusedConv(op) if !op.start && !op.stats => Some(FusedConv { start: true, ..op }.into()),
         Op::BnReluBackward(BnReluBackward { start: false }) => Some(BnReluBackward { start: true }.into()),
         _ => None,
+    }
+}
+
+/// `d·(Σ c_i x_i) + …` of parameters or other small tensors, where nobody else reads the inner sum and it adds up no branches,
+/// becomes one linear combination.
+pub(super) fn flatten(graph: &mut Graph) {
+    let (uses, escapes) = (graph.uses(), graph.escapes());
+    for n in 0..graph.nodes.len() {
+        let inner = &graph.nodes[n];
+        let (Op::LinComb(op), t) = (&inner.op, inner.outputs[0]) else { continue };
+        let meta = graph.metas[t.index()];
+        let ([(outer, _)], false) = (&uses[t.index()][..], escapes[t.index()]) else { continue };
+        let (Op::LinComb(into), coefs) = (&graph.nodes[*outer].op, op.coefs.clone()) else { continue };
+        let alike = |t: &Tensor| graph.metas[t.index()] == meta;
+        let alike = inner.inputs.iter().chain(&graph.nodes[*outer].outputs).all(alike);
+        // Not where it was if another sum has been merged into the outer one.
+        let Some(at) = graph.nodes[*outer].inputs.iter().position(|i| *i == t) else { continue };
+        let factor = into.coefs[at];
+        let single = factor.scalar.is_none() || coefs.iter().all(|c| c.scalar.is_none());
+        if meta.kind == Kind::Activation || !alike || !single {
+            continue;
+        }
+        let scaled =
+            coefs.iter().map(|c| Coef { factor: c.factor * factor.factor, scalar: c.scalar.or(factor.scalar) });
+        let mut all = into.coefs.clone();
+        all.splice(at..=at, scaled);
+        let terms = inner.inputs.clone();
+        let outer = &mut graph.nodes[*outer];
+        outer.op = LinComb { coefs: all }.into();
+        outer.inputs.splice(at..=at, terms);
     }
 }
