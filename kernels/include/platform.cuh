@@ -74,12 +74,14 @@ DEVICE int32_t shuffle_xor(int32_t v, int mask, simt::Site site = simt::Site::he
 
 #endif
 
-// ---- Atomics on integers: the order of arrival cannot change the result. They return the former value. ----
+// ---- Atomics on integers: the order of arrival cannot change the result. They return the former value. A fence orders what
+// a thread does to global memory before and after it in the eyes of all threads of the grid. ----
 
 #if defined(__CUDACC__)
 
 DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) { return atomicMax(at, v); }
 DEVICE uint32_t atomic_add(uint32_t* at, uint32_t v) { return atomicAdd(at, v); }
+DEVICE void fence() { __threadfence(); }
 
 #else
 
@@ -90,6 +92,7 @@ DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) {
     return old;
 }
 DEVICE uint32_t atomic_add(uint32_t* at, uint32_t v) { return __atomic_fetch_add(at, v, __ATOMIC_RELAXED); }
+DEVICE void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 #endif
 

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::ops::{LinComb, Op, Operation};
 use crate::tape::{Coef, Meta, Named, Node, Source, Tape, Tensor};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 /// Branches `first..first + count` of a per-branch tensor.
@@ -19,6 +19,8 @@ pub(super) struct Part {
 pub(super) struct Graph {
     pub branches: usize,
     pub metas: Vec<Meta>,
+    /// Which tensors take 16 bits.
+    pub half: Vec<bool>,
     pub sources: Vec<Source>,
     pub nodes: Vec<Node>,
     pub states: Vec<Named>,
@@ -36,6 +38,7 @@ impl Graph {
         let mut graph = Graph {
             branches: tape.branches(),
             metas: tape.metas.clone(),
+            half: vec![false; tape.metas.len()],
             sources: tape.sources.clone(),
             nodes: tape.nodes.clone(),
             states: tape.states.clone(),
@@ -129,8 +132,59 @@ impl Graph {
     /// A new tensor.
     pub fn tensor(&mut self, meta: Meta) -> Tensor {
         self.metas.push(meta);
+        self.half.push(false);
         self.sources.push(Source::Node(u32::MAX));
         Tensor(self.metas.len() as u32 - 1)
+    }
+
+    /// A new tensor of the shape, branching and width of `t`.
+    pub fn like(&mut self, t: Tensor) -> Tensor {
+        let new = self.tensor(self.metas[t.index()]);
+        self.half[new.index()] = self.half[t.index()];
+        new
+    }
+
+    /// The terms of node `n` if it is their sum, all of the result's shape and branching.
+    pub fn plain_sum(&self, n: usize) -> Option<Vec<Tensor>> {
+        let node = &self.nodes[n];
+        let Op::LinComb(op) = &node.op else { return None };
+        let meta = self.metas[node.outputs[0].index()];
+        let plain = op.coefs.len() > 1 && op.coefs.iter().all(|c| *c == Coef::ONE);
+        let alike = node.inputs.iter().all(|t| self.metas[t.index()] == meta);
+        (plain && alike).then(|| node.inputs.clone())
+    }
+
+    /// Makes the sum that node `n` is one of `terms`, fewer than it had. A single term becomes the result itself, and the node makes
+    /// a tensor that nobody reads.
+    pub fn shorten_sum(&mut self, n: usize, terms: Vec<Tensor>, producers: &[Option<usize>]) {
+        if let ([term], Some(p)) = (&terms[..], terms.first().and_then(|t| producers[t.index()])) {
+            let result = std::mem::replace(&mut self.nodes[n].outputs[0], *term);
+            self.nodes[p].outputs.iter_mut().filter(|t| *t == term).for_each(|t| *t = result);
+        } else {
+            self.nodes[n].op = LinComb { coefs: vec![Coef::ONE; terms.len()] }.into();
+            self.nodes[n].inputs = terms;
+        }
+    }
+
+    /// For every node between `first` and `second` whether `second` needs it; `None` if `second` needs `first`.
+    pub fn needed_between(&self, first: usize, second: usize) -> Option<Vec<bool>> {
+        let mut wanted: HashSet<Tensor> = self.nodes[second].inputs.iter().copied().collect();
+        let mut needed = vec![false; second - first];
+        for n in (first..second).rev() {
+            if self.nodes[n].outputs.iter().any(|t| wanted.contains(t)) {
+                needed[n - first] = true;
+                wanted.extend(&self.nodes[n].inputs);
+            }
+        }
+        (!needed.remove(0)).then_some(needed)
+    }
+
+    /// Reads `new` wherever `old` was read, assigned or given out.
+    pub fn replace(&mut self, old: Tensor, new: Tensor) {
+        let read = self.nodes.iter_mut().flat_map(|node| &mut node.inputs);
+        let given = self.outputs.iter_mut().map(|named| &mut named.tensor);
+        let assigned = self.assigns.iter_mut().map(|assign| &mut assign.1);
+        read.chain(given).chain(assigned).filter(|t| **t == old).for_each(|t| *t = new);
     }
 
     /// True when tensor `value` may be written straight into `state`: it is made by a linear combination (which
@@ -190,9 +244,20 @@ impl Graph {
         }
     }
 
-    /// Runs every operation's shape rule again, so that a broken pass cannot go unnoticed.
+    /// Runs every operation's shape rule again and looks whether operands are there in time, so that a broken pass cannot go
+    /// unnoticed.
     pub fn check(&self) -> Result<()> {
+        let mut there: Vec<bool> = self.sources.iter().map(|s| !matches!(s, Source::Node(_))).collect();
         for node in &self.nodes {
+            if node.inputs.iter().any(|t| !there[t.index()] && !there[self.root(*t).index()]) {
+                return Err(crate::Error::shape(
+                    node.op.name(),
+                    "a planner pass left an operand that is not there yet",
+                ));
+            }
+            for t in &node.outputs {
+                (there[t.index()], there[self.root(*t).index()]) = (true, true);
+            }
             let metas: Vec<Meta> = node.inputs.iter().map(|t| self.metas[t.index()]).collect();
             let outs = node.op.infer(&metas)?;
             let fits = |(o, t): (&Meta, &Tensor)| o.same_shape(&self.metas[t.index()]);

@@ -229,7 +229,7 @@ impl<'a> Region<'a> {
                         Made::Branches => self.part(t, range),
                         Made::Sum if last && total && continues => t,
                         Made::Same if last => t,
-                        _ => self.graph.tensor(self.graph.metas[t.index()]),
+                        _ => self.graph.like(t),
                     };
                     names.insert(t, own);
                     node.outputs.push(own);
@@ -242,7 +242,7 @@ impl<'a> Region<'a> {
                 let phase = node.phase;
                 self.graph.nodes.push(node);
                 for (t, own) in sums {
-                    let sum = if last { t } else { self.graph.tensor(self.graph.metas[t.index()]) };
+                    let sum = if last { t } else { self.graph.like(t) };
                     let inputs = [self.running.insert(t, sum).into_iter().collect(), vec![own]].concat();
                     let op = LinComb { coefs: vec![Coef::ONE; inputs.len()] }.into();
                     let add = Node { op, inputs, outputs: vec![sum], phase };
@@ -257,7 +257,7 @@ impl<'a> Region<'a> {
     /// The part of a per-branch tensor that a group makes or reads: memory of its own for what nobody outside reads.
     fn part(&mut self, t: Tensor, range: &Range<usize>) -> Tensor {
         let local = self.made.contains_key(&t) && !self.outside[t.index()];
-        let part = self.graph.tensor(self.graph.metas[t.index()]);
+        let part = self.graph.like(t);
         let of = if local { None } else { Some(t) };
         self.graph.parts.insert(part, Part { first: range.start, count: range.len(), of });
         part

@@ -7,6 +7,7 @@ mod cost;
 mod fuse;
 mod graph;
 mod groups;
+mod half;
 
 pub use cost::{Cost, PhaseCost};
 
@@ -154,17 +155,23 @@ impl Plan {
             groups::order(&mut graph)?;
         }
         if options.fuse {
-            fuse::batch_norm_relu(&mut graph);
-            fuse::accumulate(&mut graph);
+            fuse::fuse(&mut graph, options.kernels)?;
         }
-        graph.remove_dead();
+        if options.half {
+            half::narrow(&mut graph);
+        }
         if groups.len() > 1 {
+            graph.remove_dead();
             groups::divide(&mut graph, &groups)?;
         }
         graph.copy_old_states();
         graph.copy_pending_assigns();
         graph.check()?;
         graph.check_size()?;
+        if options.fuse && options.kernels {
+            fuse::gather(&mut graph);
+            graph.check()?;
+        }
         let launches = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
         Ok(assemble(graph, launches))
     }
@@ -192,8 +199,8 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
     let mut buffer_of = |t: Tensor| {
         *index[t.index()].get_or_insert_with(|| {
             let (first, count) = graph.span(t);
-            let (meta, place) = (graph.metas[t.index()], layout.places[t.index()]);
-            buffers.push(Buffer { meta, half: false, first, count, place });
+            let (meta, half, place) = (graph.metas[t.index()], graph.half[t.index()], layout.places[t.index()]);
+            buffers.push(Buffer { meta, half, first, count, place });
             buffers.len() - 1
         })
     };
@@ -233,7 +240,7 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
         scalars: graph.scalars,
         outputs,
         arena_reals: layout.reals,
-        arena_halves: 0,
+        arena_halves: layout.halves,
         arena_indices: layout.indices,
     }
 }
