@@ -96,7 +96,7 @@ fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
                 let input = inputs.iter().enumerate().any(|(i, input)| {
                     let whole = input.place == out.place && input.meta == out.meta;
                     let in_place = match launch.op {
-                        Op::LinComb(_) => whole,
+                        Op::LinComb(ref op) => whole && i < op.coefs.len(),
                         Op::Conv(_) => whole && i == 2,
                         _ => false,
                     };

@@ -6,6 +6,7 @@
 mod batch_norm;
 mod channel;
 mod conv;
+mod finite;
 mod fused;
 mod lin_comb;
 mod neighbours;
@@ -16,6 +17,7 @@ mod softmax;
 pub use batch_norm::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnForward, BnResult};
 pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
+pub use finite::AllFinite;
 pub use fused::{BnReluBackward, BnReluDoubleBackward, BnStats, ConvForm, FusedConv};
 pub use lin_comb::{Fill, LinComb};
 pub use neighbours::{NearestNeighbours, TransferLabels};
@@ -141,6 +143,7 @@ operations!(
     KlGrad,
     NearestNeighbours,
     TransferLabels,
+    AllFinite,
     FusedConv,
     BnStats,
     BnReluBackward,

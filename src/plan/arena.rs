@@ -104,7 +104,7 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
 /// Operands whose memory the result may take over when they are not needed any more.
 fn in_place_operands<'a>(op: &Op, inputs: &'a [Tensor]) -> &'a [Tensor] {
     match op {
-        Op::LinComb(_) => inputs,
+        Op::LinComb(op) => op.terms(inputs),
         Op::Conv(_) => &inputs[2..],
         _ => &[],
     }

@@ -105,7 +105,7 @@ pub(super) fn accumulate(graph: &mut Graph) {
     let mut partial: Vec<(usize, Node)> = Vec::new();
     for n in 0..graph.nodes.len() {
         let plain_sum = match &graph.nodes[n].op {
-            Op::LinComb(op) => op.coefs.len() > 1 && op.coefs.iter().all(|c| *c == Coef::ONE),
+            Op::LinComb(op) => op.coefs.len() > 1 && !op.guarded && op.coefs.iter().all(|c| *c == Coef::ONE),
             _ => false,
         };
         let (mut terms, result) = (graph.nodes[n].inputs.clone(), graph.nodes[n].outputs[0]);
@@ -128,7 +128,7 @@ pub(super) fn accumulate(graph: &mut Graph) {
         if prefix.len() > 1 {
             let Some(after) = prefix.iter().filter_map(|t| producers[t.index()]).max() else { continue };
             base = graph.tensor(meta);
-            let op = LinComb { coefs: vec![Coef::ONE; prefix.len()] }.into();
+            let op = LinComb::new(vec![Coef::ONE; prefix.len()]).into();
             let phase = graph.nodes[n].phase;
             partial.push((after, Node { op, inputs: prefix.to_vec(), outputs: vec![base], phase }));
         }
@@ -167,8 +167,13 @@ pub(super) fn group_lin_combs(graph: &Graph) -> Vec<Vec<usize>> {
         let written = written_into.get(&node.outputs[0]);
         let joins = groups.last().is_some_and(|group| {
             let head = &graph.nodes[group[0]];
+            let guard = |node: &Node| match &node.op {
+                Op::LinComb(op) if op.guarded => node.inputs.last().copied(),
+                _ => None,
+            };
             matches!(node.op, Op::LinComb(_))
                 && node.op == head.op
+                && guard(node) == guard(head)
                 && node.phase == head.phase
                 && !node.inputs.iter().any(|t| writes.contains(t))
                 && !written.is_some_and(|t| reads.contains(t))

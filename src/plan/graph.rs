@@ -113,7 +113,7 @@ impl Graph {
             let mut wanted = self.outputs.iter().map(|o| o.tensor).chain(self.assigns.iter().map(|a| a.1));
             if wanted.any(|t| t == old) {
                 let copy = self.tensor(self.metas[old.index()]);
-                let op = LinComb { coefs: vec![Coef::ONE] }.into();
+                let op = LinComb::new(vec![Coef::ONE]).into();
                 copies.push((old, Node { op, inputs: vec![old], outputs: vec![copy], phase: "state" }));
             }
         }
@@ -136,7 +136,7 @@ impl Graph {
             }
             let copy = self.tensor(self.metas[value.index()]);
             self.nodes.push(Node {
-                op: LinComb { coefs: vec![Coef::ONE] }.into(),
+                op: LinComb::new(vec![Coef::ONE]).into(),
                 inputs: vec![value],
                 outputs: vec![copy],
                 phase: "state",

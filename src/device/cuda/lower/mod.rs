@@ -5,6 +5,7 @@
 mod batch_norm;
 mod conv;
 mod elementwise;
+mod finite;
 mod neighbours;
 mod pool;
 mod rows;
@@ -158,6 +159,7 @@ impl<'a> Lowering<'a> {
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),
             Op::LinComb(op) => elementwise::lin_comb(self, op, std::slice::from_ref(args)),
+            Op::AllFinite(_) => finite::all_finite(self, args),
             Op::Fill(op) => elementwise::fill(self, op, args),
             Op::ChannelSum(_) => elementwise::channel_sum(self, args),
             Op::ChannelBroadcast(_) => elementwise::channel_broadcast(self, args),
