@@ -52,6 +52,8 @@ struct Loaded {
     tables: Address,
     /// Bytes of scratch that its launches take.
     scratch: usize,
+    /// Bytes of counters that its launches take.
+    counters: usize,
     /// Launches for the addresses of now; none after shared memory has moved.
     lowered: Option<Lowered>,
     graph: Option<Graph>,
@@ -69,6 +71,7 @@ pub struct Cuda {
     reals: Growing,
     indices: Growing,
     scratch: Growing,
+    counters: Growing,
     images: Vec<Images>,
     last_run: Option<PlanId>,
     /// Two events to measure with, once they are needed.
@@ -81,10 +84,24 @@ impl Cuda {
     /// The device on `driver`, whose convolutions round their operands to `operands`.
     pub fn new(driver: Box<dyn Driver>, operands: Operands, mode: Mode) -> Self {
         let states = States::new(driver.name());
-        let (reals, indices, scratch) = Default::default();
+        let (reals, indices, scratch, counters) = Default::default();
         let (plans, images, last_run) = (Vec::new(), Vec::new(), None);
         let (stopwatch, staging) = Default::default();
-        Cuda { driver, operands, mode, plans, states, reals, indices, scratch, images, last_run, stopwatch, staging }
+        Cuda {
+            driver,
+            operands,
+            mode,
+            plans,
+            states,
+            reals,
+            indices,
+            scratch,
+            counters,
+            images,
+            last_run,
+            stopwatch,
+            staging,
+        }
     }
 
     /// The machine.
@@ -161,6 +178,7 @@ impl Cuda {
             reals: self.reals.at,
             indices: self.indices.at,
             scratch: self.scratch.at,
+            counters: self.counters.at,
             coefs: loaded.coefs,
             tables: loaded.tables,
             states: loaded.states.iter().map(state).collect(),
@@ -170,14 +188,19 @@ impl Cuda {
 
     /// Makes the launches of a plan for the addresses of now, and the memory that all plans share large enough for it.
     fn lower(&mut self, id: PlanId) -> Result<()> {
-        let Loaded { plan, lowered, scratch, .. } = self.plan(id)?;
+        let Loaded { plan, lowered, scratch, counters, .. } = self.plan(id)?;
         if lowered.is_some() {
             return Ok(());
         }
-        let (reals, indices, scratch) = (4 * plan.arena_reals, 4 * plan.arena_indices, *scratch);
+        let (reals, indices) = (4 * plan.arena_reals, 4 * plan.arena_indices);
+        let (scratch, counters) = (*scratch, *counters);
         self.grow(|d| &mut d.reals, reals, "activations")?;
         self.grow(|d| &mut d.indices, indices, "indices")?;
         self.grow(|d| &mut d.scratch, scratch, "scratch")?;
+        if counters > self.counters.bytes {
+            self.grow(|d| &mut d.counters, counters, "counters")?;
+            self.driver.zero(Stream::Compute, self.counters.at, counters)?;
+        }
         let loaded = self.plan(id)?;
         let lowered = Lowering::run(&loaded.plan, &self.bases(loaded), self.operands)?;
         for launch in &lowered.launches {
@@ -357,7 +380,7 @@ impl Device for Cuda {
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
         check(&self.driver.name(), &plan)?;
-        let Lowered { coefs, tables, scratch, .. } = lower_nowhere(&plan, self.operands)?;
+        let Lowered { coefs, tables, scratch, counters, .. } = lower_nowhere(&plan, self.operands)?;
         self.check_memory(&plan, scratch)?;
         let coefs = self.allocate(4 * coefs.len(), "coefficients")?;
         let tables = self.allocate(tables.len(), "tables of operands")?;
@@ -386,6 +409,7 @@ impl Device for Cuda {
             coefs,
             tables,
             scratch,
+            counters,
             lowered: None,
             graph: None,
             landings: Vec::new(),
@@ -493,7 +517,7 @@ impl Drop for Cuda {
         // Errors have been told where they arose; memory goes with the machine in any case.
         let _ = self.driver.synchronize();
         self.forget_launches();
-        let shared = [self.reals.at, self.indices.at, self.scratch.at];
+        let shared = [self.reals.at, self.indices.at, self.scratch.at, self.counters.at];
         let images = self.images.iter().flat_map(Images::memory);
         let landings = self.plans.iter().flat_map(|l| l.landings.iter().flat_map(Landing::memory));
         let plans = self.plans.iter().flat_map(|l| l.inputs.iter().chain([&l.coefs, &l.tables]));

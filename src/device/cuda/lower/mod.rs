@@ -24,7 +24,7 @@ pub enum Operands {
     F32,
     /// 10 bits of mantissa, range of f32.
     Tf32,
-    /// IEEE half precision, scaled by powers of two so that nothing leaves its range.
+    /// IEEE half precision; what leaves its range becomes infinite.
     F16,
     /// 7 bits of mantissa, range of f32.
     Bf16,
@@ -49,6 +49,8 @@ pub(super) struct Bases {
     pub indices: Address,
     /// Partial sums and the like; dead after the launches of one operation.
     pub scratch: Address,
+    /// Counters, zero before and after every kernel.
+    pub counters: Address,
     /// Coefficients of this run, f32.
     pub coefs: Address,
     /// Tables of operands.
@@ -68,6 +70,8 @@ pub(super) struct Operand {
     pub meta: Meta,
     /// Elements from one branch to the next; 0 for a shared tensor, which is the same in every branch.
     pub branch: i64,
+    /// Its reals take 16 bits.
+    pub half: bool,
 }
 
 impl Operand {
@@ -95,6 +99,8 @@ pub(super) struct Lowered {
     pub tables: Vec<u8>,
     /// Bytes of scratch.
     pub scratch: usize,
+    /// Bytes of counters.
+    pub counters: usize,
 }
 
 /// Blocks in y or z for `extent` pieces of work. What is beyond the limit is left to loops in the kernels.
@@ -110,6 +116,7 @@ pub(super) struct Lowering<'a> {
     pub operands: Operands,
     out: Lowered,
     scratch: usize,
+    counters: usize,
     label: String,
 }
 
@@ -120,9 +127,9 @@ impl<'a> Lowering<'a> {
     /// When an operation has sizes that its kernels cannot take.
     pub fn run(plan: &'a Plan, bases: &'a Bases, operands: Operands) -> Result<Lowered> {
         let out = Lowered::default();
-        let mut lowering = Lowering { plan, bases, operands, out, scratch: 0, label: String::new() };
+        let mut lowering = Lowering { plan, bases, operands, out, scratch: 0, counters: 0, label: String::new() };
         for launch in &plan.launches {
-            lowering.scratch = 0;
+            (lowering.scratch, lowering.counters) = (0, 0);
             if let Op::LinComb(op) = &launch.op {
                 // Independent combinations with the same coefficients are one launch.
                 lowering.set_label(&launch.op, &launch.args[0]);
@@ -152,7 +159,8 @@ impl<'a> Lowering<'a> {
             Op::BnEval(op) => batch_norm::eval(self, op.relu, args),
             Op::BnBackward(op) => batch_norm::backward(self, op.relu, args),
             Op::BnDoubleBackward(op) => batch_norm::double_backward(self, op.relu, args),
-            Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
+            Op::FusedConv(op) => conv::fused(self, op, args),
+            Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
                 Err(Error::shape(op.name(), "has no kernel yet"))
             }
             Op::Relu(_) => elementwise::relu(self, args),
@@ -209,7 +217,7 @@ impl<'a> Lowering<'a> {
             (Place::Input(i), _) => self.bases.inputs[i],
         };
         let branch = if buffer.meta.per_branch { buffer.meta.len() as i64 } else { 0 };
-        Operand { at, meta: buffer.meta, branch }
+        Operand { at, meta: buffer.meta, branch, half: buffer.half }
     }
 
     /// Branches that a launch adds up in each element of the result `output`, and 1 where it adds none.
@@ -233,6 +241,14 @@ impl<'a> Lowering<'a> {
         let at = self.bases.scratch.offset(self.scratch);
         self.scratch += bytes.next_multiple_of(256);
         self.out.scratch = self.out.scratch.max(self.scratch);
+        at
+    }
+
+    /// `count` counters of 32 bits that are zero, and that the present operation's launch leaves zero.
+    pub fn counters(&mut self, count: usize) -> Address {
+        let at = self.bases.counters.offset(self.counters);
+        self.counters += 4 * count;
+        self.out.counters = self.out.counters.max(self.counters);
         at
     }
 
