@@ -12,6 +12,10 @@ struct Moments {
     // Chan, Golub and LeVeque's formula; Knuth's sum keeps what rounding takes from the mean.
     DEVICE void add(const Moments& other) {
         if (other.n == 0.0f) return;
+        if (n == 0.0f) {
+            *this = other;
+            return;
+        }
         const float total = n + other.n, part = other.n / total;
         const float apart = (other.mean - mean) + (other.rest - rest), step = apart * part;
         const float sum = mean + step, of_step = sum - mean;
