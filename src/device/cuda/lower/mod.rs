@@ -26,7 +26,7 @@ pub enum Operands {
     F32,
     /// 10 bits of mantissa, range of f32.
     Tf32,
-    /// IEEE half precision, scaled by powers of two so that nothing leaves its range.
+    /// IEEE half precision; what leaves its range becomes infinite.
     F16,
     /// 7 bits of mantissa, range of f32.
     Bf16,
@@ -189,7 +189,7 @@ impl<'a> Lowering<'a> {
             Op::BnStats(_) => batch_norm::stats(self, args),
             Op::BnReluBackward(_) => batch_norm::backward(self, Mask::Recomputed, args),
             Op::BnReluDoubleBackward(_) => batch_norm::double_backward(self, Mask::Recomputed, args),
-            Op::FusedConv(_) => Err(Error::shape(op.name(), "has no kernel yet")),
+            Op::FusedConv(op) => conv::fused(self, op, args),
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),
             Op::LinComb(op) => elementwise::lin_comb(self, op, std::slice::from_ref(args)),
