@@ -121,10 +121,8 @@ impl Plan {
     pub fn build(tape: &Tape, options: &PlanOptions) -> Result<Plan> {
         let mut graph = Graph::new(tape);
         if options.fuse {
-            fuse::batch_norm_relu(&mut graph);
-            fuse::accumulate(&mut graph);
+            fuse::fuse(&mut graph, options.kernels)?;
         }
-        graph.remove_dead();
         graph.copy_old_states();
         graph.copy_pending_assigns();
         if options.half {

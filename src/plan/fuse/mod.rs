@@ -1,0 +1,38 @@
+//! Fusions: one pass per file. Each replaces a named composition of operations by one operation with the same result.
+
+mod backward;
+mod batch_norm_relu;
+mod lin_combs;
+mod recompute;
+mod statistics;
+mod sums;
+mod tangent;
+
+pub(super) use lin_combs::group_lin_combs;
+
+use super::graph::Graph;
+use crate::error::Result;
+
+/// A pass: it rewrites the graph and leaves its results as they are.
+type Pass = fn(&mut Graph);
+
+/// What every device can run.
+const PLAIN: [Pass; 2] = [batch_norm_relu::fuse, sums::accumulate];
+
+/// What only the CUDA kernels know. The order matters: pairs are found among plain convolutions, sums are pushed into what they became,
+/// and statistics are those of a finished sum.
+const KERNELS: [Pass; 6] =
+    [batch_norm_relu::fuse, tangent::join, backward::join, recompute::fuse, sums::accumulate, statistics::fuse];
+
+/// Applies all passes.
+///
+/// # Errors
+/// When a pass leaves a graph that does not hold together: its defect.
+pub(super) fn fuse(graph: &mut Graph, kernels: bool) -> Result<()> {
+    let passes: &[Pass] = if kernels { &KERNELS } else { &PLAIN };
+    passes.iter().try_for_each(|pass| {
+        pass(graph);
+        graph.remove_dead();
+        graph.check()
+    })
+}
