@@ -3,7 +3,17 @@
 use crate::error::Result;
 use crate::ops::{LinComb, Op, Operation};
 use crate::tape::{Coef, Meta, Named, Node, Source, Tape, Tensor};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+
+/// Branches `first..first + count` of a per-branch tensor.
+#[derive(Clone, Copy)]
+pub(super) struct Part {
+    pub first: usize,
+    pub count: usize,
+    /// The tensor with all branches in whose memory they lie; `None` has memory of its own.
+    pub of: Option<Tensor>,
+}
 
 /// Nodes in execution order with the tensors they pass along.
 pub(super) struct Graph {
@@ -19,6 +29,8 @@ pub(super) struct Graph {
     pub scalars: Vec<String>,
     /// `(state, value)`: tensors whose content becomes a state's at the end of the run.
     pub assigns: Vec<(u32, Tensor)>,
+    /// Of the tensors that hold some of the branches.
+    pub parts: HashMap<Tensor, Part>,
 }
 
 impl Graph {
@@ -34,6 +46,7 @@ impl Graph {
             outputs: tape.outputs.clone(),
             scalars: tape.scalars.clone(),
             assigns: tape.assigns.clone(),
+            parts: HashMap::new(),
         };
         graph.remove_dead();
         graph
@@ -43,25 +56,25 @@ impl Graph {
     pub fn remove_dead(&mut self) {
         let mut live = vec![false; self.metas.len()];
         for t in self.outputs.iter().map(|n| n.tensor).chain(self.assigns.iter().map(|a| a.1)) {
-            live[t.index()] = true;
+            live[self.root(t).index()] = true;
         }
         let mut keep = vec![false; self.nodes.len()];
         for (n, node) in self.nodes.iter().enumerate().rev() {
-            if node.outputs.iter().any(|t| live[t.index()]) {
+            if node.outputs.iter().any(|t| live[self.root(*t).index()]) {
                 keep[n] = true;
-                node.inputs.iter().for_each(|t| live[t.index()] = true);
+                node.inputs.iter().for_each(|t| live[self.root(*t).index()] = true);
             }
         }
         let mut kept = keep.into_iter();
         self.nodes.retain(|_| kept.next() == Some(true));
     }
 
-    /// For every tensor the positions `(node, operand)` where it is read.
+    /// For every tensor the positions `(node, operand)` where it, or a part of it, is read.
     pub fn uses(&self) -> Vec<Vec<(usize, usize)>> {
         let mut uses = vec![Vec::new(); self.metas.len()];
         for (n, node) in self.nodes.iter().enumerate() {
             for (i, t) in node.inputs.iter().enumerate() {
-                uses[t.index()].push((n, i));
+                uses[self.root(*t).index()].push((n, i));
             }
         }
         uses
@@ -85,12 +98,50 @@ impl Graph {
         escapes
     }
 
+    /// The tensor in whose memory `t` lies: most often itself.
+    pub fn root(&self, t: Tensor) -> Tensor {
+        self.parts.get(&t).and_then(|part| part.of).unwrap_or(t)
+    }
+
+    /// The first branch that `t` holds, and how many it holds; 0 and 1 for a shared tensor.
+    pub fn span(&self, t: Tensor) -> (usize, usize) {
+        match (self.metas[t.index()].per_branch, self.parts.get(&t)) {
+            (false, _) => (0, 1),
+            (true, Some(part)) => (part.first, part.count),
+            (true, None) => (0, self.branches),
+        }
+    }
+
+    /// Elements of `t` over the branches that it holds.
+    pub fn elements(&self, t: Tensor) -> usize {
+        self.metas[t.index()].len() * self.span(t).1
+    }
+
+    /// True when an operand or a result of `node` is per-branch.
+    pub fn branched(&self, node: &Node) -> bool {
+        node.inputs.iter().chain(&node.outputs).any(|t| self.metas[t.index()].per_branch)
+    }
+
+    /// The branches that `node` works on; `None` if all it touches is shared.
+    pub fn branches_of(&self, node: &Node) -> Option<Range<usize>> {
+        let mut tensors = node.inputs.iter().chain(&node.outputs);
+        let (first, count) = self.span(*tensors.find(|t| self.metas[t.index()].per_branch)?);
+        Some(first..first + count)
+    }
+
     /// A new tensor.
     pub fn tensor(&mut self, meta: Meta) -> Tensor {
         self.metas.push(meta);
         self.half.push(false);
         self.sources.push(Source::Node(u32::MAX));
         Tensor(self.metas.len() as u32 - 1)
+    }
+
+    /// A new tensor of the shape and width of `t`.
+    pub fn like(&mut self, t: Tensor) -> Tensor {
+        let like = self.tensor(self.metas[t.index()]);
+        self.half[like.index()] = self.half[t.index()];
+        like
     }
 
     /// The terms of node `n` if it is their sum, all of the result's shape and branching.
@@ -221,8 +272,9 @@ impl Graph {
         for node in &self.nodes {
             let metas = |tensors: &[Tensor]| -> Vec<Meta> { tensors.iter().map(|t| self.metas[t.index()]).collect() };
             let (inputs, outputs) = (metas(&node.inputs), metas(&node.outputs));
-            flops += u128::from(node.op.flops(&inputs, &outputs, self.branches));
-            bytes += inputs.iter().chain(&outputs).map(|m| 8 * m.total(self.branches) as u128).sum::<u128>();
+            let branches = self.branches_of(node).map_or(1, |range| range.len());
+            flops += u128::from(node.op.flops(&inputs, &outputs, branches));
+            bytes += inputs.iter().chain(&outputs).map(|m| 8 * m.total(branches) as u128).sum::<u128>();
         }
         if flops.max(bytes) > u128::from(u64::MAX) {
             let what = format!("a step of {flops} operations on {bytes} bytes is too large to plan");

@@ -116,9 +116,12 @@ pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool,
     load_step_on(Cpu::new(threads).unwrap(), spec, report, fuse)
 }
 
-pub fn load_step_on<D: Device>(mut device: D, spec: &StepSpec, report: Report, fuse: bool) -> LoadedStep<D> {
-    let tape = record_step(spec, report).unwrap();
-    let plan = Plan::build(&tape, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap();
+pub fn load_step_on<D: Device>(device: D, spec: &StepSpec, report: Report, fuse: bool) -> LoadedStep<D> {
+    load_planned(device, spec, report, &PlanOptions { fuse, ..PlanOptions::default() })
+}
+
+pub fn load_planned<D: Device>(mut device: D, spec: &StepSpec, report: Report, options: &PlanOptions) -> LoadedStep<D> {
+    let plan = Plan::build(&record_step(spec, report).unwrap(), options).unwrap();
     let scalars = StepScalars {
         lr: 0.1,
         momentum: 0.9,
