@@ -227,8 +227,7 @@ fn sums_go_on_from_group_to_group() {
     add(&mut tape, "second", &[mask, three, x]);
     add(&mut tape, "third", &[first, two, mask]);
     // A combination that counts a shared tensor once beside the branches.
-    let mixed =
-        tape.record(mlnt::ops::LinComb { coefs: vec![Coef::constant(3.0); 3] }, &[x, xm, mask], &[true]).unwrap();
+    let mixed = tape.record(mlnt::ops::LinComb::new(vec![Coef::constant(3.0); 3]), &[x, xm, mask], &[true]).unwrap();
     output(&mut tape, "mixed", mixed[0]);
     // Statistics of shared activations in an operation on branches are no sum over them.
     let g = tape.input("g", Meta::vector(3).branched()).unwrap();

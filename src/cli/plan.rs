@@ -147,6 +147,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         batch: config.batch,
         momentum: config.momentum,
         weight_decay: config.weight_decay,
+        scaled: config.scaled(),
     };
     let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &options)?.cost(real_bytes);
     let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);

@@ -128,9 +128,10 @@ fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
             for (o, out) in outputs.iter().enumerate() {
                 let other_output = outputs[..o].iter().any(|other| overlap(other, out));
                 let summed = !out.meta.per_branch && inputs.iter().any(|b| b.meta.per_branch);
-                let input = inputs.iter().enumerate().any(|(i, input)| {
-                    overlap(input, out) && !(input == out && launch.op.works_in_place(i, summed))
-                });
+                let input = inputs
+                    .iter()
+                    .enumerate()
+                    .any(|(i, input)| overlap(input, out) && !(input == out && launch.op.works_in_place(i, summed)));
                 let constant = matches!(out.place, Place::Input(_));
                 if other_output || input || constant {
                     let what = format!("{}: result {o} ({}) is laid over something else", launch.op.name(), out.meta);

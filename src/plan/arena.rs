@@ -89,15 +89,14 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
                 let meta = &graph.metas[t.index()];
                 let half = graph.half[t.index()];
                 let summed = !meta.per_branch && node.inputs.iter().any(|i| graph.metas[i.index()].per_branch);
-                let handed_on = node.inputs.iter().enumerate().find(|&(position, i)| {
+                let handed_on = node.inputs.iter().enumerate().find(|&(position, &i)| {
                     let same = graph.metas[i.index()] == *meta
-                        && graph.half[i.index()] == half
-                        && graph.elements(*i) == graph.elements(t);
-                    // Nothing is handed on to or from a tensor that is made part by part.
-                    same && graph.root(*i) == *i
+                        && graph.span(i) == graph.span(t)
+                        && graph.half[i.index()] == half;
+                    same && graph.root(i) == i
                         && node.outputs.contains(&t)
                         && node.op.works_in_place(position, summed)
-                        && reads[i] == 1
+                        && reads[&i] == 1
                         && last[i.index()] == g
                         && block_of[i.index()].is_some_and(|b| blocks[b].last == g && !taken.contains(&b))
                 });

@@ -137,11 +137,11 @@ impl Graph {
         Tensor(self.metas.len() as u32 - 1)
     }
 
-    /// A new tensor of the shape, branching and width of `t`.
+    /// A new tensor of the shape and width of `t`.
     pub fn like(&mut self, t: Tensor) -> Tensor {
-        let new = self.tensor(self.metas[t.index()]);
-        self.half[new.index()] = self.half[t.index()];
-        new
+        let like = self.tensor(self.metas[t.index()]);
+        self.half[like.index()] = self.half[t.index()];
+        like
     }
 
     /// The terms of node `n` if it is their sum, all of the result's shape and branching.
@@ -149,7 +149,7 @@ impl Graph {
         let node = &self.nodes[n];
         let Op::LinComb(op) = &node.op else { return None };
         let meta = self.metas[node.outputs[0].index()];
-        let plain = op.coefs.len() > 1 && op.coefs.iter().all(|c| *c == Coef::ONE);
+        let plain = op.coefs.len() > 1 && !op.guarded && op.coefs.iter().all(|c| *c == Coef::ONE);
         let alike = node.inputs.iter().all(|t| self.metas[t.index()] == meta);
         (plain && alike).then(|| node.inputs.clone())
     }
@@ -161,7 +161,7 @@ impl Graph {
             let result = std::mem::replace(&mut self.nodes[n].outputs[0], *term);
             self.nodes[p].outputs.iter_mut().filter(|t| *t == term).for_each(|t| *t = result);
         } else {
-            self.nodes[n].op = LinComb { coefs: vec![Coef::ONE; terms.len()] }.into();
+            self.nodes[n].op = LinComb::new(vec![Coef::ONE; terms.len()]).into();
             self.nodes[n].inputs = terms;
         }
     }
@@ -212,7 +212,7 @@ impl Graph {
             let mut wanted = self.outputs.iter().map(|o| o.tensor).chain(self.assigns.iter().map(|a| a.1));
             if wanted.any(|t| t == old) {
                 let copy = self.tensor(self.metas[old.index()]);
-                let op = LinComb { coefs: vec![Coef::ONE] }.into();
+                let op = LinComb::new(vec![Coef::ONE]).into();
                 copies.push((old, Node { op, inputs: vec![old], outputs: vec![copy], phase: "state" }));
             }
         }
@@ -235,7 +235,7 @@ impl Graph {
             }
             let copy = self.tensor(self.metas[value.index()]);
             self.nodes.push(Node {
-                op: LinComb { coefs: vec![Coef::ONE] }.into(),
+                op: LinComb::new(vec![Coef::ONE]).into(),
                 inputs: vec![value],
                 outputs: vec![copy],
                 phase: "state",

@@ -73,7 +73,8 @@ fn start_operand(node: &Node) -> Option<usize> {
 /// True when operand `i` of `node` is added, once, to its first result, which is shared.
 fn is_added(graph: &Graph, node: &Node, i: usize) -> bool {
     let branched = |t: Tensor| graph.metas[t.index()].per_branch;
-    let added = matches!(node.op, Op::LinComb(_)) || start_operand(node) == Some(i);
+    let linear = matches!(&node.op, Op::LinComb(op) if !op.guarded);
+    let added = linear || start_operand(node) == Some(i);
     added && !branched(node.inputs[i]) && !branched(node.outputs[0])
 }
 
@@ -244,7 +245,7 @@ impl<'a> Region<'a> {
                 for (t, own) in sums {
                     let sum = if last { t } else { self.graph.like(t) };
                     let inputs = [self.running.insert(t, sum).into_iter().collect(), vec![own]].concat();
-                    let op = LinComb { coefs: vec![Coef::ONE; inputs.len()] }.into();
+                    let op = LinComb::new(vec![Coef::ONE; inputs.len()]).into();
                     let add = Node { op, inputs, outputs: vec![sum], phase };
                     late.push(add);
                 }

@@ -157,11 +157,11 @@ impl Plan {
         if options.fuse {
             fuse::fuse(&mut graph, options.kernels)?;
         }
+        graph.remove_dead();
         if options.half {
             half::narrow(&mut graph);
         }
         if groups.len() > 1 {
-            graph.remove_dead();
             groups::divide(&mut graph, &groups)?;
         }
         graph.copy_old_states();
@@ -199,8 +199,8 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
     let mut buffer_of = |t: Tensor| {
         *index[t.index()].get_or_insert_with(|| {
             let (first, count) = graph.span(t);
-            let (meta, half, place) = (graph.metas[t.index()], graph.half[t.index()], layout.places[t.index()]);
-            buffers.push(Buffer { meta, half, first, count, place });
+            let (meta, place) = (graph.metas[t.index()], layout.places[t.index()]);
+            buffers.push(Buffer { meta, half: graph.half[t.index()], first, count, place });
             buffers.len() - 1
         })
     };

@@ -125,12 +125,23 @@ fn run_args<T: Real>(context: &Context<'_, T>, launch: &Launch, args: &Args, wor
         Op::Relu(_) => elementwise::relu(real(0), out(0)),
         Op::Mask(_) => elementwise::mask(real(0), real(1), sum_over, out(0)),
         Op::LinComb(op) => {
+            if op.guarded && real(op.coefs.len()).branch(0)[0] == T::zero() {
+                if input(0).place != output(0).place {
+                    elementwise::lin_comb(1, |_| (T::one(), Term::Of(real(0))), 1, out(0));
+                }
+                return;
+            }
             let term = |i: usize| match input(i).place == output(0).place {
                 true => Term::InPlace,
                 false => Term::Of(real(i)),
             };
             let terms = |i: usize| (T::of(op.coefs[i].value(scalars)), term(i));
             elementwise::lin_comb(op.coefs.len(), terms, sum_over, out(0));
+        }
+        Op::AllFinite(_) => {
+            let all = (0..args.inputs.len()).all(|i| elementwise::all_finite(real(i), live));
+            // SAFETY: the launch has the result to itself.
+            unsafe { out(0).all() }.fill(if all { T::one() } else { T::zero() });
         }
         Op::Fill(op) => {
             // SAFETY: the launch has the result to itself.

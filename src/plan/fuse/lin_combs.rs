@@ -68,8 +68,13 @@ pub(in crate::plan) fn group_lin_combs(graph: &Graph) -> Vec<Vec<usize>> {
         let range = graph.branches_of(node);
         let joins = groups.last().is_some_and(|group| {
             let head = &graph.nodes[group[0]];
+            let guard = |node: &Node| match &node.op {
+                Op::LinComb(op) if op.guarded => node.inputs.last().copied(),
+                _ => None,
+            };
             matches!(node.op, Op::LinComb(_))
                 && node.op == head.op
+                && guard(node) == guard(head)
                 && node.phase == head.phase
                 && (range.is_none() || branches.is_none() || range == branches)
                 && !node.inputs.iter().any(|t| writes.contains(t))
