@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::ops::{Op, Operation};
 use crate::plan::{Buffer, Place, Plan};
-use crate::tape::DType;
+use crate::tape::{DType, Kind};
 
 /// Refuses a plan whose buffers do not lie in their memory, whose launches take reals for indices or the other way
 /// round, in which a launch would read what it writes, other than where the kernel works in place, or in which a
@@ -34,6 +34,14 @@ fn check_places(plan: &Plan) -> std::result::Result<(), String> {
         if !inside {
             return Err(format!("a tensor ({meta}) does not lie in its memory, or is a state of indices"));
         }
+        if buffer.half
+            && !matches!((buffer.place, meta.kind, meta.dtype), (Place::Arena(_), Kind::Activation, DType::Real))
+        {
+            return Err(format!("a tensor ({meta}) takes 16 bits and is no activation in the arena"));
+        }
+    }
+    if plan.outputs.iter().any(|port| port.buffer.is_some_and(|b| plan.buffers[b].half)) {
+        return Err("an output takes 16 bits".into());
     }
     Ok(())
 }
@@ -60,11 +68,18 @@ fn check_types(plan: &Plan) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// A convolution's sum over branches begins once, at what its third operand holds.
+/// A sum over branches begins once, at what the operand holds that is added to it.
 fn check_starts(plan: &Plan) -> std::result::Result<(), String> {
-    for launch in plan.launches.iter().filter(|launch| matches!(launch.op, Op::Conv(_))) {
+    for launch in &plan.launches {
+        let start = match &launch.op {
+            Op::Conv(_) => Some(2),
+            Op::FusedConv(op) => op.start_operand(),
+            Op::BnReluBackward(_) => Some(6),
+            _ => None,
+        };
         let branched = |b: usize| plan.buffers[b].meta.per_branch;
-        if launch.args.iter().any(|a| a.inputs.get(2).is_some_and(|b| branched(*b)) && !branched(a.outputs[0])) {
+        let begins = |inputs: &[usize]| start.and_then(|i| inputs.get(i)).is_some_and(|b| branched(*b));
+        if launch.args.iter().any(|a| begins(&a.inputs) && !branched(a.outputs[0])) {
             let what = "a result that is shared cannot start from values per branch";
             return Err(format!("{}: {what}", launch.op.name()));
         }
@@ -93,14 +108,10 @@ fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
             let (inputs, outputs) = (buffers(&args.inputs), buffers(&args.outputs));
             for (o, out) in outputs.iter().enumerate() {
                 let other_output = outputs[..o].iter().any(|other| overlap(other, out));
+                let summed = !out.meta.per_branch && inputs.iter().any(|b| b.meta.per_branch);
                 let input = inputs.iter().enumerate().any(|(i, input)| {
-                    let whole = input.place == out.place && input.meta == out.meta;
-                    let in_place = match launch.op {
-                        Op::LinComb(_) => whole,
-                        Op::Conv(_) => whole && i == 2,
-                        _ => false,
-                    };
-                    overlap(input, out) && !in_place
+                    let whole = (input.place, input.meta, input.half) == (out.place, out.meta, out.half);
+                    overlap(input, out) && !(whole && launch.op.works_in_place(i, summed))
                 });
                 let constant = matches!(out.place, Place::Input(_));
                 if other_output || input || constant {

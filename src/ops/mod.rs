@@ -162,6 +162,21 @@ impl Operation for Op {
     }
 }
 
+impl Op {
+    /// Whether a result of the shape, width and branching of operand `i` may lie where that operand does; `summed`: the result is a
+    /// sum over the branches.
+    pub(crate) fn works_in_place(&self, i: usize, summed: bool) -> bool {
+        match self {
+            Op::LinComb(_) => true,
+            Op::Conv(_) => i == 2,
+            Op::FusedConv(op) => op.start_operand() == Some(i),
+            Op::BnReluBackward(_) => i == 6 || (i == 0 && !summed),
+            Op::BnReluDoubleBackward(_) => matches!(i, 0 | 3) && !summed,
+            _ => false,
+        }
+    }
+}
+
 /// True when any of `metas` is per-branch.
 pub(crate) fn any_branched(metas: &[Meta]) -> bool {
     metas.iter().any(|m| m.per_branch)

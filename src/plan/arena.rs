@@ -2,19 +2,34 @@
 
 use super::Place;
 use super::graph::Graph;
-use crate::ops::Op;
-use crate::tape::{DType, Source, Tensor};
+use crate::tape::{DType, Source};
 use std::collections::HashMap;
 
-/// Elements to which every tensor in the arena is aligned: 64 bytes of f32.
-const ALIGN: usize = 16;
+/// Bytes to which every tensor in an arena is aligned.
+const ALIGN: usize = 64;
 
-/// Places by tensor, and the size of the two arenas in elements.
+/// What an arena holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pool {
+    Reals,
+    Halves,
+    Indices,
+}
+
+impl Pool {
+    /// Elements to which its tensors are aligned.
+    fn align(self) -> usize {
+        ALIGN / if self == Pool::Halves { 2 } else { 4 }
+    }
+}
+
+/// Places by tensor, and the size of the arenas in elements.
 pub(super) struct Layout {
     pub places: Vec<Place>,
     /// Whether a launch or an assignment touches the tensor.
     pub used: Vec<bool>,
     pub reals: usize,
+    pub halves: usize,
     pub indices: usize,
 }
 
@@ -23,7 +38,7 @@ struct Block {
     len: usize,
     first: usize,
     last: usize,
-    index: bool,
+    pool: Pool,
 }
 
 pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
@@ -63,58 +78,56 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
         for t in group.iter().flat_map(|&n| &graph.nodes[n].inputs) {
             *reads.entry(*t).or_insert(0) += 1;
         }
+        // Blocks that this launch has handed on.
+        let mut taken = Vec::new();
         for node in group.iter().map(|&n| &graph.nodes[n]) {
             for t in node.outputs.iter().filter(|t| places[t.index()].is_none()) {
                 let meta = &graph.metas[t.index()];
-                let handed_on = in_place_operands(&node.op, &node.inputs).iter().copied().find(|&i| {
-                    let same = graph.metas[i.index()] == *meta;
-                    same && reads[&i] == 1
+                let half = graph.half[t.index()];
+                let summed = !meta.per_branch && node.inputs.iter().any(|i| graph.metas[i.index()].per_branch);
+                let handed_on = node.inputs.iter().enumerate().find(|&(position, i)| {
+                    let same = graph.metas[i.index()] == *meta && graph.half[i.index()] == half;
+                    same && node.op.works_in_place(position, summed)
+                        && reads[i] == 1
                         && last[i.index()] == g
-                        && block_of[i.index()].is_some_and(|b| blocks[b].last == g)
+                        && block_of[i.index()].is_some_and(|b| blocks[b].last == g && !taken.contains(&b))
                 });
-                match handed_on.and_then(|i| block_of[i.index()]) {
+                match handed_on.and_then(|(_, i)| block_of[i.index()]) {
                     Some(b) => {
+                        taken.push(b);
                         blocks[b].last = last[t.index()].max(g);
                         block_of[t.index()] = Some(b);
                     }
                     None => {
                         block_of[t.index()] = Some(blocks.len());
-                        let len = meta.total(graph.branches).next_multiple_of(ALIGN);
-                        let index = meta.dtype == DType::Index;
-                        blocks.push(Block { len, first: g, last: last[t.index()].max(g), index });
+                        let pool = match (meta.dtype, half) {
+                            (DType::Index, _) => Pool::Indices,
+                            (DType::Real, true) => Pool::Halves,
+                            (DType::Real, false) => Pool::Reals,
+                        };
+                        let len = meta.total(graph.branches).next_multiple_of(pool.align());
+                        blocks.push(Block { len, first: g, last: last[t.index()].max(g), pool });
                     }
                 }
             }
         }
     }
 
-    let (reals, mut offsets) = pack(&blocks, false);
-    let (indices, index_offsets) = pack(&blocks, true);
-    for (offset, other) in offsets.iter_mut().zip(index_offsets) {
-        *offset = (*offset).max(other);
-    }
+    let mut offsets = vec![0; blocks.len()];
+    let [reals, halves, indices] =
+        [Pool::Reals, Pool::Halves, Pool::Indices].map(|pool| pack(&blocks, pool, &mut offsets));
     let places = places
         .into_iter()
         .enumerate()
         .map(|(t, place)| place.unwrap_or_else(|| Place::Arena(block_of[t].map_or(0, |b| offsets[b]))))
         .collect();
-    Layout { places, used, reals, indices }
+    Layout { places, used, reals, halves, indices }
 }
 
-/// Operands whose memory the result may take over when they are not needed any more.
-fn in_place_operands<'a>(op: &Op, inputs: &'a [Tensor]) -> &'a [Tensor] {
-    match op {
-        Op::LinComb(_) => inputs,
-        Op::Conv(_) => &inputs[2..],
-        _ => &[],
-    }
-}
-
-/// Offsets for the blocks of one element type: largest first, each at the lowest place that is free all its life.
-fn pack(blocks: &[Block], index: bool) -> (usize, Vec<usize>) {
-    let mut order: Vec<usize> = (0..blocks.len()).filter(|&b| blocks[b].index == index).collect();
+/// Offsets for the blocks of one arena, and its size: largest first, each at the lowest place that is free all its life.
+fn pack(blocks: &[Block], pool: Pool, offsets: &mut [usize]) -> usize {
+    let mut order: Vec<usize> = (0..blocks.len()).filter(|&b| blocks[b].pool == pool).collect();
     order.sort_by_key(|&b| (std::cmp::Reverse(blocks[b].len), blocks[b].first));
-    let mut offsets = vec![0; blocks.len()];
     let mut placed: Vec<usize> = Vec::new(); // by offset
     let mut size = 0;
     for b in order {
@@ -135,5 +148,5 @@ fn pack(blocks: &[Block], index: bool) -> (usize, Vec<usize>) {
         let at = placed.partition_point(|&p| offsets[p] <= offset);
         placed.insert(at, b);
     }
-    (size, offsets)
+    size
 }

@@ -8,6 +8,8 @@ use crate::tape::{Coef, Meta, Named, Node, Source, Tape, Tensor};
 pub(super) struct Graph {
     pub branches: usize,
     pub metas: Vec<Meta>,
+    /// Which tensors take 16 bits.
+    pub half: Vec<bool>,
     pub sources: Vec<Source>,
     pub nodes: Vec<Node>,
     pub states: Vec<Named>,
@@ -23,6 +25,7 @@ impl Graph {
         let mut graph = Graph {
             branches: tape.branches(),
             metas: tape.metas.clone(),
+            half: vec![false; tape.metas.len()],
             sources: tape.sources.clone(),
             nodes: tape.nodes.clone(),
             states: tape.states.clone(),
@@ -84,6 +87,7 @@ impl Graph {
     /// A new tensor.
     pub fn tensor(&mut self, meta: Meta) -> Tensor {
         self.metas.push(meta);
+        self.half.push(false);
         self.sources.push(Source::Node(u32::MAX));
         Tensor(self.metas.len() as u32 - 1)
     }

@@ -6,6 +6,7 @@ mod arena;
 mod cost;
 mod fuse;
 mod graph;
+mod half;
 
 pub use cost::{Cost, PhaseCost};
 
@@ -126,6 +127,9 @@ impl Plan {
         graph.remove_dead();
         graph.copy_old_states();
         graph.copy_pending_assigns();
+        if options.half {
+            half::narrow(&mut graph);
+        }
         graph.check()?;
         graph.check_size()?;
         let groups = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
@@ -154,7 +158,11 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
     let mut buffers = Vec::new();
     let mut buffer_of = |t: Tensor| {
         *index[t.index()].get_or_insert_with(|| {
-            buffers.push(Buffer { meta: graph.metas[t.index()], half: false, place: layout.places[t.index()] });
+            buffers.push(Buffer {
+                meta: graph.metas[t.index()],
+                half: graph.half[t.index()],
+                place: layout.places[t.index()],
+            });
             buffers.len() - 1
         })
     };
@@ -193,7 +201,7 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
         scalars: graph.scalars,
         outputs,
         arena_reals: layout.reals,
-        arena_halves: 0,
+        arena_halves: layout.halves,
         arena_indices: layout.indices,
     }
 }

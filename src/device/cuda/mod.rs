@@ -1,7 +1,8 @@
 //! The CUDA device: runs plans through hand-written kernels, on a GPU or on the SIMT host machine.
 //!
 //! A plan is lowered once to kernel launches with all their addresses; a run uploads the coefficients of the step and
-//! replays the launches as one graph. Every tensor in device memory is f32 (indices: i32), activations NHWC.
+//! replays the launches as one graph. Tensors in device memory are f32 (indices: i32), activations NHWC; what a plan marks as
+//! half is f16 or bf16, as the operands of convolutions are.
 
 pub mod driver;
 pub mod embedded;
@@ -17,7 +18,7 @@ use super::states::States;
 use super::{Crop, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::Operation;
-use crate::plan::{Place, Plan, Port};
+use crate::plan::{Place, Plan, PlanOptions, Port};
 use crate::tape::{DType, Meta};
 use driver::{Address, Driver, Event, Graph, Stream};
 use images::{Images, Landing};
@@ -69,8 +70,10 @@ pub struct Cuda {
     plans: Vec<Loaded>,
     states: States<Address>,
     reals: Growing,
+    halves: Growing,
     indices: Growing,
     scratch: Growing,
+    /// Words that are 0 between launches.
     counters: Growing,
     images: Vec<Images>,
     last_run: Option<PlanId>,
@@ -84,7 +87,7 @@ impl Cuda {
     /// The device on `driver`, whose convolutions round their operands to `operands`.
     pub fn new(driver: Box<dyn Driver>, operands: Operands, mode: Mode) -> Self {
         let states = States::new(driver.name());
-        let (reals, indices, scratch, counters) = Default::default();
+        let (reals, halves, indices, scratch, counters) = Default::default();
         let (plans, images, last_run) = (Vec::new(), Vec::new(), None);
         let (stopwatch, staging) = Default::default();
         Cuda {
@@ -94,6 +97,7 @@ impl Cuda {
             plans,
             states,
             reals,
+            halves,
             indices,
             scratch,
             counters,
@@ -123,7 +127,7 @@ impl Cuda {
     }
 
     /// Refuses a plan whose memory cannot be had, before any of it is taken.
-    fn check_memory(&self, plan: &Plan, scratch: usize) -> Result<()> {
+    fn check_memory(&self, plan: &Plan, lowered: &Lowered) -> Result<()> {
         let ports = |ports: &[Port], new: &dyn Fn(&Port) -> bool| -> usize {
             let ports = ports.iter().filter(|p| p.buffer.is_some() && new(p));
             ports.map(|p| p.meta.total(plan.branches).saturating_mul(4)).fold(0, usize::saturating_add)
@@ -132,8 +136,10 @@ impl Cuda {
         let need = ports(&plan.states, &|p| !self.states.contains(&p.name))
             .saturating_add(ports(&plan.inputs, &|_| true))
             .saturating_add(growth(&self.reals, plan.arena_reals.saturating_mul(4)))
+            .saturating_add(growth(&self.halves, plan.arena_halves.saturating_mul(2)))
             .saturating_add(growth(&self.indices, plan.arena_indices.saturating_mul(4)))
-            .saturating_add(growth(&self.scratch, scratch));
+            .saturating_add(growth(&self.scratch, lowered.scratch))
+            .saturating_add(growth(&self.counters, lowered.counters));
         match self.driver.free_bytes() {
             Some(free) if need > free => {
                 Err(shortage(&self.driver.name(), need, format_args!("{:.3} GB are free", free as f64 / 1e9)))
@@ -176,6 +182,7 @@ impl Cuda {
         let state = |s: &Option<usize>| s.map_or(Address::NULL, |i| self.states.list()[i].data);
         Bases {
             reals: self.reals.at,
+            halves: self.halves.at,
             indices: self.indices.at,
             scratch: self.scratch.at,
             counters: self.counters.at,
@@ -192,9 +199,10 @@ impl Cuda {
         if lowered.is_some() {
             return Ok(());
         }
-        let (reals, indices) = (4 * plan.arena_reals, 4 * plan.arena_indices);
+        let (reals, halves, indices) = (4 * plan.arena_reals, 2 * plan.arena_halves, 4 * plan.arena_indices);
         let (scratch, counters) = (*scratch, *counters);
         self.grow(|d| &mut d.reals, reals, "activations")?;
+        self.grow(|d| &mut d.halves, halves, "activations of 16 bits")?;
         self.grow(|d| &mut d.indices, indices, "indices")?;
         self.grow(|d| &mut d.scratch, scratch, "scratch")?;
         if counters > self.counters.bytes {
@@ -325,6 +333,7 @@ impl Cuda {
             return Err(self.error(format!("the plan has no output named {name}")));
         };
         let at = match (loaded.plan.buffers[b].place, port.meta.dtype) {
+            // The planner keeps what the host reads in 32 bits.
             (Place::Arena(at), DType::Real) => self.reals.at.offset(4 * at),
             (Place::Arena(at), DType::Index) => self.indices.at.offset(4 * at),
             (Place::State(i), _) => loaded.states[i].map_or(Address::NULL, |s| self.states.list()[s].data),
@@ -354,7 +363,7 @@ fn lower_nowhere(plan: &Plan, operands: Operands) -> Result<Lowered> {
 pub struct KernelCost {
     /// Kernel launches of a run.
     pub launches: usize,
-    /// Bytes of scratch: partial sums and the like.
+    /// Bytes of scratch: partial sums, counters and the like.
     pub scratch_bytes: usize,
 }
 
@@ -365,7 +374,7 @@ impl KernelCost {
     /// When an operation has sizes that its kernels cannot take.
     pub fn of(plan: &Plan, operands: Operands) -> Result<Self> {
         let lowered = lower_nowhere(plan, operands)?;
-        Ok(KernelCost { launches: lowered.launches.len(), scratch_bytes: lowered.scratch })
+        Ok(KernelCost { launches: lowered.launches.len(), scratch_bytes: lowered.scratch + lowered.counters })
     }
 }
 
@@ -378,10 +387,15 @@ impl Device for Cuda {
         4
     }
 
+    fn plan_options(&self) -> PlanOptions {
+        PlanOptions { half: false, ..PlanOptions::default() }
+    }
+
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
         check(&self.driver.name(), &plan)?;
-        let Lowered { coefs, tables, scratch, counters, .. } = lower_nowhere(&plan, self.operands)?;
-        self.check_memory(&plan, scratch)?;
+        let lowered = lower_nowhere(&plan, self.operands)?;
+        self.check_memory(&plan, &lowered)?;
+        let Lowered { coefs, tables, scratch, counters, .. } = lowered;
         let coefs = self.allocate(4 * coefs.len(), "coefficients")?;
         let tables = self.allocate(tables.len(), "tables of operands")?;
         let mut states = Vec::with_capacity(plan.states.len());
@@ -517,7 +531,7 @@ impl Drop for Cuda {
         // Errors have been told where they arose; memory goes with the machine in any case.
         let _ = self.driver.synchronize();
         self.forget_launches();
-        let shared = [self.reals.at, self.indices.at, self.scratch.at, self.counters.at];
+        let shared = [&self.reals, &self.halves, &self.indices, &self.scratch, &self.counters].map(|g| g.at);
         let images = self.images.iter().flat_map(Images::memory);
         let landings = self.plans.iter().flat_map(|l| l.landings.iter().flat_map(Landing::memory));
         let plans = self.plans.iter().flat_map(|l| l.inputs.iter().chain([&l.coefs, &l.tables]));

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::ops::{Op, Operation};
 use crate::plan::{Args, Place, Plan};
 use crate::tape::{Coef, DType, Meta};
+use batch_norm::Mask;
 
 /// Element type to which the operands of convolutions are rounded; they accumulate in f32 whatever it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,14 +43,35 @@ impl Operands {
     }
 }
 
+/// How the reals of a tensor lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Storage {
+    F32,
+    F16,
+    Bf16,
+}
+
+/// The name of the kernel for a [`Storage`]: the given one, its end saying what it loads and stores.
+macro_rules! stored {
+    ($storage:expr, $name:literal) => {
+        match $storage {
+            $crate::device::cuda::lower::Storage::F32 => concat!($name, "_f32"),
+            $crate::device::cuda::lower::Storage::F16 => concat!($name, "_f16"),
+            $crate::device::cuda::lower::Storage::Bf16 => concat!($name, "_bf16"),
+        }
+    };
+}
+use stored;
+
 /// Where everything lies that a plan can touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Bases {
     pub reals: Address,
+    pub halves: Address,
     pub indices: Address,
     /// Partial sums and the like; dead after the launches of one operation.
     pub scratch: Address,
-    /// Counters, zero before and after every kernel.
+    /// Words that are 0 between launches.
     pub counters: Address,
     /// Coefficients of this run, f32.
     pub coefs: Address,
@@ -70,7 +92,7 @@ pub(super) struct Operand {
     pub meta: Meta,
     /// Elements from one branch to the next; 0 for a shared tensor, which is the same in every branch.
     pub branch: i64,
-    /// Its reals take 16 bits.
+    /// Its elements take 16 bits.
     pub half: bool,
 }
 
@@ -124,10 +146,14 @@ impl<'a> Lowering<'a> {
     /// Lowers every launch of `plan`.
     ///
     /// # Errors
-    /// When an operation has sizes that its kernels cannot take.
+    /// When an operation has sizes that its kernels cannot take, or the plan holds reals of 16 bits and `operands` have more.
     pub fn run(plan: &'a Plan, bases: &'a Bases, operands: Operands) -> Result<Lowered> {
         let out = Lowered::default();
         let mut lowering = Lowering { plan, bases, operands, out, scratch: 0, counters: 0, label: String::new() };
+        if plan.arena_halves > 0 && lowering.half_storage() == Storage::F32 {
+            let what = format!("a plan that keeps activations in 16 bits needs f16 or bf16, not {}", operands.name());
+            return Err(Error::usage(what));
+        }
         for launch in &plan.launches {
             (lowering.scratch, lowering.counters) = (0, 0);
             if let Op::LinComb(op) = &launch.op {
@@ -157,12 +183,12 @@ impl<'a> Lowering<'a> {
             Op::Conv(op) => conv::conv(self, op, args),
             Op::BnForward(op) => batch_norm::forward(self, op.relu, args),
             Op::BnEval(op) => batch_norm::eval(self, op.relu, args),
-            Op::BnBackward(op) => batch_norm::backward(self, op.relu, args),
-            Op::BnDoubleBackward(op) => batch_norm::double_backward(self, op.relu, args),
+            Op::BnBackward(op) => batch_norm::backward(self, Mask::of(op.relu), args),
+            Op::BnDoubleBackward(op) => batch_norm::double_backward(self, Mask::of(op.relu), args),
+            Op::BnStats(_) => batch_norm::stats(self, args),
+            Op::BnReluBackward(_) => batch_norm::backward(self, Mask::Recomputed, args),
+            Op::BnReluDoubleBackward(_) => batch_norm::double_backward(self, Mask::Recomputed, args),
             Op::FusedConv(op) => conv::fused(self, op, args),
-            Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
-                Err(Error::shape(op.name(), "has no kernel yet"))
-            }
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),
             Op::LinComb(op) => elementwise::lin_comb(self, op, std::slice::from_ref(args)),
@@ -211,6 +237,7 @@ impl<'a> Lowering<'a> {
     fn operand(&self, buffer: usize) -> Operand {
         let buffer = &self.plan.buffers[buffer];
         let at = match (buffer.place, buffer.meta.dtype) {
+            (Place::Arena(at), DType::Real) if buffer.half => self.bases.halves.offset(2 * at),
             (Place::Arena(at), DType::Real) => self.bases.reals.offset(4 * at),
             (Place::Arena(at), DType::Index) => self.bases.indices.offset(4 * at),
             (Place::State(i), _) => self.bases.states[i],
@@ -218,6 +245,31 @@ impl<'a> Lowering<'a> {
         };
         let branch = if buffer.meta.per_branch { buffer.meta.len() as i64 } else { 0 };
         Operand { at, meta: buffer.meta, branch, half: buffer.half }
+    }
+
+    /// How tensors of 16 bits lie in memory.
+    fn half_storage(&self) -> Storage {
+        match self.operands {
+            Operands::F32 | Operands::Tf32 => Storage::F32,
+            Operands::F16 => Storage::F16,
+            Operands::Bf16 => Storage::Bf16,
+        }
+    }
+
+    /// For kernels whose 16-bit variant takes each operand either way: whether any takes 16 bits.
+    pub fn any_storage(&self, operands: &[Operand]) -> Storage {
+        if operands.iter().any(|o| o.half) { self.half_storage() } else { Storage::F32 }
+    }
+
+    /// For kernels whose operands all lie in memory alike.
+    ///
+    /// # Errors
+    /// When they do not: a defect of the planner.
+    pub fn one_storage(&self, operands: &[Operand]) -> Result<Storage> {
+        if operands.iter().any(|o| o.half != operands[0].half) {
+            return Err(Error::usage(format_args!("{}: operands of different widths", self.label)));
+        }
+        Ok(self.any_storage(operands))
     }
 
     /// Branches that a launch adds up in each element of the result `output`, and 1 where it adds none.
@@ -244,7 +296,7 @@ impl<'a> Lowering<'a> {
         at
     }
 
-    /// `count` counters of 32 bits that are zero, and that the present operation's launch leaves zero.
+    /// `count` words for the launches of the present operation, which find them 0 and leave them 0.
     pub fn counters(&mut self, count: usize) -> Address {
         let at = self.bases.counters.offset(self.counters);
         self.counters += 4 * count;
