@@ -3,7 +3,7 @@
 // All images are [H, W, C] (pooled ones [P, Q, C]) of fewer than 2^31 elements, so that positions inside one fit 32
 // bits; a block works on neighbouring elements of one image of the result.
 
-#include "platform.cuh"
+#include "storage.cuh"
 
 // A pooling window, as in src/ops/pool.rs.
 struct PoolWindow {
@@ -15,7 +15,7 @@ struct PoolWindow {
 static_assert(sizeof(PoolWindow) == 32);
 
 struct MaxPoolIndexParams {
-    const float* x;   // [images, H, W, C]
+    const void* x;    // [images, H, W, C]
     int32_t* index;   // [images, P, Q, C], h·W + w
     int64_t images;   // all branches
     PoolWindow window;
@@ -23,17 +23,19 @@ struct MaxPoolIndexParams {
 static_assert(sizeof(MaxPoolIndexParams) == 56);
 
 struct PoolMoveParams {
-    const float* x;         // gather: [M or 1, samples, H, W, C]; scatter: [M or 1, samples, P, Q, C]
+    const void* x;          // gather: [M or 1, samples, H, W, C]; scatter: [M or 1, samples, P, Q, C]
     const int32_t* index;   // [M or 1, samples, P, Q, C]
-    float* y;               // gather: [branches, samples, P, Q, C]; scatter: [branches, samples, H, W, C]
+    void* y;                // gather: [branches, samples, P, Q, C]; scatter: [branches, samples, H, W, C]
     int64_t x_branch;       // elements of a branch, or 0 where shared
     int64_t index_branch;   // elements of a branch, or 0 where shared
     int64_t images;         // branches of the result · samples, fewer than 2^31
     int32_t samples;
     int32_t summed;         // branches that a shared result sums over, else 1
+    int32_t half_x;         // whether x takes 16 bits
+    int32_t half_y;         // whether y takes 16 bits
     PoolWindow window;
 };
-static_assert(sizeof(PoolMoveParams) == 88);
+static_assert(sizeof(PoolMoveParams) == 96);
 
 // Coordinates of this thread's element in an image with `columns` columns.
 struct Pixel {
@@ -51,7 +53,8 @@ DEVICE int32_t lower(int32_t a, int32_t b) { return a < b ? a : b; }
 DEVICE int32_t higher(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // Position of each window's maximum: the first on ties, and the last NaN if there is one, so that it is seen.
-KERNEL(max_pool_index_f32, MaxPoolIndexParams, 256) {
+template <class T>
+DEVICE void max_pool_index(const MaxPoolIndexParams& p) {
     const PoolWindow& k = p.window;
     const int32_t e = element_of_thread(), pooled = k.p * k.q * k.c;
     if (e >= pooled) return;
@@ -59,13 +62,14 @@ KERNEL(max_pool_index_f32, MaxPoolIndexParams, 256) {
     const int32_t top = at.row * k.stride - k.pad, left = at.column * k.stride - k.pad;
     const int32_t bottom = lower(top + k.size, k.h), right = lower(left + k.size, k.w);
     for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y) {
-        const float* x = p.x + image * k.h * k.w * k.c + at.channel;
+        const typename T::Element* x =
+            static_cast<const typename T::Element*>(p.x) + image * k.h * k.w * k.c + at.channel;
         int32_t best = -1;
         float most = 0.0f;
         for (int32_t h = higher(top, 0); h < bottom; h++) {
             for (int32_t w = higher(left, 0); w < right; w++) {
                 const int32_t here = h * k.w + w;
-                const float v = x[static_cast<int64_t>(here) * k.c];
+                const float v = T::widen(x[static_cast<int64_t>(here) * k.c]);
                 if (best < 0 || v > most || v != v) {
                     best = here;
                     most = v;
@@ -76,7 +80,28 @@ KERNEL(max_pool_index_f32, MaxPoolIndexParams, 256) {
     }
 }
 
-KERNEL(pool_gather_f32, PoolMoveParams, 256) {
+KERNEL(max_pool_index_f32, MaxPoolIndexParams, 256) { max_pool_index<StoredF32>(p); }
+KERNEL(max_pool_index_f16, MaxPoolIndexParams, 256) { max_pool_index<StoredF16>(p); }
+KERNEL(max_pool_index_bf16, MaxPoolIndexParams, 256) { max_pool_index<StoredBf16>(p); }
+
+// Element `i` of a tensor of 16 bits, stored as T, or of 32.
+template <class T>
+DEVICE float get(const void* x, bool half, int64_t i) {
+    if (half) return T::widen(static_cast<const typename T::Element*>(x)[i]);
+    return static_cast<const float*>(x)[i];
+}
+
+template <class T>
+DEVICE void put(void* y, bool half, int64_t i, float v) {
+    if (half) {
+        static_cast<typename T::Element*>(y)[i] = T::narrow(v);
+    } else {
+        static_cast<float*>(y)[i] = v;
+    }
+}
+
+template <class T>
+DEVICE void pool_gather(const PoolMoveParams& p) {
     const PoolWindow& k = p.window;
     const int32_t e = element_of_thread(), pooled = k.p * k.q * k.c;
     if (e >= pooled) return;
@@ -87,15 +112,20 @@ KERNEL(pool_gather_f32, PoolMoveParams, 256) {
         float sum = 0.0f;
         for (int64_t m = branch; m < branch + p.summed; m++) {
             const int64_t place = p.index[m * p.index_branch + sample * pooled + e];
-            sum += p.x[m * p.x_branch + (sample * k.h * k.w + place) * k.c + channel];
+            sum += get<T>(p.x, p.half_x, m * p.x_branch + (sample * k.h * k.w + place) * k.c + channel);
         }
-        p.y[image * pooled + e] = sum;
+        put<T>(p.y, p.half_y, image * pooled + e, sum);
     }
 }
 
+KERNEL(pool_gather_f32, PoolMoveParams, 256) { pool_gather<StoredF32>(p); }
+KERNEL(pool_gather_f16, PoolMoveParams, 256) { pool_gather<StoredF16>(p); }
+KERNEL(pool_gather_bf16, PoolMoveParams, 256) { pool_gather<StoredBf16>(p); }
+
 // Adds each value at its position, seen from there: a pixel asks all windows that cover it, in order, whether they
 // chose it.
-KERNEL(pool_scatter_f32, PoolMoveParams, 256) {
+template <class T>
+DEVICE void pool_scatter(const PoolMoveParams& p) {
     const PoolWindow& k = p.window;
     const int32_t e = element_of_thread(), area = k.h * k.w * k.c, pooled = k.p * k.q * k.c;
     if (e >= area) return;
@@ -112,14 +142,18 @@ KERNEL(pool_scatter_f32, PoolMoveParams, 256) {
         float sum = 0.0f;
         for (int64_t m = branch; m < branch + p.summed; m++) {
             const int32_t* index = p.index + m * p.index_branch + sample * pooled;
-            const float* x = p.x + m * p.x_branch + sample * pooled;
+            const int64_t x = m * p.x_branch + sample * pooled;
             for (int32_t row = rows_from; row <= rows_to; row++) {
                 for (int32_t column = columns_from; column <= columns_to; column++) {
                     const int32_t window = (row * k.q + column) * k.c + at.channel;
-                    if (index[window] == here) sum += x[window];
+                    if (index[window] == here) sum += get<T>(p.x, p.half_x, x + window);
                 }
             }
         }
-        p.y[image * area + e] = sum;
+        put<T>(p.y, p.half_y, image * area + e, sum);
     }
 }
+
+KERNEL(pool_scatter_f32, PoolMoveParams, 256) { pool_scatter<StoredF32>(p); }
+KERNEL(pool_scatter_f16, PoolMoveParams, 256) { pool_scatter<StoredF16>(p); }
+KERNEL(pool_scatter_bf16, PoolMoveParams, 256) { pool_scatter<StoredBf16>(p); }

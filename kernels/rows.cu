@@ -2,13 +2,13 @@
 //
 // A tensor is seen as [summed, groups, rows, channels]. A block takes a tile of at most 256 channels and a slice of
 // the rows of one group: neighbouring threads hold neighbouring channels and, where the channels are few, rows below
-// one another, so that a block reads consecutive memory. A thread adds few values in f32, in four sums; everything from
+// one another, so that a block reads consecutive memory. The end of a kernel's name says how the tensor with rows lies in memory. A thread adds few values in f32, in four sums; everything from
 // there on is added in double precision. What is added to what depends on the shapes alone.
 
-#include "platform.cuh"
+#include "storage.cuh"
 
 struct RowSumParams {
-    const float* x;    // [summed, groups, rows, channels]
+    const void* x;     // [summed, groups, rows, channels]
     float* y;          // [groups, channels]; null where there are several slices
     double* partial;   // [groups, slices, channels] where there are several slices
     int64_t groups;
@@ -35,7 +35,7 @@ static_assert(sizeof(RowSumFinishParams) == 40);
 
 struct RowBroadcastParams {
     const float* x;    // [summed, groups, channels]
-    float* y;          // [groups, rows, channels]
+    void* y;           // [groups, rows, channels]
     int64_t groups;
     int64_t rows;
     int64_t slice;     // rows of a slice
@@ -71,20 +71,22 @@ DEVICE Lines lines_of_thread(const Params& p) {
     return l;
 }
 
-KERNEL(row_sum_f32, RowSumParams, 256) {
+template <class T>
+DEVICE void row_sum(const RowSumParams& p) {
     double* sums = shared_memory<double>();  // [threads]
     const Lines l = lines_of_thread(p);
     for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
         double sum = 0.0;
         for (int64_t s = 0; s < p.summed && l.live; s++) {
-            const float* x = p.x + (s * p.groups + group) * p.rows * p.channels + l.channel;
+            const typename T::Element* x = static_cast<const typename T::Element*>(p.x) +
+                                           (s * p.groups + group) * p.rows * p.channels + l.channel;
             float part[4] = {};
             int64_t row = l.from;
             for (; row + 3 * l.step < l.to; row += 4 * l.step) {
-                for (int i = 0; i < 4; i++) part[i] += x[(row + i * l.step) * p.channels];
+                for (int i = 0; i < 4; i++) part[i] += T::widen(x[(row + i * l.step) * p.channels]);
             }
             for (int i = 0; i < 3; i++) {
-                if (row + i * l.step < l.to) part[i] += x[(row + i * l.step) * p.channels];
+                if (row + i * l.step < l.to) part[i] += T::widen(x[(row + i * l.step) * p.channels]);
             }
             sum += (static_cast<double>(part[0]) + part[1]) + (static_cast<double>(part[2]) + part[3]);
         }
@@ -101,6 +103,10 @@ KERNEL(row_sum_f32, RowSumParams, 256) {
         sync_threads();
     }
 }
+
+KERNEL(row_sum_f32, RowSumParams, 256) { row_sum<StoredF32>(p); }
+KERNEL(row_sum_f16, RowSumParams, 256) { row_sum<StoredF16>(p); }
+KERNEL(row_sum_bf16, RowSumParams, 256) { row_sum<StoredBf16>(p); }
 
 // Adds up the slices: a block takes 32 channels, each of its warps every eighth slice.
 KERNEL(row_sum_finish_f32, RowSumFinishParams, 256) {
@@ -122,14 +128,20 @@ KERNEL(row_sum_finish_f32, RowSumFinishParams, 256) {
     }
 }
 
-KERNEL(row_broadcast_f32, RowBroadcastParams, 256) {
+template <class T>
+DEVICE void row_broadcast(const RowBroadcastParams& p) {
     const Lines l = lines_of_thread(p);
     if (!l.live) return;
     for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
         float sum = 0.0f;
         for (int64_t s = 0; s < p.summed; s++) sum += p.x[(s * p.groups + group) * p.channels + l.channel];
         sum *= p.factor;
-        float* y = p.y + group * p.rows * p.channels + l.channel;
-        for (int64_t row = l.from; row < l.to; row += l.step) y[row * p.channels] = sum;
+        typename T::Element* y = static_cast<typename T::Element*>(p.y) + group * p.rows * p.channels + l.channel;
+        const typename T::Element value = T::narrow(sum);
+        for (int64_t row = l.from; row < l.to; row += l.step) y[row * p.channels] = value;
     }
 }
+
+KERNEL(row_broadcast_f32, RowBroadcastParams, 256) { row_broadcast<StoredF32>(p); }
+KERNEL(row_broadcast_f16, RowBroadcastParams, 256) { row_broadcast<StoredF16>(p); }
+KERNEL(row_broadcast_bf16, RowBroadcastParams, 256) { row_broadcast<StoredBf16>(p); }

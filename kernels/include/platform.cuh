@@ -99,7 +99,8 @@ DEVICE void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 // ---- Conversions ----
 //
 // f16 and bf16 round to nearest, ties to even, and keep subnormal numbers. tf32 rounds the mantissa to 10 bits, ties
-// away from zero, which is all that `cvt.tf32` offers before sm_90; its result is an f32 with 13 low bits of zero.
+// away from zero, which is all that `cvt.tf32` offers before sm_90; its result is an f32 with 13 low bits of zero. Of a pair of
+// 16-bit numbers the lower half of the word is the first.
 
 #if defined(__CUDACC__)
 
@@ -119,6 +120,26 @@ DEVICE uint16_t float_to_bf16(float v) {
     return h;
 }
 DEVICE float bf16_to_float(uint16_t h) { return __uint_as_float(static_cast<uint32_t>(h) << 16); }
+DEVICE uint32_t floats_to_f16x2(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+DEVICE uint32_t floats_to_bf16x2(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+DEVICE float2 f16x2_to_floats(uint32_t pair) {
+    float2 v;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(v.x), "=f"(v.y)
+        : "r"(pair));
+    return v;
+}
+DEVICE float2 bf16x2_to_floats(uint32_t pair) {
+    return float2{__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
 DEVICE float round_tf32(float v) {
     uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
@@ -131,6 +152,18 @@ DEVICE uint16_t float_to_f16(float v) { return simt::float_to_f16(v); }
 DEVICE float f16_to_float(uint16_t h) { return simt::f16_to_float(h); }
 DEVICE uint16_t float_to_bf16(float v) { return simt::float_to_bf16(v); }
 DEVICE float bf16_to_float(uint16_t h) { return simt::from_bits(static_cast<uint32_t>(h) << 16); }
+DEVICE uint32_t floats_to_f16x2(float low, float high) {
+    return float_to_f16(low) | static_cast<uint32_t>(float_to_f16(high)) << 16;
+}
+DEVICE uint32_t floats_to_bf16x2(float low, float high) {
+    return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16;
+}
+DEVICE float2 f16x2_to_floats(uint32_t pair) {
+    return float2{f16_to_float(static_cast<uint16_t>(pair)), f16_to_float(static_cast<uint16_t>(pair >> 16))};
+}
+DEVICE float2 bf16x2_to_floats(uint32_t pair) {
+    return float2{bf16_to_float(static_cast<uint16_t>(pair)), bf16_to_float(static_cast<uint16_t>(pair >> 16))};
+}
 DEVICE float round_tf32(float v) { return simt::round_tf32(v); }
 
 #endif

@@ -15,7 +15,7 @@ constexpr int THREADS = 128;
 struct F32 {
     using Stored = float;
     static constexpr int PITCH = 36;
-    static constexpr bool SCALED = false;
+    static constexpr bool HALVES = false;
     static DEVICE Stored encode(float v) { return v; }
 };
 
@@ -23,17 +23,18 @@ struct F32 {
 struct Tf32 {
     using Stored = float;
     static constexpr int PITCH = 36;
-    static constexpr bool SCALED = false;
+    static constexpr bool HALVES = false;
     static DEVICE Stored encode(float v) { return round_tf32(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k8_tf32(d, a, b); }
 };
 
-// IEEE half precision; its range is so narrow that operands are scaled first.
+// IEEE half precision. What is beyond its range becomes infinite, and shows.
 struct F16 {
     using Stored = uint16_t;
     static constexpr int PITCH = 40;
-    static constexpr bool SCALED = true;
+    static constexpr bool HALVES = true;
     static DEVICE Stored encode(float v) { return float_to_f16(v); }
+    static DEVICE float decode(Stored v) { return f16_to_float(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k16_f16(d, a, b); }
 };
 
@@ -41,8 +42,9 @@ struct F16 {
 struct Bf16 {
     using Stored = uint16_t;
     static constexpr int PITCH = 40;
-    static constexpr bool SCALED = false;
+    static constexpr bool HALVES = true;
     static DEVICE Stored encode(float v) { return float_to_bf16(v); }
+    static DEVICE float decode(Stored v) { return bf16_to_float(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k16_bf16(d, a, b); }
 };
 
@@ -53,6 +55,7 @@ struct Bf16 {
 // (pitch 36 words) or 20g + t (20 words) modulo 32: all different.
 template <class Operand>
 struct Product {
+    static constexpr int ROWS = TILE, COLUMNS = TILE, THREADS = ::THREADS;
     static constexpr int WORDS = DEPTH * int(sizeof(typename Operand::Stored)) / 4;
     static constexpr int PITCH = Operand::PITCH * int(sizeof(typename Operand::Stored)) / 4;
     float d[2][4][4];
@@ -86,13 +89,15 @@ struct Product {
         }
     }
 
-    // Calls `f(row, column, value)` for every element that this thread holds.
+    // Calls `f(i, row, column, value)` for every element that this thread holds, i = 0, 1, ….
     template <class F>
-    DEVICE void each(F f) const {
+    DEVICE void each(F f) {
         const int row = first_row(), column = first_column() + int(threadIdx.x) % 4 * 2;
         for (int m = 0; m < 2; ++m) {
             for (int n = 0; n < 4; ++n) {
-                for (int i = 0; i < 4; ++i) f(row + 16 * m + 8 * (i / 2), column + 8 * n + i % 2, d[m][n][i]);
+                for (int i = 0; i < 4; ++i) {
+                    f(16 * m + 4 * n + i, row + 16 * m + 8 * (i / 2), column + 8 * n + i % 2, d[m][n][i]);
+                }
             }
         }
     }
@@ -102,6 +107,7 @@ struct Product {
 // and 8 columns, 36 words apart, four elements each: no bank twice. A warp's stores are runs of 8 columns.
 template <>
 struct Product<F32> {
+    static constexpr int ROWS = TILE, COLUMNS = TILE, THREADS = ::THREADS;
     struct alignas(16) Four {
         float v[4];
     };
@@ -129,10 +135,10 @@ struct Product<F32> {
     }
 
     template <class F>
-    DEVICE void each(F f) const {
+    DEVICE void each(F f) {
         const int row = int(threadIdx.x) / 8, column = int(threadIdx.x) % 8;
         for (int m = 0; m < 4; ++m) {
-            for (int n = 0; n < 8; ++n) f(row + 16 * m, column + 8 * n, d[m][n]);
+            for (int n = 0; n < 8; ++n) f(8 * m + n, row + 16 * m, column + 8 * n, d[m][n]);
         }
     }
 };

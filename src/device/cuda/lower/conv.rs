@@ -1,9 +1,9 @@
-//! Convolutions: `kernels/conv.cu`.
+//! Convolutions, plain and fused: `kernels/conv.cu`.
 
 use super::{Lowering, Operand, Operands};
 use crate::device::cuda::driver::Address;
 use crate::error::{Error, Result};
-use crate::ops::{Conv, ConvKind, Operation};
+use crate::ops::{BN_EPS, Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Operation};
 use crate::plan::Args;
 use bytemuck::{Pod, Zeroable};
 
@@ -11,41 +11,72 @@ use bytemuck::{Pod, Zeroable};
 const TILE: usize = 64;
 /// Inner indices of a tile.
 const DEPTH: usize = 32;
-/// Threads of a block that computes a tile of the result.
+/// Threads of a block.
 const THREADS: usize = 128;
-/// Bytes of shared memory of such a block: the tables of positions and two pairs of tiles (`Shared` in the kernels).
-const SHARED_32: usize = 39_168;
+/// Bytes of shared memory of a block: the tables of positions and two pairs of tiles (`Shared` in the kernels).
+const SHARED_32: usize = 40_192;
 /// The same with operands of 16 bits.
-const SHARED_16: usize = 22_784;
+const SHARED_16: usize = 23_808;
 /// Blocks that keep any present card busy. A product with fewer tiles is split along its inner dimension.
 const BLOCKS: usize = 264;
 /// Iterations that a split has at least: below that, adding up the splits costs more than they gain.
 const SPLIT_ITERATIONS: usize = 8;
+/// Iterations of a split of a weight gradient that runs beside the gradient of the input: so few that both are about the same part
+/// of dy, so many that the partial sums are small beside what is read.
+const JOINT_ITERATIONS: usize = 128;
 /// Most bytes of partial results.
 const PARTIAL_BYTES: usize = 64 << 20;
-/// Threads of a block of the kernels that stream through memory.
-const STREAM_THREADS: usize = 256;
-/// Most blocks of the kernel that finds the largest magnitude; each ends in atomic operations on one word.
-const AMAX_BLOCKS: usize = 1024;
+/// `MOMENT_GROUP`: row tiles whose statistics are combined at a time.
+const MOMENT_GROUP: usize = 32;
+/// Bytes of `Moments`.
+const MOMENTS: usize = 16;
 /// The kernels add up paddings, image sizes and kernel sizes in 32 bits.
 const MOST_PADDED_SIDE: usize = 1 << 29;
 /// The kernels number the stride² remainders of a pixel in 32 bits.
 const MOST_STRIDE: usize = 1 << 15;
 
-/// Twin of `ConvParams`.
+/// Twin of `ConvTerm`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct ConvParams {
+struct ConvTerm {
     image: Address,
     matrix: Address,
-    start: Address,
-    out: Address,
-    amax: Address,
     image_branch: i64,
     matrix_branch: i64,
+    segments: i32,
+    image_half: i32,
+    matrix_half: i32,
+    norm: i32,
+}
+const _: () = assert!(size_of::<ConvTerm>() == 48);
+
+/// Twin of `ConvNorm`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ConvNorm {
+    at: [Address; 4],
+    branch: [i64; 4],
+    epsilon: f32,
+    unused: i32,
+}
+const _: () = assert!(size_of::<ConvNorm>() == 72);
+
+/// Twin of `ConvProduct`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ConvProduct {
+    terms: [ConvTerm; 2],
+    norm: ConvNorm,
+    start: Address,
+    out: Address,
     start_branch: i64,
     out_branch: i64,
-    out_split: i64,
+    mean: Address,
+    var: Address,
+    partial: Address,
+    tile_sums: Address,
+    group_sums: Address,
+    arrivals: Address,
     rows: i32,
     columns: i32,
     inner: i32,
@@ -61,40 +92,37 @@ struct ConvParams {
     row_tiles: i32,
     column_tiles: i32,
     inner_tiles: i32,
-    iterations: i32,
+    segments: i32,
     splits: i32,
+    branches: i32,
+    by_pixel: i32,
+    start_half: i32,
+    out_half: i32,
     unused: i32,
 }
-const _: () = assert!(size_of::<ConvParams>() == 152);
+const _: () = assert!(size_of::<ConvProduct>() == 336);
 
-/// Twin of `ConvSumParams`.
+/// Twin of `ConvParams`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct ConvSumParams {
-    partial: Address,
-    start: Address,
-    out: Address,
-    start_branch: i64,
-    len: i64,
-    branches: i32,
-    splits: i32,
+struct ConvParams {
+    product: ConvProduct,
 }
-const _: () = assert!(size_of::<ConvSumParams>() == 48);
+const _: () = assert!(size_of::<ConvParams>() == 336);
 
-/// Twin of `AmaxParams`.
+/// Twin of `ConvBackwardParams`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct AmaxParams {
-    image: Address,
-    matrix: Address,
-    amax: Address,
-    image_len: i64,
-    matrix_len: i64,
+struct ConvBackwardParams {
+    dgrad: ConvProduct,
+    wgrad: ConvProduct,
+    dgrad_blocks: i32,
+    wgrad_blocks: i32,
 }
-const _: () = assert!(size_of::<AmaxParams>() == 40);
+const _: () = assert!(size_of::<ConvBackwardParams>() == 680);
 
 /// A form as the kernels see it: a matrix product of gathered operands.
-struct Product {
+struct Shape {
     /// `[height, width, channels]` of the operand that is gathered by pixel and tap.
     image: [usize; 3],
     /// `[height, width]` of the pixels of each sample.
@@ -104,149 +132,257 @@ struct Product {
     inner: usize,
 }
 
-impl Product {
-    fn new(conv: &Conv) -> Self {
-        let g = &conv.geom;
+impl Shape {
+    fn new(kind: ConvKind, g: &ConvGeom) -> Self {
         let (x, y) = ([g.h, g.w, g.c], [g.p, g.q, g.k]);
-        match conv.kind {
+        match kind {
             ConvKind::Fprop => {
-                Product { image: x, grid: [g.p, g.q], rows: g.n * g.p * g.q, columns: g.k, inner: g.r * g.s * g.c }
+                Shape { image: x, grid: [g.p, g.q], rows: g.n * g.p * g.q, columns: g.k, inner: g.r * g.s * g.c }
             }
             ConvKind::Dgrad => {
-                Product { image: y, grid: [g.h, g.w], rows: g.n * g.h * g.w, columns: g.c, inner: g.r * g.s * g.k }
+                Shape { image: y, grid: [g.h, g.w], rows: g.n * g.h * g.w, columns: g.c, inner: g.r * g.s * g.k }
             }
             ConvKind::Wgrad => {
-                Product { image: x, grid: [g.p, g.q], rows: g.k, columns: g.r * g.s * g.c, inner: g.n * g.p * g.q }
+                Shape { image: x, grid: [g.p, g.q], rows: g.k, columns: g.r * g.s * g.c, inner: g.n * g.p * g.q }
             }
         }
     }
 }
 
-fn kernel(kind: ConvKind, operands: Operands) -> &'static str {
-    match (kind, operands) {
-        (ConvKind::Fprop, Operands::F32) => "conv2d_fprop_f32",
-        (ConvKind::Fprop, Operands::Tf32) => "conv2d_fprop_tf32",
-        (ConvKind::Fprop, Operands::F16) => "conv2d_fprop_f16",
-        (ConvKind::Fprop, Operands::Bf16) => "conv2d_fprop_bf16",
-        (ConvKind::Dgrad, Operands::F32) => "conv2d_dgrad_f32",
-        (ConvKind::Dgrad, Operands::Tf32) => "conv2d_dgrad_tf32",
-        (ConvKind::Dgrad, Operands::F16) => "conv2d_dgrad_f16",
-        (ConvKind::Dgrad, Operands::Bf16) => "conv2d_dgrad_bf16",
-        (ConvKind::Wgrad, Operands::F32) => "conv2d_wgrad_f32",
-        (ConvKind::Wgrad, Operands::Tf32) => "conv2d_wgrad_tf32",
-        (ConvKind::Wgrad, Operands::F16) => "conv2d_wgrad_f16",
-        (ConvKind::Wgrad, Operands::Bf16) => "conv2d_wgrad_bf16",
+/// Operands and results of one product. The image is x or dy; the matrix is w, or dy of a weight gradient.
+struct Job<'a> {
+    kind: ConvKind,
+    geom: &'a ConvGeom,
+    /// Image and matrix of each term.
+    terms: &'a [[Operand; 2]],
+    /// The term to whose image the batch norm belongs, and its `g, b, mean, var`.
+    norm: Option<(usize, [Operand; 4])>,
+    start: Option<Operand>,
+    out: Operand,
+    /// Mean and variance of the result.
+    stats: Option<[Operand; 2]>,
+}
+
+/// What runs beside a product in the same launch.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    Nothing,
+    /// The gradient of the input, per branch.
+    Dgrad,
+    /// The gradient of the input, summed over the branches.
+    SummedDgrad,
+}
+
+impl Job<'_> {
+    /// Branches that term `i` adds up in each element of the result.
+    fn segments(&self, i: usize, branches: usize) -> usize {
+        let norm = self.norm.iter().filter(|(term, _)| *term == i).flat_map(|(_, operands)| operands);
+        let branched = self.terms[i].iter().chain(norm).any(|o| o.meta.per_branch);
+        if branched && !self.out.meta.per_branch { branches } else { 1 }
+    }
+
+    /// All tensors.
+    fn operands(&self) -> impl Iterator<Item = &Operand> {
+        let norm = self.norm.iter().flat_map(|(_, operands)| operands);
+        let stats = self.stats.iter().flatten();
+        self.terms.iter().flatten().chain(norm).chain(&self.start).chain([&self.out]).chain(stats)
+    }
+
+    /// Its parameters and its number of blocks; none where the result has no elements.
+    fn lower(&self, lowering: &mut Lowering<'_>, beside: Beside) -> Result<(ConvProduct, usize)> {
+        let narrow = |v: usize| lowering.narrow("elements of a branch", v);
+        let g = self.geom;
+        self.operands().try_for_each(|o| narrow(o.len()).map(drop))?;
+        if self.out.len() == 0 {
+            return Ok((ConvProduct::zeroed(), 0));
+        }
+        let shape = Shape::new(self.kind, g);
+        let (row_tiles, column_tiles) = (shape.rows.div_ceil(TILE), shape.columns.div_ceil(TILE));
+        let inner_tiles = shape.inner.div_ceil(DEPTH);
+        let segments: usize = (0..self.terms.len()).map(|i| self.segments(i, lowering.branches())).sum();
+        let branches = self.out.branches(lowering.branches());
+        let tiles = row_tiles * column_tiles * branches;
+        narrow(inner_tiles * segments)?;
+        let splits = splits(tiles, inner_tiles * segments, beside);
+        let mut product = ConvProduct {
+            start: self.start.map_or(Address::NULL, |s| s.at),
+            out: self.out.at,
+            start_branch: self.start.map_or(0, |s| s.branch),
+            out_branch: self.out.branch,
+            rows: narrow(shape.rows)?,
+            columns: narrow(shape.columns)?,
+            inner: narrow(shape.inner)?,
+            image_height: narrow(shape.image[0])?,
+            image_width: narrow(shape.image[1])?,
+            image_channels: narrow(shape.image[2])?,
+            grid_height: narrow(shape.grid[0])?,
+            grid_width: narrow(shape.grid[1])?,
+            kernel_width: narrow(g.s)?,
+            stride: narrow(g.stride)?,
+            pad: narrow(g.pad)?,
+            filter: narrow(g.r * g.s * g.c)?,
+            row_tiles: narrow(row_tiles)?,
+            column_tiles: narrow(column_tiles)?,
+            inner_tiles: narrow(inner_tiles)?,
+            segments: narrow(segments)?,
+            splits: narrow(splits)?,
+            branches: narrow(branches)?,
+            by_pixel: (beside == Beside::SummedDgrad).into(),
+            start_half: self.start.is_some_and(|s| s.half).into(),
+            out_half: self.out.half.into(),
+            ..ConvProduct::zeroed()
+        };
+        for (i, [image, matrix]) in self.terms.iter().enumerate() {
+            product.terms[i] = ConvTerm {
+                image: image.at,
+                matrix: matrix.at,
+                image_branch: image.branch,
+                matrix_branch: matrix.branch,
+                segments: narrow(self.segments(i, lowering.branches()))?,
+                image_half: image.half.into(),
+                matrix_half: matrix.half.into(),
+                norm: self.norm.as_ref().is_some_and(|(term, _)| *term == i).into(),
+            };
+        }
+        if let Some((_, norm)) = &self.norm {
+            let (at, branch) = (norm.map(|o| o.at), norm.map(|o| o.branch));
+            product.norm = ConvNorm { at, branch, epsilon: BN_EPS as f32, unused: 0 };
+        }
+        let columns = column_tiles * branches;
+        let groups = row_tiles.div_ceil(MOMENT_GROUP);
+        if splits > 1 {
+            product.partial = lowering.scratch(4 * TILE * TILE * tiles * splits);
+        }
+        if let Some([mean, var]) = &self.stats {
+            (product.mean, product.var) = (mean.at, var.at);
+            product.tile_sums = lowering.scratch(MOMENTS * TILE * columns * row_tiles);
+            product.group_sums = lowering.scratch(MOMENTS * TILE * columns * groups);
+        }
+        if splits > 1 || self.stats.is_some() {
+            product.arrivals = lowering.counters(tiles + columns * (groups + 1));
+        }
+        Ok((product, tiles * splits))
     }
 }
 
 /// Parts into which the inner dimension of `tiles` tiles of the result is divided; shapes alone decide it.
-fn splits(tiles: usize, iterations: usize, result_bytes: usize) -> usize {
-    let wanted = BLOCKS.div_ceil(tiles);
+fn splits(tiles: usize, iterations: usize, beside: Beside) -> usize {
+    let wanted = match beside {
+        Beside::Nothing => BLOCKS.div_ceil(tiles),
+        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(tiles).max(iterations.div_ceil(JOINT_ITERATIONS)),
+    };
     let worth = iterations / SPLIT_ITERATIONS;
-    let fit = PARTIAL_BYTES / result_bytes;
+    let fit = PARTIAL_BYTES / (4 * TILE * TILE * tiles);
     wanted.min(worth).min(fit).max(1)
 }
 
-pub(super) fn conv(lowering: &mut Lowering<'_>, conv: &Conv, args: &Args) -> Result<()> {
-    // In all forms the first operand is the image: x or dy; the second is the matrix: w, or dy of a weight gradient.
-    let (image, matrix, out) = (lowering.input(args, 0), lowering.input(args, 1), lowering.output(args, 0));
-    let start = lowering.optional_input(args, 2);
-    let narrow = |v: usize| lowering.narrow("elements of a branch", v);
-
-    let g = &conv.geom;
+/// Refuses what the kernels' numbers have no room for, and halves where the operand type has none.
+fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_>) -> Result<()> {
     if g.h.max(g.w) + 2 * g.pad > MOST_PADDED_SIDE || g.stride > MOST_STRIDE {
         let what = format!("padding {} or stride {} is too large for its kernel", g.pad, g.stride);
-        return Err(Error::shape(conv.name(), format!("{what} ({})", lowering.label)));
+        return Err(Error::shape(name, format!("{what} ({})", lowering.label)));
     }
-    [image, matrix, out].iter().try_for_each(|o| narrow(o.len()).map(drop))?;
-    if out.len() == 0 {
-        return Ok(());
-    }
-
-    let live = lowering.live_branches(args);
-    let (out_branches, summed) = if out.branch == 0 { (1, live) } else { (live, 1) };
-    let product = Product::new(conv);
-    let (row_tiles, column_tiles) = (product.rows.div_ceil(TILE), product.columns.div_ceil(TILE));
-    let inner_tiles = product.inner.div_ceil(DEPTH);
-    let iterations = inner_tiles * summed;
-    let tiles = row_tiles * column_tiles * out_branches;
-    let splits = splits(tiles, iterations, 4 * out.len() * out_branches);
-    let mut params = ConvParams {
-        image: image.at,
-        matrix: matrix.at,
-        start: start.map_or(Address::NULL, |s| s.at),
-        out: out.at,
-        amax: Address::NULL,
-        image_branch: image.branch,
-        matrix_branch: matrix.branch,
-        start_branch: start.map_or(0, |s| s.branch),
-        out_branch: out.branch,
-        out_split: 0,
-        rows: narrow(product.rows)?,
-        columns: narrow(product.columns)?,
-        inner: narrow(product.inner)?,
-        image_height: narrow(product.image[0])?,
-        image_width: narrow(product.image[1])?,
-        image_channels: narrow(product.image[2])?,
-        grid_height: narrow(product.grid[0])?,
-        grid_width: narrow(product.grid[1])?,
-        kernel_width: narrow(g.s)?,
-        stride: narrow(g.stride)?,
-        pad: narrow(g.pad)?,
-        filter: narrow(g.r * g.s * g.c)?,
-        row_tiles: narrow(row_tiles)?,
-        column_tiles: narrow(column_tiles)?,
-        inner_tiles: narrow(inner_tiles)?,
-        iterations: narrow(iterations)?,
-        splits: narrow(splits)?,
-        unused: 0,
-    };
-    let sum_branches = narrow(out_branches)?;
-
-    if lowering.operands == Operands::F16 {
-        params.amax = amax(lowering, &image, &matrix);
-    }
-    if splits > 1 {
-        let len = out.len() as i64;
-        params.start = Address::NULL;
-        params.out = lowering.scratch(4 * splits * out_branches * out.len());
-        params.out_branch = len;
-        params.out_split = len * out_branches as i64;
-    }
-    let shared = match lowering.operands {
-        Operands::F32 | Operands::Tf32 => SHARED_32,
-        Operands::F16 | Operands::Bf16 => SHARED_16,
-    };
-    lowering.push(kernel(conv.kind, lowering.operands), &params, [tiles * splits, 1, 1], THREADS, shared);
-    if splits > 1 {
-        let sum = ConvSumParams {
-            partial: params.out,
-            start: start.map_or(Address::NULL, |s| s.at),
-            out: out.at,
-            start_branch: params.start_branch,
-            len: out.len() as i64,
-            branches: sum_branches,
-            splits: params.splits,
-        };
-        let grid = [out.len().div_ceil(STREAM_THREADS), out_branches.min(65_535), 1];
-        lowering.push("conv2d_sum_f32", &sum, grid, STREAM_THREADS, 0);
+    let wide = matches!(lowering.operands, Operands::F32 | Operands::Tf32);
+    if wide && job.operands().any(|o| o.half) {
+        let what = format!("tensors of 16 bits with operands of type {}", lowering.operands.name());
+        return Err(Error::shape(name, format!("{what} ({})", lowering.label)));
     }
     Ok(())
 }
 
-/// Launches that find the largest magnitude of both operands, over all their branches; where they put them.
-fn amax(lowering: &mut Lowering<'_>, image: &Operand, matrix: &Operand) -> Address {
-    let branches = lowering.branches();
-    let (image_len, matrix_len) = (image.meta.total(branches), matrix.meta.total(branches));
-    let params = AmaxParams {
-        image: image.at,
-        matrix: matrix.at,
-        amax: lowering.scratch(8),
-        image_len: image_len as i64,
-        matrix_len: matrix_len as i64,
+fn fprop_kernel(operands: Operands) -> &'static str {
+    match operands {
+        Operands::F32 => "conv2d_fprop_f32",
+        Operands::Tf32 => "conv2d_fprop_tf32",
+        Operands::F16 => "conv2d_fprop_f16",
+        Operands::Bf16 => "conv2d_fprop_bf16",
+    }
+}
+
+fn backward_kernel(operands: Operands) -> &'static str {
+    match operands {
+        Operands::F32 => "conv2d_backward_f32",
+        Operands::Tf32 => "conv2d_backward_tf32",
+        Operands::F16 => "conv2d_backward_f16",
+        Operands::Bf16 => "conv2d_backward_bf16",
+    }
+}
+
+/// Appends the launch of one product, or of the gradients of the input and of the weights together.
+fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> Result<()> {
+    jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
+    let shared = match lowering.operands {
+        Operands::F32 | Operands::Tf32 => SHARED_32,
+        Operands::F16 | Operands::Bf16 => SHARED_16,
     };
-    let blocks = image_len.max(matrix_len).div_ceil(STREAM_THREADS).clamp(1, AMAX_BLOCKS);
-    lowering.push("amax_clear_f32", &params, [1, 1, 1], 32, 0);
-    lowering.push("amax_f32", &params, [blocks, 2, 1], STREAM_THREADS, 0);
-    params.amax
+    let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
+    let (mut params, mut blocks) = (ConvBackwardParams::zeroed(), 0);
+    for job in jobs {
+        let beside = match dgrad {
+            Some(dgrad) if job.kind == ConvKind::Wgrad => {
+                if dgrad.segments(0, lowering.branches()) > 1 { Beside::SummedDgrad } else { Beside::Dgrad }
+            }
+            _ => Beside::Nothing,
+        };
+        let (product, own) = job.lower(lowering, beside)?;
+        blocks += own;
+        let count = lowering.narrow("blocks", own)?;
+        match job.kind {
+            ConvKind::Fprop => {
+                if own > 0 {
+                    let kernel = fprop_kernel(lowering.operands);
+                    lowering.push(kernel, &ConvParams { product }, [own, 1, 1], THREADS, shared);
+                }
+                return Ok(());
+            }
+            ConvKind::Dgrad => (params.dgrad, params.dgrad_blocks) = (product, count),
+            ConvKind::Wgrad => (params.wgrad, params.wgrad_blocks) = (product, count),
+        }
+    }
+    if blocks > 0 {
+        lowering.push(backward_kernel(lowering.operands), &params, [blocks, 1, 1], THREADS, shared);
+    }
+    Ok(())
+}
+
+pub(super) fn conv(lowering: &mut Lowering<'_>, conv: &Conv, args: &Args) -> Result<()> {
+    let terms = [[lowering.input(args, 0), lowering.input(args, 1)]];
+    let (start, out) = (lowering.optional_input(args, 2), lowering.output(args, 0));
+    let job = Job { kind: conv.kind, geom: &conv.geom, terms: &terms, norm: None, start, out, stats: None };
+    launch(lowering, conv.name(), &[job])
+}
+
+pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) -> Result<()> {
+    let operand = |i| lowering.input(args, i);
+    let geom = &op.geom;
+    let norm = |term| op.norm_operands().map(|at| (term, at.map(operand)));
+    let start = op.start_operand().map(operand);
+    let out = lowering.output(args, 0);
+    let stats = op.stats.then(|| [1, 2].map(|i| lowering.output(args, i)));
+    match op.form {
+        ConvForm::Fprop => {
+            let terms = [[operand(0), operand(1)]];
+            let job = Job { kind: ConvKind::Fprop, geom, terms: &terms, norm: norm(0), start, out, stats };
+            launch(lowering, op.name(), &[job])
+        }
+        ConvForm::Tangent => {
+            let terms = [[operand(0), operand(3)], [operand(2), operand(1)]];
+            let job = Job { kind: ConvKind::Fprop, geom, terms: &terms, norm: norm(1), start, out, stats: None };
+            launch(lowering, op.name(), &[job])
+        }
+        ConvForm::Wgrad => {
+            let terms = [[operand(0), operand(1)]];
+            let job = Job { kind: ConvKind::Wgrad, geom, terms: &terms, norm: norm(0), start, out, stats: None };
+            launch(lowering, op.name(), &[job])
+        }
+        ConvForm::Backward => {
+            let (x, w, dy) = (operand(0), operand(1), operand(2));
+            let dgrad =
+                Job { kind: ConvKind::Dgrad, geom, terms: &[[dy, w]], norm: None, start, out, stats: None };
+            let (norm, out) = (norm(0), lowering.output(args, 1));
+            let wgrad =
+                Job { kind: ConvKind::Wgrad, geom, terms: &[[x, dy]], norm, start: None, out, stats: None };
+            launch(lowering, op.name(), &[dgrad, wgrad])
+        }
+    }
 }

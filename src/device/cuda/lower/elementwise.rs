@@ -1,6 +1,6 @@
 //! Elementwise operations: ReLU and its mask, linear combinations, filling. Kernels: `kernels/elementwise.cu`.
 
-use super::{Lowering, folded, rows};
+use super::{Lowering, Storage, folded, rows, stored};
 use crate::device::cuda::driver::Address;
 use crate::error::Result;
 use crate::ops::{Fill, LinComb};
@@ -9,8 +9,11 @@ use bytemuck::{Pod, Zeroable};
 
 /// Threads of a block.
 const THREADS: usize = 256;
-/// Elements of a block.
-const CHUNK: usize = 2048;
+
+/// Elements of a block: 32 bytes of a thread.
+fn chunk(storage: Storage) -> usize {
+    THREADS * if storage == Storage::F32 { 8 } else { 16 }
+}
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -50,7 +53,8 @@ const _: () = assert!(size_of::<FillParams>() == 24);
 struct LinCombTerm {
     x: Address,
     branch: i64,
-    summed: i64,
+    summed: i32,
+    half: i32,
 }
 const _: () = assert!(size_of::<LinCombTerm>() == 24);
 
@@ -61,7 +65,7 @@ struct LinCombSet {
     y: Address,
     len: i64,
     chunks: i32,
-    padding: i32,
+    half: i32,
 }
 const _: () = assert!(size_of::<LinCombSet>() == 24);
 
@@ -89,6 +93,11 @@ const _: () = assert!(size_of::<LinCombParams>() == 40);
 pub(super) fn lin_comb(lowering: &mut Lowering<'_>, op: &LinComb, sets: &[Args]) -> Result<()> {
     let (mut table, mut terms, mut pieces) = (Vec::new(), Vec::new(), Vec::new());
     let mut blocks = 0;
+    let touched = |args: &Args| {
+        let operands = (0..args.inputs.len()).map(|i| lowering.input(args, i));
+        operands.chain([lowering.output(args, 0)]).collect::<Vec<_>>()
+    };
+    let storage = lowering.any_storage(&sets.iter().flat_map(touched).collect::<Vec<_>>());
     for (s, args) in sets.iter().enumerate() {
         let (y, live) = (lowering.output(args, 0), lowering.live_branches(args));
         let operands: Vec<_> = (0..args.inputs.len()).map(|i| lowering.input(args, i)).collect();
@@ -97,17 +106,19 @@ pub(super) fn lin_comb(lowering: &mut Lowering<'_>, op: &LinComb, sets: &[Args])
             // Branches lie one after the other everywhere: the set is one long tensor.
             (branches, len) = (1, branches * len);
         }
+        let live = lowering.narrow("branches", live)?;
         terms.extend(operands.iter().map(|x| LinCombTerm {
             x: x.at,
             branch: x.branch,
-            summed: if x.meta.per_branch && !y.meta.per_branch { live as i64 } else { 1 },
+            summed: if x.meta.per_branch && !y.meta.per_branch { live } else { 1 },
+            half: x.half.into(),
         }));
-        let chunks = len.div_ceil(CHUNK);
+        let chunks = len.div_ceil(chunk(storage));
         blocks += branches * chunks;
         let set = lowering.narrow("tensors in one launch", s)?;
         let count = lowering.narrow("blocks", branches * chunks)?;
         let chunks = lowering.narrow("blocks", chunks)?;
-        table.push(LinCombSet { y: y.at, len: len as i64, chunks, padding: 0 });
+        table.push(LinCombSet { y: y.at, len: len as i64, chunks, half: y.half.into() });
         if sets.len() > 1 {
             pieces.extend((0..count).map(|chunk| LinCombPiece { set, chunk }));
         }
@@ -119,7 +130,7 @@ pub(super) fn lin_comb(lowering: &mut Lowering<'_>, op: &LinComb, sets: &[Args])
         coefs: lowering.coefs(&op.coefs),
         count: op.coefs.len() as i64,
     };
-    lowering.push("lin_comb_f32", &params, [blocks, 1, 1], THREADS, 0);
+    lowering.push(stored!(storage, "lin_comb"), &params, [blocks, 1, 1], THREADS, 0);
     Ok(())
 }
 
@@ -127,8 +138,9 @@ pub(super) fn lin_comb(lowering: &mut Lowering<'_>, op: &LinComb, sets: &[Args])
 pub(super) fn fill(lowering: &mut Lowering<'_>, op: &Fill, args: &Args) -> Result<()> {
     let y = lowering.output(args, 0);
     let len = y.meta.total(lowering.branches());
+    let storage = lowering.any_storage(&[y]);
     let params = FillParams { value: lowering.coefs(&[op.value]), y: y.at, len: len as i64 };
-    lowering.push("fill_f32", &params, [len.div_ceil(CHUNK), 1, 1], THREADS, 0);
+    lowering.push(stored!(storage, "fill"), &params, [len.div_ceil(chunk(storage)), 1, 1], THREADS, 0);
     Ok(())
 }
 
@@ -136,8 +148,9 @@ pub(super) fn fill(lowering: &mut Lowering<'_>, op: &Fill, args: &Args) -> Resul
 pub(super) fn relu(lowering: &mut Lowering<'_>, args: &Args) -> Result<()> {
     let (x, y) = (lowering.input(args, 0), lowering.output(args, 0));
     let len = y.meta.total(lowering.branches());
+    let storage = lowering.one_storage(&[x, y])?;
     let params = ReluParams { x: x.at, y: y.at, len: len as i64 };
-    lowering.push("relu_f32", &params, [len.div_ceil(CHUNK), 1, 1], THREADS, 0);
+    lowering.push(stored!(storage, "relu"), &params, [len.div_ceil(chunk(storage)), 1, 1], THREADS, 0);
     Ok(())
 }
 
@@ -155,7 +168,9 @@ pub(super) fn mask(lowering: &mut Lowering<'_>, args: &Args) -> Result<()> {
         branches: lowering.narrow("branches", branches)?,
         summed: lowering.narrow("branches", lowering.summed(args, &y))?,
     };
-    lowering.push("mask_f32", &params, [y.len().div_ceil(CHUNK), folded(branches), 1], THREADS, 0);
+    let storage = lowering.one_storage(&[x, reference, y])?;
+    let grid = [y.len().div_ceil(chunk(storage)), folded(branches), 1];
+    lowering.push(stored!(storage, "mask"), &params, grid, THREADS, 0);
     Ok(())
 }
 
@@ -166,7 +181,7 @@ pub(super) fn channel_sum(lowering: &mut Lowering<'_>, args: &Args) -> Result<()
     // The rows of all branches lie one after the other: a sum over the branches is one over more rows.
     let rows = n * h * w * lowering.summed(args, &y);
     let groups = y.branches(lowering.branches());
-    rows::sum(lowering, x.at, y.at, rows::Shape { summed: 1, groups, rows, channels }, 1.0)
+    rows::sum(lowering, x, y.at, rows::Shape { summed: 1, groups, rows, channels }, 1.0)
 }
 
 /// The same value for every sample and pixel of a channel.
@@ -174,5 +189,5 @@ pub(super) fn channel_broadcast(lowering: &mut Lowering<'_>, args: &Args) -> Res
     let (x, y) = (lowering.input(args, 0), lowering.output(args, 0));
     let [n, channels, h, w] = y.meta.dims;
     let (summed, groups) = (lowering.summed(args, &y), y.branches(lowering.branches()));
-    rows::broadcast(lowering, x.at, y.at, rows::Shape { summed, groups, rows: n * h * w, channels }, 1.0)
+    rows::broadcast(lowering, x.at, y, rows::Shape { summed, groups, rows: n * h * w, channels }, 1.0)
 }

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::ops::{Op, Operation};
 use crate::plan::{Args, Place, Plan};
 use crate::tape::{Coef, DType, Meta};
+use batch_norm::Mask;
 
 /// Element type to which the operands of convolutions are rounded; they accumulate in f32 whatever it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,7 +25,7 @@ pub enum Operands {
     F32,
     /// 10 bits of mantissa, range of f32.
     Tf32,
-    /// IEEE half precision, scaled by powers of two so that nothing leaves its range.
+    /// IEEE half precision; what leaves its range becomes infinite.
     F16,
     /// 7 bits of mantissa, range of f32.
     Bf16,
@@ -182,11 +183,12 @@ impl<'a> Lowering<'a> {
             Op::Conv(op) => conv::conv(self, op, args),
             Op::BnForward(op) => batch_norm::forward(self, op.relu, args),
             Op::BnEval(op) => batch_norm::eval(self, op.relu, args),
-            Op::BnBackward(op) => batch_norm::backward(self, op.relu, args),
-            Op::BnDoubleBackward(op) => batch_norm::double_backward(self, op.relu, args),
-            Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
-                Err(Error::shape(op.name(), "has no kernel yet"))
-            }
+            Op::BnBackward(op) => batch_norm::backward(self, Mask::of(op.relu), args),
+            Op::BnDoubleBackward(op) => batch_norm::double_backward(self, Mask::of(op.relu), args),
+            Op::BnStats(_) => batch_norm::stats(self, args),
+            Op::BnReluBackward(_) => batch_norm::backward(self, Mask::Recomputed, args),
+            Op::BnReluDoubleBackward(_) => batch_norm::double_backward(self, Mask::Recomputed, args),
+            Op::FusedConv(op) => conv::fused(self, op, args),
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),
             Op::LinComb(op) => elementwise::lin_comb(self, op, std::slice::from_ref(args)),

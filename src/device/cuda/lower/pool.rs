@@ -1,6 +1,6 @@
 //! Global average pooling, and max-pooling as a choice of positions. Kernels: `kernels/pool.cu`, `kernels/rows.cu`.
 
-use super::{Lowering, Operand, folded, rows};
+use super::{Lowering, Operand, folded, rows, stored};
 use crate::device::cuda::driver::Address;
 use crate::error::Result;
 use crate::ops::Window;
@@ -47,9 +47,11 @@ struct PoolMoveParams {
     images: i64,
     samples: i32,
     summed: i32,
+    half_x: i32,
+    half_y: i32,
     window: PoolWindow,
 }
-const _: () = assert!(size_of::<PoolMoveParams>() == 88);
+const _: () = assert!(size_of::<PoolMoveParams>() == 96);
 
 /// The window for a kernel, which counts the elements of an image and the edges of windows in 32 bits.
 fn window(lowering: &Lowering<'_>, window: &Window) -> Result<PoolWindow> {
@@ -80,14 +82,14 @@ fn division(meta: &Meta, images: usize) -> ([usize; 3], usize) {
 pub(super) fn average(lowering: &mut Lowering<'_>, args: &Args) -> Result<()> {
     let (x, y) = (lowering.input(args, 0), lowering.output(args, 0));
     let shape = images(lowering, args, &x.meta, &y);
-    rows::sum(lowering, x.at, y.at, shape, 1.0 / shape.rows as f32)
+    rows::sum(lowering, x, y.at, shape, 1.0 / shape.rows as f32)
 }
 
 /// `1/(H·W)` of each value to every pixel of its image.
 pub(super) fn average_backward(lowering: &mut Lowering<'_>, args: &Args) -> Result<()> {
     let (x, y) = (lowering.input(args, 0), lowering.output(args, 0));
     let shape = images(lowering, args, &y.meta, &y);
-    rows::broadcast(lowering, x.at, y.at, shape, 1.0 / shape.rows as f32)
+    rows::broadcast(lowering, x.at, y, shape, 1.0 / shape.rows as f32)
 }
 
 /// Images `of` as groups of rows, one per sample of the result `y`.
@@ -104,18 +106,20 @@ pub(super) fn max_index(lowering: &mut Lowering<'_>, op: &Window, args: &Args) -
     let window = window(lowering, op)?;
     let (grid, threads) = division(&op.pooled, images);
     let params = MaxPoolIndexParams { x: x.at, index: index.at, images: images as i64, window };
-    lowering.push("max_pool_index_f32", &params, grid, threads, 0);
+    lowering.push(stored!(lowering.any_storage(&[x]), "max_pool_index"), &params, grid, threads, 0);
     Ok(())
 }
 
 /// Picks the values at positions.
 pub(super) fn gather(lowering: &mut Lowering<'_>, op: &Window, args: &Args) -> Result<()> {
-    along_positions(lowering, "pool_gather_f32", op, &op.pooled, args)
+    let storage = lowering.any_storage(&[lowering.input(args, 0), lowering.output(args, 0)]);
+    along_positions(lowering, stored!(storage, "pool_gather"), op, &op.pooled, args)
 }
 
 /// Adds values at positions.
 pub(super) fn scatter(lowering: &mut Lowering<'_>, op: &Window, args: &Args) -> Result<()> {
-    along_positions(lowering, "pool_scatter_f32", op, &op.image, args)
+    let storage = lowering.any_storage(&[lowering.input(args, 0), lowering.output(args, 0)]);
+    along_positions(lowering, stored!(storage, "pool_scatter"), op, &op.image, args)
 }
 
 /// A kernel that moves values along positions into images of shape `to`.
@@ -138,6 +142,8 @@ fn along_positions(
         images: lowering.narrow("images", images)?.into(),
         samples: lowering.narrow("samples", samples)?,
         summed: lowering.narrow("branches", lowering.summed(args, &y))?,
+        half_x: x.half.into(),
+        half_y: y.half.into(),
         window: window(lowering, op)?,
     };
     let (grid, threads) = division(to, images);

@@ -1,7 +1,7 @@
 //! Sums over rows of channels, and their transpose: what channel sums, biases and global average pooling have in
 //! common. Kernels: `kernels/rows.cu`.
 
-use super::{Lowering, folded};
+use super::{Lowering, Operand, folded, stored};
 use crate::device::cuda::driver::Address;
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
@@ -96,14 +96,14 @@ impl Shape {
 }
 
 /// `y [groups, channels] = factor · Σ x` over the outermost extent and the rows.
-pub(super) fn sum(lowering: &mut Lowering<'_>, x: Address, y: Address, shape: Shape, factor: f32) -> Result<()> {
+pub(super) fn sum(lowering: &mut Lowering<'_>, x: Operand, y: Address, shape: Shape, factor: f32) -> Result<()> {
     let Division { width, slice, slices, grid, threads } = shape.divide();
     let partial = match slices {
         1 => Address::NULL,
         _ => lowering.scratch(8 * shape.groups * slices * shape.channels),
     };
     let params = RowSumParams {
-        x,
+        x: x.at,
         y: if slices == 1 { y } else { Address::NULL },
         partial,
         groups: shape.groups as i64,
@@ -116,7 +116,8 @@ pub(super) fn sum(lowering: &mut Lowering<'_>, x: Address, y: Address, shape: Sh
         factor,
         padding: 0,
     };
-    lowering.push("row_sum_f32", &params, grid, threads, 8 * threads);
+    let kernel = stored!(lowering.any_storage(&[x]), "row_sum");
+    lowering.push(kernel, &params, grid, threads, 8 * threads);
     if slices > 1 {
         finish(lowering, partial, y, Shape { rows: slices, ..shape }, factor)?;
     }
@@ -145,11 +146,11 @@ pub(super) fn finish(
 }
 
 /// Every row of `y [groups, rows, channels]` is `factor · Σ x` over the outermost extent of `x [summed, groups, channels]`.
-pub(super) fn broadcast(lowering: &mut Lowering<'_>, x: Address, y: Address, shape: Shape, factor: f32) -> Result<()> {
+pub(super) fn broadcast(lowering: &mut Lowering<'_>, x: Address, y: Operand, shape: Shape, factor: f32) -> Result<()> {
     let Division { width, slice, slices, grid, threads } = shape.divide();
     let params = RowBroadcastParams {
         x,
-        y,
+        y: y.at,
         groups: shape.groups as i64,
         rows: shape.rows as i64,
         slice: slice as i64,
@@ -160,6 +161,7 @@ pub(super) fn broadcast(lowering: &mut Lowering<'_>, x: Address, y: Address, sha
         factor,
         padding: 0,
     };
-    lowering.push("row_broadcast_f32", &params, grid, threads, 0);
+    let kernel = stored!(lowering.any_storage(&[y]), "row_broadcast");
+    lowering.push(kernel, &params, grid, threads, 0);
     Ok(())
 }
