@@ -8,7 +8,7 @@ mod fuse;
 mod graph;
 mod half;
 
-pub use cost::{Cost, PhaseCost};
+pub use cost::{Cost, OperationCost, PhaseCost};
 
 use crate::error::Result;
 use crate::ops::Op;
