@@ -153,7 +153,7 @@ struct BnDoubleParams {
 }
 const _: () = assert!(size_of::<BnDoubleParams>() == 280);
 
-/// Bytes of `BnForwardSums`, and of what its apply kernel keeps per branch and channel; and so on.
+/// Bytes of `Moments`, and of what its apply kernel keeps per branch and channel; and so on.
 const FORWARD: Sizes = Sizes { sums: 16, factors: 0 };
 const BACKWARD: Sizes = Sizes { sums: 8, factors: 24 };
 const DOUBLE: Sizes = Sizes { sums: 24, factors: 40 };
