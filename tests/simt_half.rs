@@ -164,8 +164,9 @@ fn check(cases: &[(Case, u32)], kinds: &[Operands], halves: bool) {
             let want = results(&mut Cpu::<f64>::new(1).unwrap(), want, case, &values);
             let have = results(&mut simt(operands, 1), plan(), case, &values);
             for (i, ((meta, have), (_, want))) in have.iter().zip(&want).enumerate() {
-                // The table's cases meet no 16 bits where the host reads: all that is rounded is what the plan keeps.
-                let faults = faults(operands, 2e-5, meta, have, want);
+                // In a composition of several operations a result may be shared that is the same in every branch of the one.
+                let want = want.repeat(have.len() / want.len());
+                let faults = faults(operands, 2e-5, meta, have, &want);
                 found.extend(faults.iter().map(|f| format!("{} {inside:x} {}, {i}: {f}", case.name, operands.name())));
             }
             if have != results(&mut simt(operands, 2), plan(), case, &values) {
@@ -251,7 +252,7 @@ const SIZES: [[usize; 4]; 8] = [
     [2, 1, 5, 3],
     [3, 3, 7, 5],
     [2, 5, 15, 11],
-    [1, 7, 1, 2],
+    [1, 7, 2, 3],
     [2, 40, 4, 3],
     [1, 64, 9, 8],
     [2, 130, 3, 3],
