@@ -5,6 +5,7 @@
 #pragma once
 
 #include "conv_params.cuh"
+#include "last_block.cuh"
 #include "moments.cuh"
 
 // Row tiles whose statistics the last of them combines; the last of these groups combines the groups.
@@ -17,22 +18,7 @@ struct ConvFinish {
     static constexpr int PITCH = Tile::COLUMNS + 8;
     float values[Tile::ROWS * PITCH];
     Moments moments[Tile::THREADS];
-    uint32_t last;
 };
-
-// Whether this block is the last of `expected` to arrive. All threads take part; `flag` is shared memory.
-DEVICE bool arrives_last(uint32_t* counter, uint32_t expected, uint32_t* flag) {
-    thread_fence();
-    sync_threads();
-    if (threadIdx.x == 0) {
-        const bool last = atomic_add(counter, 1u) + 1u == expected;
-        if (last) *counter = 0u;
-        *flag = last ? 1u : 0u;
-    }
-    sync_threads();
-    thread_fence();
-    return *flag != 0u;
-}
 
 // An element of a tensor of 32 bits, or of 16 where the operand type has them.
 template <class Operand>
@@ -102,11 +88,11 @@ DEVICE void conv_statistics(const ConvProduct& p, const ConvPlace& place, ConvFi
     mine = conv_combine<Tile>(shared, mine);
     if (line == 0) tile_sums[place.row_tile * Tile::COLUMNS + column] = mine;
 
-    if (!arrives_last(group_arrivals + columns * groups + group, in_group, &shared.last)) return;
+    if (!last_to_arrive(group_arrivals + columns * groups + group, in_group)) return;
     mine = conv_combine<Tile>(shared, tile_sums + first * Tile::COLUMNS, in_group);
     if (line == 0) group_sums[group * Tile::COLUMNS + column] = mine;
 
-    if (!arrives_last(column_arrivals + columns, groups, &shared.last)) return;
+    if (!last_to_arrive(column_arrivals + columns, groups)) return;
     mine = conv_combine<Tile>(shared, group_sums, groups);
     const uint32_t at = place.column_tile * Tile::COLUMNS + column;
     if (line == 0 && at < uint32_t(p.columns)) {
@@ -127,7 +113,7 @@ DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& prod
         product.each([&](int i, int, int, float v) {
             partial[int64_t(place.split) * ELEMENTS + i * Tile::THREADS] = v;
         });
-        if (!arrives_last(p.arrivals + tile, p.splits, &shared.last)) return;
+        if (!last_to_arrive(p.arrivals + tile, p.splits)) return;
         product.clear();
         for (int split = 0; split < p.splits; ++split) {
             product.each([&](int i, int, int, float& v) { v += partial[i * Tile::THREADS]; });

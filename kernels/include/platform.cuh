@@ -90,6 +90,7 @@ DEVICE uint32_t atomic_add(uint32_t* at, uint32_t v) { return atomicAdd(at, v); 
 #else
 
 DEVICE void thread_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
 DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) {
     uint32_t old = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (old < v && !__atomic_compare_exchange_n(at, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {

@@ -9,7 +9,7 @@ mod graph;
 mod groups;
 mod half;
 
-pub use cost::{Cost, PhaseCost};
+pub use cost::{Cost, OperationCost, PhaseCost};
 
 use crate::error::Result;
 use crate::ops::Op;

@@ -155,7 +155,7 @@ impl Engine {
     /// # Errors
     /// When the device refuses a plan.
     pub fn new(mut device: Box<dyn Device>, config: &Config, model: ModelSpec) -> Result<Self> {
-        let parts = parts(config);
+        let (parts, options) = (parts(config), device.plan_options());
         let mut steps: Vec<Step> = Vec::new();
         let mut evals: Vec<(Network, PlanId)> = Vec::new();
         for part in &parts {
@@ -183,7 +183,7 @@ impl Engine {
         let mentor = parts.iter().any(|part| part.before().is_some()).then_some(Network::Mentor);
         for network in trained.filter(|n| *n != Network::Features).chain(mentor) {
             if evals.iter().all(|(n, _)| *n != network) {
-                let plan = Plan::build(&record_eval(&model, EVAL_BATCH, network.owner())?, &PlanOptions::default())?;
+                let plan = Plan::build(&record_eval(&model, EVAL_BATCH, network.owner())?, &options)?;
                 evals.push((network, device.load(plan)?));
             }
         }

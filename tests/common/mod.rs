@@ -19,7 +19,10 @@ pub struct Runner<T> {
 
 impl<T: Real + Default> Runner<T> {
     pub fn new(tape: &Tape, options: PlanOptions) -> Self {
-        let plan = Plan::build(tape, &options).unwrap();
+        Runner::of(Plan::build(tape, &options).unwrap())
+    }
+
+    pub fn of(plan: Plan) -> Self {
         let outputs = plan.outputs.iter().map(|p| p.name.clone()).collect();
         let mut device = Cpu::new(2).unwrap();
         let id = device.load(plan).unwrap();
@@ -120,8 +123,12 @@ pub fn load_step_on<D: Device>(device: D, spec: &StepSpec, report: Report, fuse:
     load_planned(device, spec, report, &PlanOptions { fuse, ..PlanOptions::default() })
 }
 
-pub fn load_planned<D: Device>(mut device: D, spec: &StepSpec, report: Report, options: &PlanOptions) -> LoadedStep<D> {
-    let plan = Plan::build(&record_step(spec, report).unwrap(), options).unwrap();
+pub fn load_planned<D: Device>(device: D, spec: &StepSpec, report: Report, options: &PlanOptions) -> LoadedStep<D> {
+    load_plan_on(device, spec, Plan::build(&record_step(spec, report).unwrap(), options).unwrap())
+}
+
+/// Loads a plan of the step.
+pub fn load_plan_on<D: Device>(mut device: D, spec: &StepSpec, plan: Plan) -> LoadedStep<D> {
     let scalars = StepScalars {
         lr: 0.1,
         momentum: 0.9,

@@ -26,8 +26,8 @@ enum Reader {
 }
 
 /// A y that only convolutions, as their image, and masks of its own batch norm's backward read disappears, and what is left of its
-/// forward is [`BnStats`]. A y that something else reads as well stays: the convolutions go on reading it, for x has as many
-/// bytes, but the masks, which read x anyway, read it no more.
+/// forward is [`BnStats`]. A y that something else reads as well is made for that reader: the convolutions read x, which has as many bytes
+/// and is there for the backward anyway, so that y is soon done with, and the masks, which read x in any case, read less.
 pub(super) fn fuse(graph: &mut Graph) {
     let (uses, escapes) = (graph.uses(), graph.escapes());
     for n in 0..graph.nodes.len() {
@@ -48,10 +48,8 @@ pub(super) fn fuse(graph: &mut Graph) {
             uses[y.index()].iter().map(|&(r, i)| (r, reader(&graph.nodes[r], i, &norm))).collect();
         let vanishes = !escapes[y.index()] && readers.iter().all(|(_, reader)| reader.is_some());
         for (r, reader) in readers {
-            match reader {
-                Some(Reader::Image(_)) if !vanishes => {}
-                Some(reader) => recompute(&mut graph.nodes[r], reader, norm),
-                None => {}
+            if let Some(reader) = reader {
+                recompute(&mut graph.nodes[r], reader, norm);
             }
         }
         let node = &mut graph.nodes[n];
