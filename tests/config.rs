@@ -199,6 +199,7 @@ fn values_out_of_range_name_the_flag_and_what_it_takes() {
         ("--lambda-ramp inf", "--lambda-ramp inf: takes a number of at least 0"),
         ("--iterations 2 --val-fraction 0", "--val-fraction 0: takes a number greater than 0 and at most 0.5"),
         ("--pad 1000", "--pad 1000: takes a whole number from 0 to 256"),
+        ("--group 20000", "--group 20000: takes auto, all or a whole number from 1 to 10000"),
         ("--threads 5000", "--threads 5000: takes a whole number from 0 to 1024"),
         ("--seed 18446744073709551615", "--seed 18446744073709551615: takes a whole number up to 9223372036854775807"),
     ];
@@ -237,6 +238,21 @@ fn a_resumed_run_may_change_threads_and_place_only() {
         "widths: [16, 32, 64] in the run, [8, 16, 32] asked for",
     ];
     assert_eq!(run.diff(&other).unwrap(), expected);
+}
+
+#[test]
+fn the_group_of_branches_comes_back_from_the_file() {
+    for (flags, text) in [("", "group = \"auto\""), ("--group all", "group = \"all\""), ("--group 3", "group = \"3\"")]
+    {
+        let config = train(flags).unwrap();
+        let toml = config.to_toml().unwrap();
+        assert!(toml.lines().any(|line| line == text), "{toml}");
+        assert_eq!(toml::from_str::<Config>(&toml).unwrap().group, config.group);
+    }
+    for wrong in ["0", "some", "-1", "1.5"] {
+        let words = ["mlnt", "train", "--group", wrong];
+        assert!(Cli::try_parse_from(words).is_err(), "--group {wrong}");
+    }
 }
 
 #[test]

@@ -2,15 +2,18 @@
 
 mod common;
 
-use common::{LoadedStep, Runner, deviation, load_planned, normals, small_model, step_spec};
+use common::{LoadedStep, Runner, deviation, load_planned, normals, on_two_threads, small_model, step_spec};
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
-use mlnt::device::cuda::{Cuda, KernelCost, Mode, Operands};
+use mlnt::device::cuda::{Cuda, KernelCost, Mode, Operands, arena_budget};
 use mlnt::device::{Device, HostVec};
+use mlnt::mlnt::golden::Golden;
 use mlnt::mlnt::{Recipe, Report, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::tape::{Coef, Meta, Tape, Tensor};
+use mlnt::train::choice::Precision;
+use std::path::Path;
 
 const ARCHS: [Arch; 2] = [Arch::PreactResnet, Arch::ResnetBottleneck];
 const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
@@ -70,18 +73,46 @@ fn groups_change_no_result() {
 
 #[test]
 fn groups_change_no_result_of_the_kernels() {
-    let spec = step_spec(small_model(Arch::ResnetBottleneck), 4, 5, Recipe::Joint, false);
-    let run = |options: &PlanOptions, mode| {
-        let device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F32, mode);
-        run_steps(&mut load_planned(device, &spec, Report::Losses, options), 2)
-    };
-    let want = run(&PlanOptions::default(), Mode::Graph);
-    for group in [1, 2, 3] {
-        let graph = run(&in_groups(group), Mode::Graph);
-        assert_close(&graph, &want, 1e-4, &format!("groups of {group}"));
-        assert!(graph == run(&in_groups(group), Mode::Eager), "groups of {group}: launched one by one");
-        assert!(graph == run(&in_groups(group), Mode::Graph), "groups of {group}: another run");
+    let plain = PlanOptions::default();
+    let kernels = PlanOptions { kernels: true, ..plain };
+    let half = PlanOptions { half: true, ..kernels };
+    for (arch, operands, options, tolerance) in [
+        (Arch::ResnetBottleneck, Operands::F32, plain, 1e-4),
+        (Arch::PreactResnet, Operands::F32, kernels, 1e-4),
+        (Arch::PreactResnet, Operands::F16, half, 5e-2),
+    ] {
+        let spec = step_spec(small_model(arch), 4, 5, Recipe::Joint, false);
+        let run = |group, mode| {
+            let device = Cuda::new(Box::new(Simt::open(1).unwrap()), operands, mode);
+            let options = PlanOptions { group, ..options };
+            run_steps(&mut load_planned(device, &spec, Report::Losses, &options), 2)
+        };
+        let want = run(None, Mode::Graph);
+        for group in [1, 2, 3] {
+            let what = format!("{arch:?} {} by {group}", operands.name());
+            let graph = run(Some(group), Mode::Graph);
+            assert_close(&graph, &want, tolerance, &what);
+            assert!(graph == run(Some(group), Mode::Eager), "{what}: launched one by one");
+            assert!(graph == run(Some(group), Mode::Graph), "{what}: another run");
+        }
     }
+}
+
+#[test]
+fn golden_steps_in_groups_pass_on_the_kernels() {
+    let cases: Vec<_> = ["step_sequential", "step_joint", "step_mentor", "step_bottleneck"]
+        .into_iter()
+        .flat_map(|name| [1, 2].map(|group| (name, group)))
+        .collect();
+    let failures = on_two_threads(&cases, |(name, group)| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(format!("{name}.safetensors"));
+        let golden = Golden::read(&path).unwrap();
+        let mut device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F32, Mode::Graph);
+        let judgement = golden.judge(&golden.run(&mut device, &in_groups(*group)).unwrap()).unwrap();
+        let passes = judgement.pass(Precision::F32.tolerance());
+        (!passes).then(|| format!("{name} by {group}: {judgement:?}")).into_iter().collect()
+    });
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 /// The ranges of branches of a plan's launches, one after the other, without repetitions.
@@ -245,16 +276,24 @@ fn geom() -> mlnt::ops::ConvGeom {
     mlnt::ops::ConvGeom::new(&Meta::activation(2, 3, 5, 4), &Meta::weight(3, 3, 3, 3), 1, 1).unwrap()
 }
 #[test]
-fn figures() {
-    for (recipe, first_order) in [(Recipe::Joint, false), (Recipe::Sequential, false), (Recipe::Joint, true)] {
-        let tape = paper_tape(10, recipe, first_order);
-        for half in [false, true] {
-            for group in [10, 5, 4, 3, 2, 1] {
-                let options = PlanOptions { kernels: true, half, ..in_groups(group) };
-                let plan = Plan::build(&tape, &options).unwrap();
-                let cost = plan.cost(4);
-                println!("{recipe:?} fo {first_order} half {half} groups of {group}: arena {:.3} GB (reals {:.3}), {} launches, {:.1} GB moved, {:.3} TFLOP", plan.arena_bytes(4) as f64/1e9, plan.arena_reals as f64 * 4e-9, cost.launches(), cost.bytes_moved() as f64/1e9, cost.flops() as f64/1e12);
-            }
+fn a_device_takes_as_many_branches_as_its_budget_lets() {
+    let tape = paper_tape(10, Recipe::Joint, false);
+    let group = |kernels: bool, operands| {
+        let options = PlanOptions { kernels, half: kernels, ..PlanOptions::default() };
+        let budget = arena_budget(operands);
+        let plan = Plan::within(&tape, &options, 4, budget).unwrap();
+        assert!(plan.arena_bytes(4) <= budget);
+        let fewer = 10usize.div_ceil(plan.largest_group()) - 1;
+        if fewer > 0 {
+            let larger = PlanOptions { group: Some(10usize.div_ceil(fewer)), ..options };
+            assert!(Plan::build(&tape, &larger).unwrap().arena_bytes(4) > budget, "a larger group would have done");
         }
-    }
+        plan.largest_group()
+    };
+    println!("groups of {} in f16, of {} in f32", group(true, Operands::F16), group(false, Operands::F32));
+    // Nothing is small enough: one branch at a time.
+    assert_eq!(Plan::within(&tape, &PlanOptions::default(), 4, 1000).unwrap().largest_group(), 1);
+    // Cross entropy has no branches.
+    let small = record_step(&step_spec(small_model(Arch::PreactResnet), 4, 3, Recipe::Joint, false), Report::Losses);
+    assert_eq!(Plan::within(&small.unwrap(), &PlanOptions::default(), 4, 1 << 30).unwrap().largest_group(), 3);
 }

@@ -18,21 +18,20 @@ const ARCHS: [Arch; 2] = [Arch::PreactResnet, Arch::ResnetBottleneck];
 const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
 
 /// Plans of every kind of step of both networks, with their names.
-fn plans(fuse: bool) -> Vec<(String, Plan)> {
+fn plans(options: &PlanOptions) -> Vec<(String, Plan)> {
     let mut list = Vec::new();
-    let options = PlanOptions { fuse, ..PlanOptions::default() };
     for arch in ARCHS {
         for recipe in RECIPES {
             for first_order in [false, true] {
                 for report in [Report::Losses, Report::Everything, Report::Replay] {
                     let spec = step_spec(small_model(arch), 4, 3, recipe, first_order);
-                    let plan = Plan::build(&record_step(&spec, report).unwrap(), &options).unwrap();
+                    let plan = Plan::build(&record_step(&spec, report).unwrap(), options).unwrap();
                     list.push((format!("{arch:?} {recipe:?} first order {first_order} {report:?}"), plan));
                 }
             }
         }
         let spec = CeSpec { model: small_model(arch), batch: 4, momentum: 0.9, weight_decay: 1e-3, scaled: false };
-        let plan = Plan::build(&record_ce_step(&spec, "").unwrap(), &options).unwrap();
+        let plan = Plan::build(&record_ce_step(&spec, "").unwrap(), options).unwrap();
         list.push((format!("{arch:?} cross entropy"), plan));
     }
     list
@@ -148,16 +147,25 @@ fn check_memory(name: &str, plan: &Plan) {
 
 #[test]
 fn live_tensors_never_overlap() {
-    for fuse in [false, true] {
-        for (name, plan) in plans(fuse) {
-            check_memory(&format!("{name}, fused: {fuse}"), &plan);
+    let plain = PlanOptions::default();
+    for options in [
+        PlanOptions { fuse: false, ..plain },
+        plain,
+        PlanOptions { fuse: false, group: Some(2), ..plain },
+        PlanOptions { group: Some(1), ..plain },
+        PlanOptions { group: Some(2), ..plain },
+        PlanOptions { group: Some(2), kernels: true, ..plain },
+        PlanOptions { group: Some(2), kernels: true, half: true, ..plain },
+    ] {
+        for (name, plan) in plans(&options) {
+            check_memory(&format!("{name}, {options:?}"), &plan);
             let used: usize = plan
                 .buffers
                 .iter()
                 .filter(|b| matches!(b.place, Place::Arena(_)) && b.meta.dtype == DType::Real)
                 .map(|b| b.elements())
                 .sum();
-            assert!(plan.arena_reals < used, "{name}: no memory is used twice");
+            assert!(plan.arena_reals + plan.arena_halves < used, "{name}: no memory is used twice");
         }
     }
 }
@@ -165,7 +173,11 @@ fn live_tensors_never_overlap() {
 #[test]
 fn a_large_plan_keeps_its_tensors_apart() {
     let tape = record_step(&step_spec(paper_model(), 128, 4, Recipe::Joint, false), Report::Losses).unwrap();
-    check_memory("PreAct-32", &Plan::build(&tape, &PlanOptions::default()).unwrap());
+    let plain = PlanOptions::default();
+    let groups = PlanOptions { group: Some(3), ..plain };
+    for options in [plain, groups, PlanOptions { kernels: true, half: true, ..groups }] {
+        check_memory("PreAct-32", &Plan::build(&tape, &options).unwrap());
+    }
 }
 
 #[test]

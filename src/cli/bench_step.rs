@@ -56,7 +56,8 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let plan = grouped_plan(&tape, &device.plan_options(), config.group, fit)?;
     // Scales of cotangents such as a first step finds.
     let scales = Scales { inner: 4096.0, outer: 4096.0, second: 1_048_576.0, apply: true };
-    let scalars = StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0, scales };
+    let scalars =
+        StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0, scales };
     let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
     let id = device.load(plan)?;
     for owner in ["", "teacher."] {

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::choice::Method;
+use super::choice::{Group, Method};
 use super::config::Config;
 use crate::data::NoiseKind;
 use crate::error::{Error, Result};
@@ -80,6 +80,10 @@ impl Config {
         self.validate_optimisation()?;
         self.validate_network()?;
         check(i64::try_from(self.seed).is_ok(), "seed", self.seed, format_args!("a whole number up to {}", i64::MAX))?;
+        if let Group::Of(size) = self.group {
+            let takes = format_args!("auto, all or a whole number from 1 to {MAX_BRANCHES}");
+            check((1..=MAX_BRANCHES).contains(&size), "group", size, takes)?;
+        }
         count("threads", self.threads, 0, MAX_THREADS)
     }
 
