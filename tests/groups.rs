@@ -155,16 +155,23 @@ fn paper_tape(branches: usize, recipe: Recipe, first_order: bool) -> Tape {
 
 #[test]
 fn the_arena_follows_the_size_of_a_group() {
-    for (recipe, first_order) in [(Recipe::Joint, false), (Recipe::Sequential, false), (Recipe::Joint, true)] {
+    let half = PlanOptions { kernels: true, half: true, ..PlanOptions::default() };
+    for (recipe, first_order, options, operands) in [
+        (Recipe::Joint, false, PlanOptions::default(), Operands::F32),
+        (Recipe::Sequential, false, PlanOptions::default(), Operands::F32),
+        (Recipe::Joint, true, PlanOptions::default(), Operands::F32),
+        (Recipe::Joint, false, half, Operands::F16),
+    ] {
         let tape = paper_tape(10, recipe, first_order);
         let mut arenas = Vec::new();
         for group in [10, 5, 4, 2, 1] {
-            let plan = Plan::build(&tape, &in_groups(group)).unwrap();
+            let plan = Plan::build(&tape, &PlanOptions { group: Some(group), ..options }).unwrap();
             let (arena, cost) = (plan.arena_bytes(4), plan.cost(4));
-            let kernels = KernelCost::of(&plan, Operands::F32).unwrap().launches;
+            let kernels = KernelCost::of(&plan, operands).unwrap().launches;
             println!(
-                "{recipe:?} first order {first_order}, groups of {group}: arena {:.3} GB, {} launches, {kernels} of kernels, \
-                 {:.1} GB moved, {:.3} TFLOP",
+                "{recipe:?} first order {first_order} {}, groups of {group}: arena {:.3} GB, {} launches, {kernels} of \
+                 kernels, {:.1} GB moved, {:.3} TFLOP",
+                operands.name(),
                 arena as f64 / 1e9,
                 cost.launches(),
                 cost.bytes_moved() as f64 / 1e9,
