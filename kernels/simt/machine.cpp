@@ -35,9 +35,9 @@ constexpr size_t GUARD_BYTES = 1024;
 constexpr uint32_t GUARD = 0x7fe5a5a5u;   // a NaN too, but one that no computation gives
 constexpr unsigned char POISON = 0xff;  // NaN in floats, -1 in integers
 
-enum class Collective : uint8_t { sync_warp, shuffle, mma };
+enum class Collective : uint8_t { sync_warp, shuffle, mma, load_matrices };
 
-constexpr const char* NAMES[] = {"sync_warp", "shuffle", "mma"};
+constexpr const char* NAMES[] = {"sync_warp", "shuffle", "mma", "load_matrices"};
 
 struct Fiber {
     Stack stack;
@@ -324,6 +324,39 @@ void mma(Operands operands, float d[4], const uint32_t a[4], const uint32_t b[2]
     }
     memcpy(d, f.d[0][lane], 2 * sizeof(float));
     memcpy(d + 2, f.d[1][lane], 2 * sizeof(float));
+}
+
+void load_matrices(uint32_t d[4], const void* row, bool transposed, Site site) {
+    Machine& m = *state.machine;
+    Warp& w = *m.warp;
+    const uint32_t lane = m.lane;
+    const unsigned char* from = m.shared_area + GUARD_BYTES;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(from);
+    if (at > m.shared_bytes || m.shared_bytes - at < 16 || at % 16 != 0) {
+        report(m, "thread %u loads a row of a matrix (%s:%d) that is not 16 aligned bytes of shared memory",
+               state.thread.x, site.file, site.line);
+        give_up(m);
+    }
+    uint32_t* rows = w.shown[w.round % 2];
+    rows[lane] = static_cast<uint32_t>(at);
+    if (join(m, w, {Collective::load_matrices, site})) {
+        // All lanes read at once, before any goes on.
+        for (uint32_t i = 0; i < 4; ++i) {
+            for (uint32_t g = 0; g < 8; ++g) {
+                for (uint32_t t = 0; t < 4; ++t) {
+                    uint16_t pair[2];
+                    for (uint32_t e = 0; e < 2; ++e) {
+                        const uint32_t line = transposed ? 2 * t + e : g, column = transposed ? g : 2 * t + e;
+                        memcpy(&pair[e], from + rows[8 * i + line] + 2 * column, 2);
+                    }
+                    memcpy(&w.fragments.a[i][4 * g + t], pair, 4);
+                }
+            }
+        }
+    } else {
+        wait(m);
+    }
+    for (int i = 0; i < 4; ++i) d[i] = w.fragments.a[i][lane];
 }
 
 namespace {
