@@ -74,6 +74,12 @@ pub struct Cuda {
 }
 
 impl Cuda {
+    /// How plans for a device with these operands are best built; no machine is needed.
+    pub fn plan_options_for(operands: Operands) -> PlanOptions {
+        let half = matches!(operands, Operands::F16 | Operands::Bf16);
+        PlanOptions { kernels: true, half, ..PlanOptions::default() }
+    }
+
     /// The device on `driver`, whose convolutions round their operands to `operands`.
     pub fn new(driver: Box<dyn Driver>, operands: Operands, mode: Mode) -> Self {
         let states = States::new(driver.name());
