@@ -4,8 +4,7 @@
 // chunks of rows depends on shapes only, so the order of additions is the same on every card.
 
 #include "batch_norm.cuh"
-
-struct BnForwardSums;
+#include "moments.cuh"
 
 struct BnForwardParams {
     BnActivation x;           // [M, N, H, W, C]
@@ -14,8 +13,8 @@ struct BnForwardParams {
     BnActivation y;           // [M, N, H, W, C]
     BnVector mean;            // [M, C]
     BnVector var;             // [M, C], biased
-    BnForwardSums* partials;  // [M, chunks, C]
-    BnForwardSums* totals;    // [M, C]; null where only the statistics are wanted
+    Moments* partials;        // [M, chunks, C], of x less the pivot, the branch's first row: a large mean costs no digits
+    Moments* totals;          // [M, C]; null where only the statistics are wanted
     uint32_t* counters;       // [M, tiles]
     BnShape shape;
 };
@@ -41,26 +40,6 @@ DEVICE void bn_exact_sum(float a, float b, float& sum, float& rest) {
     const float of_b = sum - a;
     rest = (a - (sum - of_b)) + (b - of_b);
 }
-
-// Mean and sum of squares around it of some rows. The mean is relative to the branch's first row, the pivot, so that
-// a large mean costs no digits; it has a second number for the digits that a small mean would lose to the pivot.
-struct BnForwardSums {
-    float n, mean, mean_rest, squares;
-
-    // Chan's formula.
-    DEVICE void add(const BnForwardSums& other) {
-        if (other.n == 0.0f) return;
-        const float total = n + other.n;
-        const float part = other.n / total;
-        const float apart = (other.mean - mean) + (other.mean_rest - mean_rest);
-        float rest;
-        bn_exact_sum(mean, apart * part, mean, rest);
-        mean_rest += rest;
-        squares += other.squares + apart * apart * n * part;
-        n = total;
-    }
-};
-static_assert(sizeof(BnForwardSums) == 16);
 
 // The thread's channels in the first row of branch `m`.
 template <class T>
@@ -96,17 +75,17 @@ DEVICE void bn_forward_reduce(const BnForwardParams& p) {
             }
         }
     }
-    BnForwardSums mine[4] = {};
+    Moments mine[4] = {};
     for (int c = 0; c < 4 && n != 0.0f; ++c) {
         mine[c].n = n;
-        bn_exact_sum(shift[c], sum[c] / n, mine[c].mean, mine[c].mean_rest);
+        bn_exact_sum(shift[c], sum[c] / n, mine[c].mean, mine[c].rest);
         mine[c].squares = fmaxf(squares[c] - sum[c] * sum[c] / n, 0.0f);
     }
-    bn_finish(mine, p.partials, p.counters, p.shape, tile, [&](int channel, const BnForwardSums& sums) {
+    bn_finish(mine, p.partials, p.counters, p.shape, tile, [&](int channel, const Moments& sums) {
         const int c = channel - tile.channel;
         float mean, rest;
         bn_exact_sum(pivot[c], sums.mean, mean, rest);
-        p.mean.at[m * p.mean.branch + channel] = mean + (rest + sums.mean_rest);
+        p.mean.at[m * p.mean.branch + channel] = mean + (rest + sums.rest);
         p.var.at[m * p.var.branch + channel] = sums.squares / sums.n;
         if (p.totals) p.totals[m * p.shape.total_branch + channel] = sums;
     });
@@ -144,9 +123,9 @@ DEVICE void bn_forward_apply(const BnForwardParams& p) {
     bn_pivot<T>(pivot, p.x, m, tile);
     bn_vector(scale, p.g, m, tile);
     bn_vector(bias, p.b, m, tile);
-    const BnForwardSums* totals = p.totals + m * p.shape.total_branch + tile.channel;
+    const Moments* totals = p.totals + m * p.shape.total_branch + tile.channel;
     for (int c = 0; c < 4; ++c) {
-        const BnForwardSums sums = totals[c < tile.count ? c : 0];
+        const Moments sums = totals[c < tile.count ? c : 0];
         mean[c] = sums.mean;
         scale[c] *= bn_inverse_deviation(sums.squares / sums.n, p.shape.epsilon);
     }

@@ -40,10 +40,12 @@ struct BnBackwardParams {
 static_assert(sizeof(BnBackwardParams) == 248);
 
 // Rows that a thread has in flight at a time.
-constexpr int ROWS = 4;
+template <class T>
+constexpr int IN_FLIGHT = sizeof(typename T::Element) == 2 ? 4 : 2;
 
 template <class T>
 DEVICE void bn_backward_reduce(const BnBackwardParams& p) {
+    constexpr int ROWS = IN_FLIGHT<T>;
     const BnTile tile = bn_tile(p.shape, p.shape.reduce_rows);
     const int64_t m = blockIdx.z;
     const BnMask mask = p.shape.mask;
@@ -114,6 +116,7 @@ DEVICE void bn_backward_factors(const BnBackwardParams& p, const BnFactors& fact
 
 template <class T>
 DEVICE void bn_backward_apply(const BnBackwardParams& p) {
+    constexpr int ROWS = IN_FLIGHT<T>;
     const BnTile tile = bn_tile(p.shape, p.shape.apply_rows);
     const BnFactors factors = bn_factors(p.shape);
     const BnMask mask = p.shape.mask;

@@ -11,6 +11,10 @@ struct BnDoubleSums {
     // Chan's formula for a covariance.
     DEVICE void add(const BnDoubleSums& other) {
         if (other.n == 0.0f) return;
+        if (n == 0.0f) {
+            *this = other;
+            return;
+        }
         const float total = n + other.n;
         const float part = other.n / total;
         const float dy_apart = other.dy - dy, x_dot_apart = other.x_dot - x_dot;

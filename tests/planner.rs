@@ -11,7 +11,7 @@ use mlnt::mlnt::{CeSpec, Recipe, Report, record_ce_step, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::ops::{Op, Operation};
 use mlnt::plan::{Place, Plan, PlanOptions};
-use mlnt::tape::{Coef, DType, Fan, Meta, Tape};
+use mlnt::tape::{Coef, DType, Fan, Kind, Meta, Tape};
 use std::collections::HashMap;
 
 const ARCHS: [Arch; 2] = [Arch::PreactResnet, Arch::ResnetBottleneck];
@@ -64,7 +64,14 @@ fn fused_plans_compute_the_same_in_fewer_launches() {
 
 /// Whether operand `i` of an operation may share its memory with the result.
 fn in_place(op: &Op, i: usize) -> bool {
-    matches!(op, Op::LinComb(_)) || (matches!(op, Op::Conv(_)) && i == 2)
+    match op {
+        Op::LinComb(_) => true,
+        Op::Conv(_) => i == 2,
+        Op::FusedConv(op) => op.start_operand() == Some(i),
+        Op::BnReluBackward(_) => i == 0 || i == 6,
+        Op::BnReluDoubleBackward(_) => i == 0 || i == 3,
+        _ => false,
+    }
 }
 
 /// Follows the content of memory through the launches: which buffer was last written where.
@@ -72,14 +79,14 @@ fn in_place(op: &Op, i: usize) -> bool {
 /// Operand sets of one launch may run at the same time: all reads must be good before the launch, and no result may
 /// lie over anything read or written by the same launch, except where an operation works in place.
 fn check_memory(name: &str, plan: &Plan) {
-    type Space = (usize, bool);
+    type Space = (usize, DType, bool);
     let span = |b: usize| -> (Space, usize, usize) {
         let buffer = &plan.buffers[b];
         let len = buffer.meta.total(plan.branches);
         match buffer.place {
-            Place::Arena(at) => ((0, buffer.meta.dtype == DType::Index), at, at + len),
-            Place::State(i) => ((1 + 2 * i, false), 0, len),
-            Place::Input(i) => ((2 + 2 * i, false), 0, len),
+            Place::Arena(at) => ((0, buffer.meta.dtype, buffer.half), at, at + len),
+            Place::State(i) => ((1 + 2 * i, DType::Real, false), 0, len),
+            Place::Input(i) => ((2 + 2 * i, DType::Real, false), 0, len),
         }
     };
     let overlap = |a: usize, b: usize| {
@@ -97,12 +104,17 @@ fn check_memory(name: &str, plan: &Plan) {
             set.inputs.iter().for_each(|b| assert!(whole.contains(b), "{what}: reads {b}, which is gone"));
             for out in &set.outputs {
                 let (space, _, end) = span(*out);
-                let arena = if space.1 { plan.arena_indices } else { plan.arena_reals };
+                let arena = match space {
+                    (_, DType::Index, _) => plan.arena_indices,
+                    (_, DType::Real, true) => plan.arena_halves,
+                    (_, DType::Real, false) => plan.arena_reals,
+                };
                 assert!(space.0 != 0 || end <= arena, "{what}: past the end of the arena");
                 for (t, other) in launch.args.iter().enumerate() {
                     for (i, input) in other.inputs.iter().enumerate() {
                         let (a, b) = (&plan.buffers[*input], &plan.buffers[*out]);
-                        let allowed = s == t && in_place(&launch.op, i) && a.place == b.place && a.meta == b.meta;
+                        let allowed =
+                            s == t && in_place(&launch.op, i) && (a.place, a.meta, a.half) == (b.place, b.meta, b.half);
                         assert!(allowed || !overlap(*input, *out), "{what}: {out} over its operand {input}");
                     }
                     let same = |o: usize| s == t && o == *out;
@@ -142,6 +154,39 @@ fn live_tensors_never_overlap() {
 fn a_large_plan_keeps_its_tensors_apart() {
     let tape = record_step(&step_spec(paper_model(), 128, 4, Recipe::Joint, false), Report::Losses).unwrap();
     check_memory("PreAct-32", &Plan::build(&tape, &PlanOptions::default()).unwrap());
+}
+
+#[test]
+fn activations_take_16_bits_where_the_step_makes_them() {
+    for arch in ARCHS {
+        for report in [Report::Losses, Report::Everything, Report::Replay] {
+            let spec = step_spec(small_model(arch), 4, 3, Recipe::Sequential, false);
+            let tape = record_step(&spec, report).unwrap();
+            let build = |half| Plan::build(&tape, &PlanOptions { half, ..PlanOptions::default() }).unwrap();
+            let (plan, full) = (build(true), build(false));
+            let name = format!("{arch:?} {report:?}");
+            check_memory(&name, &plan);
+            let large = |b: &usize| {
+                let meta = &plan.buffers[*b].meta;
+                meta.kind == Kind::Activation && meta.dtype == DType::Real && meta.dims[2] * meta.dims[3] > 1
+            };
+            let outputs: Vec<usize> = plan.outputs.iter().filter_map(|p| p.buffer).collect();
+            for launch in &plan.launches {
+                for set in &launch.args {
+                    for b in &set.outputs {
+                        // Nothing but what the host reads stays in 32 bits.
+                        let expected = large(b) && !outputs.contains(b);
+                        assert_eq!(plan.buffers[*b].half, expected, "{name}: {}", launch.op.name());
+                    }
+                }
+            }
+            assert!(plan.buffers.iter().all(|b| !b.half || matches!(b.place, Place::Arena(_))));
+            assert_eq!((full.arena_halves, plan.arena_indices), (0, full.arena_indices));
+            let bytes = |plan: &Plan| plan.cost(4).bytes_moved();
+            assert!(report == Report::Replay || bytes(&plan) < bytes(&full), "{name}");
+            assert!(report == Report::Replay || plan.arena_bytes(4) < full.arena_bytes(4), "{name}");
+        }
+    }
 }
 
 #[test]

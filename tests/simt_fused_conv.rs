@@ -71,10 +71,9 @@ impl Case {
             ConvForm::Fprop => vec![y.with_branching((on(3) || norm) && !self.summed[0])],
             ConvForm::Wgrad => vec![w.with_branching((on(3) || norm) && !self.summed[0])],
             ConvForm::Tangent => vec![y.with_branching((on(15) || norm) && !self.summed[0])],
-            ConvForm::Backward => vec![
-                x.with_branching(on(6) && !self.summed[0]),
-                w.with_branching((on(5) || norm) && !self.summed[1]),
-            ],
+            ConvForm::Backward => {
+                vec![x.with_branching(on(6) && !self.summed[0]), w.with_branching((on(5) || norm) && !self.summed[1])]
+            }
         };
         if self.op.stats {
             metas.extend([Meta::vector(self.op.geom.k).with_branching(metas[0].per_branch); 2]);

@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::device::cuda::Mode;
 use crate::error::{Error, Result};
 use crate::ops::{Fill, Op};
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::Plan;
 use crate::tape::{Coef, Meta, Tape};
 use std::time::Instant;
 
@@ -205,7 +205,8 @@ fn answers(machine: &Machine<'_>) -> Result<()> {
     let fill = Op::from(Fill { meta: Meta::vector(32), value: Coef::constant(1.5) });
     let filled = tape.record(fill, &[], &[])?;
     tape.output("filled", filled[0]);
-    let id = device.load(Plan::build(&tape, &PlanOptions::default())?)?;
+    let plan = Plan::build(&tape, &device.plan_options())?;
+    let id = device.load(plan)?;
     device.run(id, &[])?;
     match device.read_output(id, "filled")?.to_f64().iter().all(|x| *x == 1.5) {
         true => Ok(()),

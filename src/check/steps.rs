@@ -9,7 +9,7 @@ use crate::mlnt::{
     KlScale, Recipe, Report, StateKind, StepScalars, StepSpec, Synthetic, draw_ranks, record_step, state_name,
 };
 use crate::model::{Arch, ModelSpec, he_init};
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::Plan;
 use crate::rng::{Purpose, below, stream};
 
 /// Both recipes.
@@ -154,7 +154,7 @@ impl Step {
     fn open(machine: &Machine<'_>, mode: Mode, recipe: Recipe) -> Result<Self> {
         let mut device = (machine.open)(mode)?;
         let spec = spec(recipe);
-        let plan = Plan::build(&record_step(&spec, Report::Losses)?, &PlanOptions::default())?;
+        let plan = Plan::build(&record_step(&spec, Report::Losses)?, &device.plan_options())?;
         let outputs = plan.outputs.iter().map(|p| p.name.clone()).collect();
         let scalars = plan.scalars.clone();
         let id = device.load(plan)?;

@@ -10,7 +10,7 @@ use crate::device::HostSlice;
 use crate::error::Result;
 use crate::mlnt::{Report, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::Plan;
 use crate::rng::{Purpose, below, normal, stream};
 use crate::train::engine::step_spec;
 use crate::train::open_device::open_device;
@@ -52,7 +52,7 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let (input, model) = (args.plan.input(), args.plan.model_spec(&config));
     let opened = open_device(args.plan.device, config.precision, args.threads)?;
     let (mut device, why) = (opened.device, opened.text);
-    let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &PlanOptions::default())?;
+    let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &device.plan_options())?;
     let scalars = StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0 };
     let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
     let id = device.load(plan)?;

@@ -11,7 +11,7 @@ use crate::device::{Device, HostSlice, PlanId};
 use crate::error::{Error, Result};
 use crate::mlnt::{StateKind, record_eval, state_name};
 use crate::model::ModelSpec;
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::Plan;
 use crate::train::checkpoint::{Dtype, TensorData, TensorSpec, match_tensors, read_model};
 use crate::train::choice::Precision;
 use crate::train::engine::for_each_batch;
@@ -112,7 +112,7 @@ impl Trained {
         Batcher::new(&images, &normalise, Augment::NONE, 0).map_err(|e| Error::file(path, e))?;
 
         let batch = args.batch.min(images.len());
-        let plan = Plan::build(&record_eval(&meta.model, batch, "")?, &PlanOptions::default())?;
+        let plan = Plan::build(&record_eval(&meta.model, batch, "")?, &device.plan_options())?;
         let plan = device.load(plan)?;
         let kinds = params.iter().map(|_| StateKind::Param).chain(buffers.iter().map(|_| StateKind::Buffer));
         for (tensor, kind) in tensors.iter().zip(kinds) {

@@ -13,15 +13,15 @@ use crate::plan::{Cost, Plan, PlanOptions};
 use crate::train::choice::{DeviceKind, Precision, Recipe};
 use crate::train::config::{Config, Overrides};
 use crate::train::engine::step_spec;
-use crate::train::open_device::kernel_cost;
+use crate::train::open_device::{kernel_cost, plan_options};
 use crate::train::preset::{InputShape, Preset};
 
 /// The help above the arguments.
 pub(super) const LONG_ABOUT: &str = "\
 What one training step costs, without running it.
 
-Prints the floating-point operations by phase and in units of one forward pass of the batch, the launches, the \
-bytes moved and the memory of the arena. Nothing is allocated, so a step may be larger than this machine.";
+Prints the floating-point operations, launches and bytes moved by phase and by operation, in units of one forward \
+pass of the batch too, and the memory of the arena. Nothing is allocated, so a step may be larger than this machine.";
 
 /// The help below the arguments.
 const EXAMPLES: &str = "\
@@ -52,7 +52,7 @@ pub struct PlanArgs {
     /// Floating-point type of the computation; it decides the bytes.
     #[arg(long, value_name = "TYPE")]
     pub precision: Option<Precision>,
-    /// The device the plan is for: cuda and simt add the launches of its kernels and their scratch memory.
+    /// The device the plan is for: cuda and simt fuse more and add the launches of the kernels and their scratch memory.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub device: DeviceKind,
     /// Print one JSON object instead of a table.
@@ -141,14 +141,15 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let config = args.config()?;
     let (input, model) = (args.input(), args.model_spec(&config));
     let real_bytes = if config.precision == Precision::F64 { 8 } else { 4 };
-    let options = PlanOptions::default();
+    let options = plan_options(args.device, config.precision)?;
     let ce = CeSpec {
         model: model.clone(),
         batch: config.batch,
         momentum: config.momentum,
         weight_decay: config.weight_decay,
     };
-    let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &options)?.cost(real_bytes);
+    // The unit of the ratio is the same for every device.
+    let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &PlanOptions::default())?.cost(real_bytes);
     let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);
     let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &options)?;
     let cost = plan.cost(real_bytes);
@@ -175,6 +176,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             "arena_bytes": arena,
             "state_bytes": states,
             "phases": cost.phases,
+            "operations": cost.operations,
         });
         if let Some(kernels) = kernels {
             object["kernel_launches"] = json!(kernels.launches);
@@ -199,6 +201,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         input.classes,
     ))?;
     say(format_args!("{}\n", phase_table(&cost, forward)))?;
+    say(format_args!("{}\n", operation_table(&cost, forward)))?;
     say(format_args!("one forward pass    {:.3} GFLOP", forward as f64 / 1e9))?;
     say(format_args!("whole step          {:.3} GFLOP = {ratio:.2} forward passes", cost.flops() as f64 / 1e9))?;
     say(format_args!("launches            {}", cost.launches()))?;
@@ -213,16 +216,26 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
 }
 
 fn phase_table(cost: &Cost, forward: u64) -> Table {
+    work_table("phase", forward, cost.phases.iter().map(|p| (p.phase.as_str(), p.flops, p.launches, p.bytes_moved)))
+}
+
+fn operation_table(cost: &Cost, forward: u64) -> Table {
+    let rows = cost.operations.iter().map(|o| (o.operation, o.flops, o.launches, o.bytes_moved));
+    work_table("operation", forward, rows)
+}
+
+/// A table of work: name, FLOPs, launches and bytes of each row.
+fn work_table<'a>(of: &str, forward: u64, rows: impl Iterator<Item = (&'a str, u64, usize, u64)>) -> Table {
     let mut table = Table::new();
     table.load_style(ASCII_MARKDOWN);
-    table.set_header(["phase", "GFLOP", "forward passes", "launches", "GB moved"]);
-    for p in &cost.phases {
+    table.set_header([of, "GFLOP", "forward passes", "launches", "GB moved"]);
+    for (name, flops, launches, bytes) in rows {
         table.add_row([
-            p.phase.clone(),
-            format!("{:.3}", p.flops as f64 / 1e9),
-            format!("{:.2}", p.flops as f64 / forward as f64),
-            p.launches.to_string(),
-            format!("{:.3}", p.bytes_moved as f64 / 1e9),
+            name.to_string(),
+            format!("{:.3}", flops as f64 / 1e9),
+            format!("{:.2}", flops as f64 / forward as f64),
+            launches.to_string(),
+            format!("{:.3}", bytes as f64 / 1e9),
         ]);
     }
     for column in table.column_iter_mut().skip(1) {

@@ -10,7 +10,6 @@ use super::console::say;
 use crate::error::Result;
 use crate::mlnt::golden::{Deviation, GROUPS, Golden};
 use crate::mlnt::replay::Judgement;
-use crate::plan::PlanOptions;
 use crate::train::choice::{DeviceKind, Precision};
 use crate::train::open_device::open_device;
 
@@ -97,7 +96,8 @@ pub(super) fn run(args: &VerifyArgs) -> Result<u8> {
 fn check(args: &VerifyArgs, path: &Path) -> Result<Verdict> {
     let golden = Golden::read(path)?;
     let mut opened = open_device(args.device, args.precision(), 0)?;
-    let result = golden.run(&mut *opened.device, &PlanOptions::default())?;
+    let options = opened.device.plan_options();
+    let result = golden.run(&mut *opened.device, &options)?;
     let (free, tolerance) = (golden.compare(&result), args.precision().tolerance());
     let judgement = match args.precision() {
         Precision::F64 => None,

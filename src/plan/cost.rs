@@ -18,11 +18,26 @@ pub struct PhaseCost {
     pub bytes_moved: u64,
 }
 
-/// Work of a plan, by phase in order of first appearance.
+/// Work of one kind of operation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct OperationCost {
+    /// Name of the operation.
+    pub operation: &'static str,
+    /// Floating-point operations.
+    pub flops: u64,
+    /// Launches.
+    pub launches: usize,
+    /// Bytes read and written when every operand is read once and every result written once.
+    pub bytes_moved: u64,
+}
+
+/// Work of a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Cost {
-    /// The phases.
+    /// By phase, in order of first appearance.
     pub phases: Vec<PhaseCost>,
+    /// The same work by operation, most bytes first.
+    pub operations: Vec<OperationCost>,
 }
 
 impl Cost {
@@ -54,7 +69,17 @@ impl Plan {
             phase.flops += flops;
             phase.launches += 1;
             phase.bytes_moved += bytes;
+            let name = launch.op.name();
+            let at = cost.operations.iter().position(|o| o.operation == name).unwrap_or_else(|| {
+                cost.operations.push(OperationCost { operation: name, ..OperationCost::default() });
+                cost.operations.len() - 1
+            });
+            let operation = &mut cost.operations[at];
+            operation.flops += flops;
+            operation.launches += 1;
+            operation.bytes_moved += bytes;
         }
+        cost.operations.sort_by_key(|o| std::cmp::Reverse(o.bytes_moved));
         cost
     }
 

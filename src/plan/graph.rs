@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::ops::{LinComb, Op, Operation};
 use crate::tape::{Coef, Meta, Named, Node, Source, Tape, Tensor};
+use std::collections::HashSet;
 
 /// Nodes in execution order with the tensors they pass along.
 pub(super) struct Graph {
@@ -92,6 +93,49 @@ impl Graph {
         Tensor(self.metas.len() as u32 - 1)
     }
 
+    /// The terms of node `n` if it is their sum, all of the result's shape and branching.
+    pub fn plain_sum(&self, n: usize) -> Option<Vec<Tensor>> {
+        let node = &self.nodes[n];
+        let Op::LinComb(op) = &node.op else { return None };
+        let meta = self.metas[node.outputs[0].index()];
+        let plain = op.coefs.len() > 1 && op.coefs.iter().all(|c| *c == Coef::ONE);
+        let alike = node.inputs.iter().all(|t| self.metas[t.index()] == meta);
+        (plain && alike).then(|| node.inputs.clone())
+    }
+
+    /// Makes the sum that node `n` is one of `terms`, fewer than it had. A single term becomes the result itself, and the node makes
+    /// a tensor that nobody reads.
+    pub fn shorten_sum(&mut self, n: usize, terms: Vec<Tensor>, producers: &[Option<usize>]) {
+        if let ([term], Some(p)) = (&terms[..], terms.first().and_then(|t| producers[t.index()])) {
+            let result = std::mem::replace(&mut self.nodes[n].outputs[0], *term);
+            self.nodes[p].outputs.iter_mut().filter(|t| *t == term).for_each(|t| *t = result);
+        } else {
+            self.nodes[n].op = LinComb { coefs: vec![Coef::ONE; terms.len()] }.into();
+            self.nodes[n].inputs = terms;
+        }
+    }
+
+    /// For every node between `first` and `second` whether `second` needs it; `None` if `second` needs `first`.
+    pub fn needed_between(&self, first: usize, second: usize) -> Option<Vec<bool>> {
+        let mut wanted: HashSet<Tensor> = self.nodes[second].inputs.iter().copied().collect();
+        let mut needed = vec![false; second - first];
+        for n in (first..second).rev() {
+            if self.nodes[n].outputs.iter().any(|t| wanted.contains(t)) {
+                needed[n - first] = true;
+                wanted.extend(&self.nodes[n].inputs);
+            }
+        }
+        (!needed.remove(0)).then_some(needed)
+    }
+
+    /// Reads `new` wherever `old` was read, assigned or given out.
+    pub fn replace(&mut self, old: Tensor, new: Tensor) {
+        let read = self.nodes.iter_mut().flat_map(|node| &mut node.inputs);
+        let given = self.outputs.iter_mut().map(|named| &mut named.tensor);
+        let assigned = self.assigns.iter_mut().map(|assign| &mut assign.1);
+        read.chain(given).chain(assigned).filter(|t| **t == old).for_each(|t| *t = new);
+    }
+
     /// True when tensor `value` may be written straight into `state`: it is made by a linear combination (which
     /// works in place) or by something that does not read the state, after every other reader, and nothing else
     /// claims it.
@@ -149,9 +193,18 @@ impl Graph {
         }
     }
 
-    /// Runs every operation's shape rule again, so that a broken pass cannot go unnoticed.
+    /// Runs every operation's shape rule again and looks whether operands are there in time, so that a broken pass cannot go
+    /// unnoticed.
     pub fn check(&self) -> Result<()> {
+        let mut there: Vec<bool> = self.sources.iter().map(|s| !matches!(s, Source::Node(_))).collect();
         for node in &self.nodes {
+            if node.inputs.iter().any(|t| !there[t.index()]) {
+                return Err(crate::Error::shape(
+                    node.op.name(),
+                    "a planner pass left an operand that is not there yet",
+                ));
+            }
+            node.outputs.iter().for_each(|t| there[t.index()] = true);
             let metas: Vec<Meta> = node.inputs.iter().map(|t| self.metas[t.index()]).collect();
             let outs = node.op.infer(&metas)?;
             let fits = |(o, t): (&Meta, &Tensor)| o.same_shape(&self.metas[t.index()]);

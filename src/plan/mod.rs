@@ -8,7 +8,7 @@ mod fuse;
 mod graph;
 mod half;
 
-pub use cost::{Cost, PhaseCost};
+pub use cost::{Cost, OperationCost, PhaseCost};
 
 use crate::error::Result;
 use crate::ops::Op;
@@ -121,10 +121,8 @@ impl Plan {
     pub fn build(tape: &Tape, options: &PlanOptions) -> Result<Plan> {
         let mut graph = Graph::new(tape);
         if options.fuse {
-            fuse::batch_norm_relu(&mut graph);
-            fuse::accumulate(&mut graph);
+            fuse::fuse(&mut graph, options.kernels)?;
         }
-        graph.remove_dead();
         graph.copy_old_states();
         graph.copy_pending_assigns();
         if options.half {
@@ -132,6 +130,10 @@ impl Plan {
         }
         graph.check()?;
         graph.check_size()?;
+        if options.fuse && options.kernels {
+            fuse::gather(&mut graph);
+            graph.check()?;
+        }
         let groups = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
         Ok(assemble(graph, groups))
     }

@@ -11,7 +11,7 @@ use crate::device::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::mlnt::{KlScale, Recipe, StateKind, StepScalars, StepSpec, Synthetic, record_eval, state_name};
 use crate::model::{ModelSpec, he_init};
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::Plan;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 
@@ -129,7 +129,7 @@ impl Engine {
     /// # Errors
     /// When the device refuses a plan.
     pub fn new(mut device: Box<dyn Device>, config: &Config, model: ModelSpec) -> Result<Self> {
-        let parts = parts(config);
+        let (parts, options) = (parts(config), device.plan_options());
         let mut steps: Vec<Step> = Vec::new();
         let mut evals: Vec<(Network, PlanId)> = Vec::new();
         for part in &parts {
@@ -137,7 +137,7 @@ impl Engine {
             if steps.iter().any(|s| (s.phase, s.mentor) == (phase, mentor)) {
                 continue;
             }
-            let plan = Plan::build(&phase.record(config, &model, mentor)?, &PlanOptions::default())?;
+            let plan = Plan::build(&phase.record(config, &model, mentor)?, &options)?;
             let inputs = plan.inputs.iter().map(|port| port.name.clone()).collect();
             let scalars = plan.scalars.clone();
             steps.push(Step { phase, mentor, id: device.load(plan)?, inputs, scalars });
@@ -146,7 +146,7 @@ impl Engine {
         let mentor = parts.iter().any(|part| part.before().is_some()).then_some(Network::Mentor);
         for network in trained.filter(|n| *n != Network::Features).chain(mentor) {
             if evals.iter().all(|(n, _)| *n != network) {
-                let plan = Plan::build(&record_eval(&model, EVAL_BATCH, network.owner())?, &PlanOptions::default())?;
+                let plan = Plan::build(&record_eval(&model, EVAL_BATCH, network.owner())?, &options)?;
                 evals.push((network, device.load(plan)?));
             }
         }

@@ -8,7 +8,7 @@ use crate::device::cuda::driver::gpu::Gpu;
 use crate::device::cuda::driver::simt::Simt;
 use crate::device::cuda::{Cuda, KernelCost, Mode, Operands};
 use crate::error::{Error, Result};
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanOptions};
 
 /// Order in which the SIMT host machine takes its threads. Results do not depend on it; tests try others.
 const SIMT_SEED: u64 = 1;
@@ -100,4 +100,15 @@ pub fn open_kernels(kind: DeviceKind, precision: Precision, mode: Mode) -> Resul
 /// When the kernels cannot take a size of the plan or do not compute in `precision`.
 pub fn kernel_cost(plan: &Plan, precision: Precision) -> Result<KernelCost> {
     KernelCost::of(plan, operands(precision)?)
+}
+
+/// How the device `kind` has its plans built, without opening it; [`DeviceKind::Auto`] counts as the processor.
+///
+/// # Errors
+/// When its kernels do not compute in `precision`.
+pub fn plan_options(kind: DeviceKind, precision: Precision) -> Result<PlanOptions> {
+    match kind {
+        DeviceKind::Cuda(_) | DeviceKind::Simt => Ok(Cuda::plan_options_for(operands(precision)?)),
+        DeviceKind::Auto | DeviceKind::Cpu => Ok(PlanOptions::default()),
+    }
 }

@@ -19,7 +19,10 @@ pub struct Runner<T> {
 
 impl<T: Real + Default> Runner<T> {
     pub fn new(tape: &Tape, options: PlanOptions) -> Self {
-        let plan = Plan::build(tape, &options).unwrap();
+        Runner::of(Plan::build(tape, &options).unwrap())
+    }
+
+    pub fn of(plan: Plan) -> Self {
         let outputs = plan.outputs.iter().map(|p| p.name.clone()).collect();
         let mut device = Cpu::new(2).unwrap();
         let id = device.load(plan).unwrap();
@@ -115,9 +118,13 @@ pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool,
     load_step_on(Cpu::new(threads).unwrap(), spec, report, fuse)
 }
 
-pub fn load_step_on<D: Device>(mut device: D, spec: &StepSpec, report: Report, fuse: bool) -> LoadedStep<D> {
+pub fn load_step_on<D: Device>(device: D, spec: &StepSpec, report: Report, fuse: bool) -> LoadedStep<D> {
     let tape = record_step(spec, report).unwrap();
-    let plan = Plan::build(&tape, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap();
+    load_plan_on(device, spec, Plan::build(&tape, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap())
+}
+
+/// Loads a plan of the step.
+pub fn load_plan_on<D: Device>(mut device: D, spec: &StepSpec, plan: Plan) -> LoadedStep<D> {
     let scalars = StepScalars { lr: 0.1, momentum: 0.9, weight_decay: 1e-3, eta: 0.3, gamma: 0.99, lambda: 0.5 };
     let scalars = scalars.in_order(&plan.scalars).collect();
     let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());

@@ -378,7 +378,11 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
     for (job, tiling) in jobs.iter().zip(&tilings) {
         let beside = match dgrad {
             Some(dgrad) if job.kind == ConvKind::Wgrad => {
-                if dgrad.segments(0, lowering.branches()) > 1 { Beside::SummedDgrad } else { Beside::Dgrad }
+                if dgrad.segments(0, lowering.branches()) > 1 {
+                    Beside::SummedDgrad
+                } else {
+                    Beside::Dgrad
+                }
             }
             _ => Beside::Nothing,
         };
@@ -436,11 +440,9 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
         }
         ConvForm::Backward => {
             let (x, w, dy) = (operand(0), operand(1), operand(2));
-            let dgrad =
-                Job { kind: ConvKind::Dgrad, geom, terms: &[[dy, w]], norm: None, start, out, stats: None };
+            let dgrad = Job { kind: ConvKind::Dgrad, geom, terms: &[[dy, w]], norm: None, start, out, stats: None };
             let (norm, out) = (norm(0), lowering.output(args, 1));
-            let wgrad =
-                Job { kind: ConvKind::Wgrad, geom, terms: &[[x, dy]], norm, start: None, out, stats: None };
+            let wgrad = Job { kind: ConvKind::Wgrad, geom, terms: &[[x, dy]], norm, start: None, out, stats: None };
             launch(lowering, op.name(), &[dgrad, wgrad])
         }
     }

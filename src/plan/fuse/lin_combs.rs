@@ -1,0 +1,85 @@
+//! Which linear combinations share a launch.
+
+use super::Graph;
+use crate::ops::Op;
+use crate::tape::{Kind, Node, Tensor};
+use std::collections::{HashMap, HashSet};
+
+/// Moves linear combinations of parameters and other small tensors behind one another where they have the same coefficients: none is
+/// computed before it is needed, and then all that can be are.
+///
+/// What is written straight into a state stays behind all that reads the state.
+pub(in crate::plan) fn gather(graph: &mut Graph) {
+    let (uses, producers) = (graph.uses(), graph.producers());
+    let mut needs: Vec<Vec<usize>> =
+        graph.nodes.iter().map(|node| node.inputs.iter().filter_map(|t| producers[t.index()]).collect()).collect();
+    for (state, value) in &graph.assigns {
+        let Some(n) = producers[value.index()] else { continue };
+        let old = graph.states[*state as usize].tensor;
+        needs[n].extend(uses[old.index()].iter().map(|u| u.0).filter(|&reader| reader != n));
+    }
+    let waits = |node: &Node| {
+        let small = |t: &Tensor| graph.metas[t.index()].kind != Kind::Activation;
+        matches!(node.op, Op::LinComb(_)) && node.outputs.iter().all(small)
+    };
+    let waiting: Vec<usize> = (0..graph.nodes.len()).filter(|&n| waits(&graph.nodes[n])).collect();
+    let (mut order, mut done) = (Vec::with_capacity(graph.nodes.len()), vec![false; graph.nodes.len()]);
+    let at_once = (0..graph.nodes.len()).filter(|n| waiting.binary_search(n).is_err());
+    for wanted in at_once.chain(waiting.iter().copied()) {
+        // Whatever is in front of the one that is wanted comes first.
+        let mut stack = vec![wanted];
+        while let Some(&n) = stack.last() {
+            if done[n] {
+                stack.pop();
+                continue;
+            }
+            if let Some(&need) = needs[n].iter().find(|&&need| !done[need]) {
+                stack.push(need);
+                continue;
+            }
+            let ready = |m: &usize| !done[*m] && needs[*m].iter().all(|&need| done[need]);
+            let fellows: Vec<usize> = match waiting.binary_search(&n) {
+                Ok(_) => {
+                    waiting.iter().copied().filter(|m| graph.nodes[*m].op == graph.nodes[n].op && ready(m)).collect()
+                }
+                Err(_) => vec![n],
+            };
+            fellows.iter().for_each(|&m| done[m] = true);
+            order.extend(fellows.into_iter().map(|m| (m, graph.nodes[n].phase)));
+        }
+    }
+    let mut nodes: Vec<Option<Node>> = std::mem::take(&mut graph.nodes).into_iter().map(Some).collect();
+    let moved = order.into_iter().filter_map(|(n, phase)| nodes[n].take().map(|node| Node { phase, ..node }));
+    graph.nodes = moved.collect();
+}
+
+/// Neighbouring linear combinations with the same coefficients and no dependence on one another form one launch.
+pub(in crate::plan) fn group_lin_combs(graph: &Graph) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    // The state that a node's result is written into: nobody else in the same launch may read it.
+    let written_into: HashMap<Tensor, Tensor> =
+        graph.assigns.iter().map(|(state, value)| (*value, graph.states[*state as usize].tensor)).collect();
+    // What the last group reads, and what it writes.
+    let (mut reads, mut writes): (HashSet<Tensor>, HashSet<Tensor>) = (HashSet::new(), HashSet::new());
+    for (n, node) in graph.nodes.iter().enumerate() {
+        let written = written_into.get(&node.outputs[0]);
+        let joins = groups.last().is_some_and(|group| {
+            let head = &graph.nodes[group[0]];
+            matches!(node.op, Op::LinComb(_))
+                && node.op == head.op
+                && node.phase == head.phase
+                && !node.inputs.iter().any(|t| writes.contains(t))
+                && !written.is_some_and(|t| reads.contains(t))
+        });
+        match groups.last_mut() {
+            Some(group) if joins => group.push(n),
+            _ => {
+                groups.push(vec![n]);
+                (reads, writes) = (HashSet::new(), HashSet::new());
+            }
+        }
+        reads.extend(&node.inputs);
+        writes.extend(written.into_iter().chain([&node.outputs[0]]));
+    }
+    groups
+}

@@ -1,0 +1,47 @@
+//! Fusions: one pass per file. Each replaces a named composition of operations by one operation with the same result.
+
+mod backward;
+mod batch_norm_relu;
+mod constants;
+mod lin_combs;
+mod recompute;
+mod statistics;
+mod sums;
+mod tangent;
+
+pub(super) use lin_combs::{gather, group_lin_combs};
+
+use super::graph::Graph;
+use crate::error::Result;
+
+/// A pass: it rewrites the graph and leaves its results as they are.
+type Pass = fn(&mut Graph);
+
+/// What every device can run.
+const PLAIN: [Pass; 2] = [batch_norm_relu::fuse, sums::accumulate];
+
+/// For the CUDA kernels. The order matters: pairs are found among plain convolutions, sums are pushed into what they became, and
+/// statistics are those of a finished sum.
+const KERNELS: [Pass; 8] = [
+    batch_norm_relu::fuse,
+    constants::share,
+    tangent::join,
+    backward::join,
+    recompute::fuse,
+    sums::accumulate,
+    sums::flatten,
+    statistics::fuse,
+];
+
+/// Applies all passes.
+///
+/// # Errors
+/// When a pass leaves a graph that does not hold together: its defect.
+pub(super) fn fuse(graph: &mut Graph, kernels: bool) -> Result<()> {
+    let passes: &[Pass] = if kernels { &KERNELS } else { &PLAIN };
+    passes.iter().try_for_each(|pass| {
+        pass(graph);
+        graph.remove_dead();
+        graph.check()
+    })
+}

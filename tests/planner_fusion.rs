@@ -1,0 +1,380 @@
+//! The fusions for the CUDA kernels: which operations remain of a step, what they cost, and that they stand for the plain ones.
+
+mod common;
+mod expand;
+
+use common::{LoadedStep, deviation, load_plan_on, step_spec};
+use expand::expand;
+use mlnt::device::cpu::Cpu;
+use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
+use mlnt::model::{Arch, ModelSpec};
+use mlnt::ops::{BnReluBackward, ConvForm, ConvGeom, ConvKind, FusedConv, LinComb, Op, Operation};
+use mlnt::plan::{Launch, Plan, PlanOptions};
+use mlnt::tape::{Coef, Fan, Kind, Meta, Tape};
+
+const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
+const PLAIN: PlanOptions = PlanOptions { fuse: false, kernels: false, half: false, group: None };
+const FUSED: PlanOptions = PlanOptions { fuse: true, kernels: false, half: false, group: None };
+const KERNELS: PlanOptions = PlanOptions { fuse: true, kernels: true, half: false, group: None };
+
+/// A network with an identity and a projection in every stage but the first, which has two identities.
+fn model(arch: Arch) -> ModelSpec {
+    ModelSpec { arch, in_channels: 2, size: [9, 7], classes: 3, widths: vec![4, 6], blocks: vec![2, 2] }
+}
+
+/// Convolutions of the network, and those among them that read the image.
+fn convolutions(arch: Arch) -> usize {
+    match arch {
+        // Stem, two per block, one projection, the head.
+        Arch::PreactResnet => 1 + 2 * 4 + 1 + 1,
+        // Stem, three per block, two projections, the head.
+        Arch::ResnetBottleneck => 1 + 3 * 4 + 2 + 1,
+    }
+}
+
+fn specs(m: usize) -> Vec<(String, StepSpec)> {
+    let mut list = Vec::new();
+    for arch in [Arch::PreactResnet, Arch::ResnetBottleneck] {
+        for recipe in RECIPES {
+            for first_order in [false, true] {
+                let name = format!("{arch:?} {recipe:?} first order {first_order} M={m}");
+                list.push((name, step_spec(model(arch), 4, m, recipe, first_order)));
+            }
+        }
+    }
+    list
+}
+
+fn plan(spec: &StepSpec, options: PlanOptions) -> Plan {
+    Plan::build(&record_step(spec, Report::Losses).unwrap(), &options).unwrap()
+}
+
+fn count(plan: &Plan, wanted: impl Fn(&Op) -> bool) -> usize {
+    plan.launches.iter().filter(|launch| wanted(&launch.op)).map(|launch| launch.args.len()).sum()
+}
+
+fn is_form(form: ConvForm) -> impl Fn(&Op) -> bool {
+    move |op| matches!(op, Op::FusedConv(op) if op.form == form)
+}
+
+fn is_conv(kind: ConvKind) -> impl Fn(&Op) -> bool {
+    move |op| matches!(op, Op::Conv(op) if op.kind == kind)
+}
+
+#[test]
+fn what_remains_of_a_preact_step() {
+    for (name, spec) in specs(3).into_iter().filter(|(_, spec)| spec.model.arch == Arch::PreactResnet) {
+        let plan = plan(&spec, KERNELS);
+        let convs = convolutions(Arch::PreactResnet);
+        // Teacher, student, fast; the sequential recipe classifies at the new parameters.
+        let forwards = 3 + usize::from(spec.recipe == Recipe::Sequential);
+        // Inner gradients, fast gradients, and the reverse of the student's forward or of the classification's.
+        let reverse =
+            usize::from(spec.recipe == Recipe::Sequential || !spec.first_order || spec.recipe == Recipe::Joint);
+        let shared_chain = usize::from(!spec.first_order && spec.recipe == Recipe::Sequential);
+        let backwards = 2 + reverse + shared_chain;
+        let second = usize::from(!spec.first_order);
+        let norms = 2 * 4 + 1;
+
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnForward(_) | Op::BnStats(_))), 0, "{name}");
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnEval(_))), forwards, "{name}: the pooled y of each forward");
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnBackward(_) | Op::BnDoubleBackward(_))), 0, "{name}");
+        assert_eq!(count(&plan, |op| matches!(op, Op::Relu(_) | Op::Mask(_))), 0, "{name}");
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnReluBackward(_))), backwards * norms, "{name}");
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnReluDoubleBackward(_))), second * norms, "{name}");
+
+        // Each pass reads the image in one convolution that has no dgrad.
+        assert_eq!(count(&plan, is_conv(ConvKind::Dgrad)), 0, "{name}");
+        assert_eq!(count(&plan, is_conv(ConvKind::Wgrad)), backwards, "{name}");
+        assert_eq!(count(&plan, is_form(ConvForm::Wgrad)), 0, "{name}");
+        assert_eq!(count(&plan, is_form(ConvForm::Backward)), (backwards + second) * (convs - 1), "{name}");
+        assert_eq!(count(&plan, is_form(ConvForm::Tangent)), second * (convs - 1), "{name}");
+        // The head, whose result no batch norm reads, and the stem's tangent.
+        assert_eq!(count(&plan, is_conv(ConvKind::Fprop)), forwards + second, "{name}");
+        let with_stats = |op: &Op| matches!(op, Op::FusedConv(op) if op.form == ConvForm::Fprop && op.stats);
+        // One convolution of a projected block begins the sum that the other finishes.
+        assert_eq!(count(&plan, with_stats), forwards * norms, "{name}");
+        let no_stats = |op: &Op| matches!(op, Op::FusedConv(op) if op.form == ConvForm::Fprop && !op.stats);
+        assert_eq!(count(&plan, no_stats), forwards, "{name}");
+
+        // No sum over large tensors of all branches is left but what the bias adds to logits.
+        let large = |launch: &&Launch| {
+            let meta = plan.buffers[launch.args[0].outputs[0]].meta;
+            matches!(launch.op, Op::LinComb(_)) && meta.kind == Kind::Activation && meta.per_branch
+        };
+        let sums: Vec<&Launch> = plan.launches.iter().filter(large).collect();
+        assert!(sums.iter().all(|l| plan.buffers[l.args[0].outputs[0]].meta.dims[2..] == [1, 1]), "{name}");
+    }
+}
+
+#[test]
+fn what_remains_of_a_bottleneck_step() {
+    for (name, spec) in specs(3).into_iter().filter(|(_, spec)| spec.model.arch == Arch::ResnetBottleneck) {
+        let plan = plan(&spec, KERNELS);
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnForward(_) | Op::BnStats(_))), 0, "{name}");
+        // In memory is what is pooled or added up: the stem's, and of each block the last and the projection's.
+        let forwards = 3 + usize::from(spec.recipe == Recipe::Sequential);
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnEval(_))), forwards * (1 + 4 + 2), "{name}");
+        assert_eq!(count(&plan, is_conv(ConvKind::Dgrad)), 0, "{name}");
+        let tangents = if spec.first_order { 0 } else { convolutions(Arch::ResnetBottleneck) - 1 };
+        assert_eq!(count(&plan, is_form(ConvForm::Tangent)), tangents, "{name}");
+        let recomputing = |op: &Op| matches!(op, Op::FusedConv(op) if op.norm);
+        assert!(count(&plan, recomputing) > 0, "{name}");
+    }
+}
+
+/// Multiplications and additions of all convolutions.
+fn products(plan: &Plan) -> u64 {
+    let branched = |b: &usize| plan.buffers[*b].meta.per_branch;
+    let times = |ids: &[usize]| if ids.iter().any(branched) { plan.branches as u64 } else { 1 };
+    let of = |launch: &Launch| -> u64 {
+        let sets = launch.args.iter().map(|args| {
+            let (i, o) = (&args.inputs, &args.outputs);
+            match launch.op {
+                Op::Conv(op) => op.geom.flops() * times(&[i[0], i[1], o[0]]),
+                Op::FusedConv(FusedConv { form: ConvForm::Fprop | ConvForm::Wgrad, geom, .. }) => {
+                    geom.flops() * times(&[i[0], i[1], o[0]])
+                }
+                Op::FusedConv(FusedConv { form: ConvForm::Backward, geom, .. }) => {
+                    geom.flops() * (times(&[i[2], i[1], o[0]]) + times(&[i[0], i[2], o[1]]))
+                }
+                Op::FusedConv(FusedConv { form: ConvForm::Tangent, geom, .. }) => {
+                    geom.flops() * (times(&[i[0], i[3]]) + times(&[i[2], i[1]]))
+                }
+                _ => 0,
+            }
+        });
+        sets.sum()
+    };
+    plan.launches.iter().map(of).sum()
+}
+
+#[test]
+fn fusion_keeps_the_convolutions_and_costs_less() {
+    for (name, spec) in [specs(1), specs(3)].concat() {
+        let [plain, fused, kernels] = [PLAIN, FUSED, KERNELS].map(|options| plan(&spec, options));
+        assert_eq!(products(&plain), products(&kernels), "{name}");
+        let (before, after) = (fused.cost(4), kernels.cost(4));
+        println!("{name}: {} launches instead of {}", after.launches(), before.launches());
+        println!("{name}: {} bytes instead of {}", after.bytes_moved(), before.bytes_moved());
+        println!("{name}: {} bytes of arena instead of {}", kernels.arena_bytes(4), fused.arena_bytes(4));
+        assert!(after.launches() * 10 < before.launches() * 8, "{name}: {} launches", after.launches());
+        assert!(after.bytes_moved() * 100 < before.bytes_moved() * 95, "{name}: {} bytes", after.bytes_moved());
+        assert!(kernels.arena_bytes(4) <= fused.arena_bytes(4), "{name}: {} bytes of arena", kernels.arena_bytes(4));
+    }
+}
+
+/// The network of the paper's experiments with CIFAR-10, at its size.
+#[test]
+fn a_joint_step_of_the_paper_costs_few_launches_and_bytes() {
+    let model = ModelSpec {
+        arch: Arch::PreactResnet,
+        in_channels: 3,
+        size: [32, 32],
+        classes: 10,
+        widths: vec![32, 64, 128],
+        blocks: vec![5, 5, 5],
+    };
+    let spec = step_spec(model, 128, 10, Recipe::Joint, false);
+    let plan = plan(&spec, PlanOptions { half: true, ..KERNELS });
+    let cost = plan.cost(4);
+    let forward = self::plan(&spec, FUSED).cost(4).phases.iter().find(|p| p.phase == "A forward").unwrap().flops;
+    let ratio = cost.flops() as f64 / forward as f64;
+    println!("{ratio:.2} passes, {} launches, {:.2} GB", cost.launches(), cost.bytes_moved() as f64 / 1e9);
+    assert!(ratio <= 94.9, "{ratio}");
+    assert!(cost.launches() <= 480, "{}", cost.launches());
+    assert!(cost.bytes_moved() <= 38_500_000_000, "{}", cost.bytes_moved());
+}
+
+fn load(spec: &StepSpec, plan: Plan) -> LoadedStep<Cpu<f64>> {
+    load_plan_on(Cpu::new(2).unwrap(), spec, plan)
+}
+
+/// The states after a step, by name.
+fn states(spec: &StepSpec, plan: Plan) -> Vec<(String, Vec<f64>)> {
+    let mut step = load(spec, plan);
+    step.run();
+    step.states().into_iter().map(|(name, values)| (name, values.to_f64())).collect()
+}
+
+/// The largest deviation of a state, and its name.
+fn worst(have: &[(String, Vec<f64>)], want: &[(String, Vec<f64>)]) -> (f64, String) {
+    assert_eq!(have.len(), want.len());
+    let each = have.iter().zip(want).map(|((name, have), (same, want))| {
+        assert_eq!(name, same);
+        (deviation(have, want), name.clone())
+    });
+    each.fold((0.0, String::new()), |worst, next| if next.0 > worst.0 { next } else { worst })
+}
+
+#[test]
+fn fused_operations_stand_for_the_plain_ones() {
+    for (name, spec) in [specs(1), specs(3)].concat() {
+        let want = states(&spec, plan(&spec, PLAIN));
+        let (off, state) = worst(&states(&spec, expand(&plan(&spec, KERNELS))), &want);
+        println!("{name}: {off:.1e}");
+        assert!(off <= 1e-12, "{name}: {state} is off by {off:.1e}");
+    }
+}
+
+/// Exchanges two operands; `None` where the operation is another or they are the same.
+fn swapped(launch: &Launch, a: usize, b: usize) -> Option<Launch> {
+    let mut launch = launch.clone();
+    let inputs = &mut launch.args[0].inputs;
+    (inputs[a] != inputs[b]).then(|| inputs.swap(a, b))?;
+    Some(launch)
+}
+
+/// Ways to get one launch wrong; `None` for a launch that cannot be got wrong in this way.
+type Fault = (&'static str, fn(&Launch) -> Option<Launch>);
+
+const FAULTS: [Fault; 8] = [
+    ("the tangent's weights in the wrong order", |launch| match launch.op {
+        Op::FusedConv(op) if op.form == ConvForm::Tangent => swapped(launch, 1, 3),
+        _ => None,
+    }),
+    ("the recomputed batch norm's gain for its bias", |launch| match launch.op {
+        Op::FusedConv(op) if op.norm => swapped(launch, op.operands(), op.operands() + 1),
+        _ => None,
+    }),
+    ("the recomputed batch norm's mean for its variance", |launch| match launch.op {
+        Op::FusedConv(op) if op.norm => swapped(launch, op.operands() + 2, op.operands() + 3),
+        _ => None,
+    }),
+    ("no start of a convolution", |launch| match launch.op {
+        Op::FusedConv(op) if op.start => {
+            let mut launch = launch.clone();
+            launch.op = FusedConv { start: false, ..op }.into();
+            launch.args[0].inputs.pop();
+            Some(launch)
+        }
+        _ => None,
+    }),
+    ("no start of a batch norm's backward", |launch| match launch.op {
+        Op::BnReluBackward(BnReluBackward { start: true }) => {
+            let mut launch = launch.clone();
+            launch.op = BnReluBackward { start: false }.into();
+            launch.args[0].inputs.pop();
+            Some(launch)
+        }
+        _ => None,
+    }),
+    ("mean for variance in the mask of a backward", |launch| match launch.op {
+        Op::BnReluBackward(_) => swapped(launch, 4, 5),
+        _ => None,
+    }),
+    ("gain for bias in the mask of a double backward", |launch| match launch.op {
+        Op::BnReluDoubleBackward(_) => swapped(launch, 5, 6),
+        _ => None,
+    }),
+    ("the terms of a sum of parameters in the wrong order", |launch| match &launch.op {
+        Op::LinComb(LinComb { coefs }) if coefs.len() == 5 => swapped(launch, 0, 1),
+        _ => None,
+    }),
+];
+
+#[test]
+fn planted_faults_are_noticed() {
+    let spec = step_spec(model(Arch::PreactResnet), 4, 3, Recipe::Joint, false);
+    let good = plan(&spec, KERNELS);
+    let want = states(&spec, plan(&spec, PLAIN));
+    for (fault, plant) in FAULTS {
+        let places: Vec<usize> = (0..good.launches.len()).filter(|l| plant(&good.launches[*l]).is_some()).collect();
+        assert!(!places.is_empty(), "{fault}: nowhere to plant it");
+        for at in [places[0], places[places.len() / 2], places[places.len() - 1]] {
+            let mut plan = good.clone();
+            plan.launches[at] = plant(&good.launches[at]).unwrap();
+            let (off, _) = worst(&states(&spec, expand(&plan)), &want);
+            assert!(off > 1e-6, "{fault} in launch {at}, {}, goes unnoticed", plan.launches[at].op.name());
+        }
+    }
+}
+
+/// `relu(bn(x))` read by convolutions and by something else is made for that, and they compute it again.
+#[test]
+fn what_something_else_reads_stays() {
+    for pooled in [false, true] {
+        let mut tape = Tape::new(2);
+        let x = tape.input("x", Meta::activation(3, 4, 5, 5)).unwrap();
+        let [g, b] = ["g", "b"].map(|name| tape.input(name, Meta::vector(4)).unwrap());
+        let w = tape.input("w", Meta::weight(4, 4, 3, 3).branched()).unwrap();
+        let norm = tape.batch_norm(x, g, b).unwrap();
+        let y = tape.relu(norm.y).unwrap();
+        let conv = tape.conv2d(y, w, 1, 1).unwrap();
+        tape.output("conv", conv);
+        if pooled {
+            let pool = tape.avg_pool(y).unwrap();
+            tape.output("pool", pool);
+        }
+        let names = |options| -> Vec<&str> {
+            Plan::build(&tape, &options).unwrap().launches.iter().map(|l| l.op.name()).collect()
+        };
+        let want: &[&str] = match pooled {
+            true => &["bn_relu_forward", "conv2d_fused_fprop", "avg_pool"],
+            false => &["bn_stats", "conv2d_fused_fprop"],
+        };
+        assert_eq!(names(KERNELS), want);
+    }
+}
+
+/// Of a convolution whose dgrad and wgrad read the same cotangent, they are joined unless one needs the other.
+#[test]
+fn a_pair_is_not_joined_across_a_dependence() {
+    let geom = ConvGeom::new(&Meta::activation(2, 3, 5, 5), &Meta::weight(3, 3, 3, 3), 1, 1).unwrap();
+    for dependent in [false, true] {
+        let mut tape = Tape::new(1);
+        let x = tape.input("x", geom.x()).unwrap();
+        let dy = tape.input("dy", geom.y()).unwrap();
+        let w = tape.input("w", geom.weight()).unwrap();
+        let dx = tape.conv(ConvKind::Dgrad, geom, dy, w, false).unwrap();
+        // Between the two stands what the second needs and what needs the first.
+        let image = tape.scale(Coef::constant(2.0), if dependent { dx } else { x }).unwrap();
+        let late = tape.scale(Coef::constant(3.0), dx).unwrap();
+        let dw = tape.conv(ConvKind::Wgrad, geom, image, dy, false).unwrap();
+        tape.output("late", late);
+        tape.output("dw", dw);
+        let plan = Plan::build(&tape, &KERNELS).unwrap();
+        assert_eq!(count(&plan, is_form(ConvForm::Backward)), usize::from(!dependent));
+        assert_eq!(count(&plan, |op| matches!(op, Op::LinComb(_))), 2);
+    }
+}
+
+/// Two losses of one forward: sums of convolutions of unequal geometry and of shared and per-branch terms stay right.
+#[test]
+fn mixtures_of_shared_and_per_branch_sums() {
+    let mut tape = Tape::new(3);
+    let meta = Meta::activation(2, 3, 5, 4);
+    let x = tape.input("x", meta).unwrap();
+    let xm = tape.input("xm", meta.branched()).unwrap();
+    let w = tape.input("w", Meta::weight(3, 3, 3, 3)).unwrap();
+    let v = tape.input("v", Meta::weight(3, 3, 3, 3).branched()).unwrap();
+    let u = tape.input("u", Meta::weight(3, 3, 1, 1)).unwrap();
+    let terms = [
+        tape.conv2d(xm, w, 1, 1).unwrap(),
+        tape.conv2d(x, v, 1, 1).unwrap(),
+        tape.conv2d(xm, v, 1, 1).unwrap(),
+        tape.conv2d(xm, u, 1, 0).unwrap(),
+        xm,
+    ];
+    let sum = tape.lin_comb(&terms.map(|t| (Coef::ONE, t))).unwrap();
+    let seed = tape.input("seed", meta.branched()).unwrap();
+    let grads = tape.vjp(&[(sum, seed)], &[x, xm, w, v, u], Fan::Sum).unwrap();
+    for (i, grad) in grads.into_iter().enumerate() {
+        tape.output(format!("grad{i}"), grad.unwrap());
+    }
+    tape.output("sum", sum);
+    let run = |plan: Plan| -> Vec<Vec<f64>> {
+        let mut runner = common::Runner::<f64>::of(plan);
+        let inputs = tape.inputs().iter().enumerate();
+        let inputs: Vec<_> = inputs
+            .map(|(i, n)| mlnt::device::HostVec::F64(common::normals(tape.meta(n.tensor).total(3), i as u64)))
+            .collect();
+        runner.run(&tape, &inputs)
+    };
+    let kernels = Plan::build(&tape, &KERNELS).unwrap();
+    assert_eq!(count(&kernels, is_form(ConvForm::Tangent)), 1);
+    let want = run(Plan::build(&tape, &PLAIN).unwrap());
+    for (have, want) in run(expand(&kernels)).iter().zip(&want) {
+        assert!(deviation(have, want) <= 1e-13);
+    }
+}
