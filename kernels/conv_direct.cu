@@ -43,20 +43,32 @@ struct Weights {
     static constexpr int HELD = WIDTH * SLICE / 8 / DIRECT_THREADS;
     static_assert(WIDTH * SLICE / LINE * PITCH <= ELEMENTS);
     Chunk held[HELD];
+    const void* from;
+    int64_t at[HELD];  // of tap (0, 0)
     bool there[HELD];
     int32_t half;
 
-    DEVICE void load(const ConvProduct& p, const Source& w, uint32_t column, uint32_t slice, uint32_t filter_pixel) {
+    // Turns to the weights of a slice.
+    DEVICE void begin(const ConvProduct& p, const Source& w, uint32_t column, uint32_t slice) {
+        from = w.at;
         half = w.half;
         for (int i = 0; i < HELD; ++i) {
             const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
             const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
             const uint32_t k = FORM == Form::FPROP ? column + line : slice + line;
             const uint32_t c = FORM == Form::FPROP ? slice + along : column + along;
-            const uint32_t channels = FORM == Form::FPROP ? p.image_channels : p.columns;
-            there[i] = c < channels && k < uint32_t(FORM == Form::FPROP ? p.columns : p.image_channels);
-            const uint32_t at = k * uint32_t(p.filter) + filter_pixel * channels + c;
-            held[i] = there[i] ? chunk_load<Operand>(w.at, w.branch + at, half) : Chunk{};
+            there[i] = c < channels(p) && k < uint32_t(FORM == Form::FPROP ? p.columns : p.image_channels);
+            at[i] = w.branch + k * uint32_t(p.filter) + c;
+        }
+    }
+    // C
+    static DEVICE uint32_t channels(const ConvProduct& p) {
+        return uint32_t(FORM == Form::FPROP ? p.image_channels : p.columns);
+    }
+    DEVICE void load(const ConvProduct& p, uint32_t filter_pixel) {
+        const uint32_t step = filter_pixel * channels(p);
+        for (int i = 0; i < HELD; ++i) {
+            held[i] = there[i] ? chunk_load<Operand>(from, at[i] + step, half) : Chunk{};
         }
     }
     DEVICE void store(uint16_t* to) const {
@@ -159,30 +171,47 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     Halo halo;
     halo.begin(p);
     const uint32_t slot_elements = halo.pixels * PIXEL;
-    const auto load = [&](const Slice& slice, bool& inside) {
+    const auto load = [&](const Halo& from, const Slice& slice, bool& inside) {
         uint32_t offset;
-        inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
+        inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
         return inside ? chunk_load<Operand>(slice.image.at, slice.image.branch + offset, slice.image.half) : Chunk{};
     };
     const auto store = [&](const Slice& slice, uint32_t slot, const Chunk& chunk, bool inside) {
         const BnScaleShift* norm = slice.norm ? tables.norm[slot] + channel : nullptr;
-        const uint4 coded = chunk_round<Operand>(chunk, slice.image.half, inside, norm);
-        halo.put(halos + slot * slot_elements, coded);
+        halo.put(halos + slot * slot_elements, chunk_round<Operand>(chunk, slice.image.half, inside, norm));
         halo.next(p);
+    };
+    // Begins to copy a whole halo if nothing is to be done to it.
+    const auto copy = [&](const Slice& slice, uint32_t slot) {
+        if (slice.norm || !slice.image.half) return;
+        for (; halo.more(); halo.next(p)) {
+            uint32_t offset;
+            const bool inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
+            const uint16_t* image = static_cast<const uint16_t*>(slice.image.at);
+            halo.copy(halos + slot * slot_elements, inside ? image + slice.image.branch + offset : image, inside);
+        }
     };
     const auto load_rest = [&](const Slice& slice, uint32_t slot) {
         while (halo.more()) {
-            bool inside;
-            const Chunk chunk = load(slice, inside);
-            store(slice, slot, chunk, inside);
+            Halo ahead = halo;
+            Chunk chunks[IN_FLIGHT];
+            bool inside[IN_FLIGHT];
+            for (int i = 0; i < IN_FLIGHT; ++i) {
+                chunks[i] = load(ahead, slice, inside[i]);
+                ahead.next(p);
+            }
+            for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, chunks[i], inside[i]);
         }
     };
     Slice next = {};
     if (count > 0) {
         next = slice_of(p, place.branch, first);
-        matrix.load(p, next.matrix, column, next.first, Tap{0, 0}.filter_pixel<FORM>(p, patch));
+        copy(next, 0);
+        matrix.begin(p, next.matrix, column, next.first);
+        matrix.load(p, Tap{0, 0}.filter_pixel<FORM>(p, patch));
         load_rest(next, 0);
         matrix.store(weights);
+        copies_done();
     }
     sync_threads();
 
@@ -196,7 +225,6 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     uint32_t weight_slot = 0;
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
-        const Slice now = next;
         const bool more = i + 1 < count;
         if (more) next = slice_of(p, place.branch, first + i + 1);
         if (i + 2 < count) {
@@ -205,27 +233,31 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             if (after.norm) tables.describe_norm(p, after.branch, after.first, slot);
         }
         halo.begin(p);
+        if (more) copy(next, 1 - slot);
         Tap tap = {0, 0};
         for (int32_t t = 0; t < taps; ++t) {
             const uint32_t offset = tap.offset<FORM>(p, patch) + slot * slot_elements;
             tap.next(patch);
             const bool last = t + 1 == taps;
-            if (last) tap = {0, 0};
-            if (!last || more) {
-                const Slice& from = last ? next : now;
-                matrix.load(p, from.matrix, column, from.first, tap.filter_pixel<FORM>(p, patch));
+            if (last && more) {
+                tap = {0, 0};
+                matrix.begin(p, next.matrix, column, next.first);
             }
+            if (!last || more) matrix.load(p, tap.filter_pixel<FORM>(p, patch));
             const bool loads = more && halo.more();
             bool inside = false;
             Chunk chunk = {};
-            if (loads) chunk = load(next, inside);
+            if (loads) chunk = load(halo, next, inside);
             for (int k = 0; k < SLICE / 16; ++k) {
                 const uint16_t* rows[2] = {image_rows[0] + offset + 16 * k, image_rows[1] + offset + 16 * k};
                 const uint16_t* row = weights + weight_slot * Matrix::ELEMENTS + weight_row + k * WEIGHT_STEP;
                 direct_add<FORM, Operand, WIDTH>(tile, rows, row);
             }
             if (loads) store(next, 1 - slot, chunk, inside);
-            if (last && more) load_rest(next, 1 - slot);
+            if (last && more) {
+                load_rest(next, 1 - slot);
+                copies_done();
+            }
             weight_slot = 1 - weight_slot;
             if (!last || more) matrix.store(weights + weight_slot * Matrix::ELEMENTS);
             sync_threads();
@@ -310,9 +342,9 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         halo.begin(p);
         dy_at = threadIdx.x / CHUNKS;
     };
-    const auto load_x = [&](bool& inside) {
+    const auto load_x = [&](const Halo& from, bool& inside) {
         uint32_t offset;
-        inside = halo.inside(p, patch, c + channel, offset);
+        inside = from.inside(p, patch, c + channel, offset);
         return inside ? chunk_load<Operand>(x.at, x.branch + offset, x.half) : Chunk{};
     };
     const auto store_x = [&](uint32_t slot, const Chunk& chunk, bool inside) {
@@ -320,10 +352,14 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         halo.put(slots + slot * slot_elements, chunk_round<Operand>(chunk, x.half, inside, norm));
         halo.next(p);
     };
-    const auto load_dy = [&](bool& inside) {
-        const uint32_t row = row_of(p, patch, tables.pixel(int(dy_at)));
-        inside = row != NO_ROW && k + channel < p.rows;
-        const uint32_t offset = row * uint32_t(p.rows) + uint32_t(k + channel);
+    const auto dy_inside = [&](uint32_t at, uint32_t& offset) {
+        const uint32_t row = row_of(p, patch, tables.pixel(int(at)));
+        offset = row * uint32_t(p.rows) + uint32_t(k + channel);
+        return row != NO_ROW && k + channel < p.rows;
+    };
+    const auto load_dy = [&](uint32_t at, bool& inside) {
+        uint32_t offset;
+        inside = dy_inside(at, offset);
         return inside ? chunk_load<Operand>(dy.at, dy.branch + offset, dy.half) : Chunk{};
     };
     const auto store_dy = [&](uint32_t slot, const Chunk& chunk, bool inside) {
@@ -331,20 +367,47 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         *reinterpret_cast<uint4*>(to) = chunk_round<Operand>(chunk, dy.half, inside, nullptr);
         dy_at += ABREAST;
     };
-    const auto load_rest = [&](uint32_t slot) {
-        bool inside;
-        while (halo.more()) {
-            const Chunk chunk = load_x(inside);
-            store_x(slot, chunk, inside);
+    // Begins to copy what needs nothing done to it.
+    const auto copy = [&](uint32_t slot) {
+        uint16_t* to = slots + slot * slot_elements;
+        uint32_t offset;
+        if (x.half && !term.norm) {
+            for (; halo.more(); halo.next(p)) {
+                const bool inside = halo.inside(p, patch, c + channel, offset);
+                const uint16_t* image = static_cast<const uint16_t*>(x.at);
+                halo.copy(to, inside ? image + x.branch + offset : image, inside);
+            }
         }
-        while (dy_at < PATCH) {
-            const Chunk chunk = load_dy(inside);
-            store_dy(slot, chunk, inside);
+        if (dy.half) {
+            for (; dy_at < PATCH; dy_at += ABREAST) {
+                const bool inside = dy_inside(dy_at, offset);
+                const uint16_t* from = static_cast<const uint16_t*>(dy.at) + (inside ? dy.branch + offset : 0);
+                copy_async(to + halo_elements + dy_at * PIXEL + channel, from, inside);
+            }
+        }
+    };
+    const auto load_rest = [&](uint32_t slot) {
+        Chunk chunks[IN_FLIGHT];
+        bool inside[IN_FLIGHT];
+        while (halo.more()) {
+            Halo ahead = halo;
+            for (int i = 0; i < IN_FLIGHT; ++i) {
+                chunks[i] = load_x(ahead, inside[i]);
+                ahead.next(p);
+            }
+            for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, chunks[i], inside[i]);
+        }
+        static_assert(PATCH % (ABREAST * IN_FLIGHT) == 0);
+        while (dy_at + (IN_FLIGHT - 1) * ABREAST < PATCH) {
+            for (int i = 0; i < IN_FLIGHT; ++i) chunks[i] = load_dy(dy_at + i * ABREAST, inside[i]);
+            for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, chunks[i], inside[i]);
         }
     };
     if (count > 0) {
         begin(0);
+        copy(0);
         load_rest(0);
+        copies_done();
     }
     sync_threads();
 
@@ -358,17 +421,20 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
         const bool more = i + 1 < count;
-        if (more) begin(i + 1);
+        if (more) {
+            begin(i + 1);
+            copy(1 - slot);
+        }
         // Its slot served this iteration's halo, which is loaded.
         if (term.norm && i + 2 < count) tables.describe_norm(p, step_of(i + 2).branch, c, slot);
         const uint16_t* halo_slot = slots + slot * slot_elements;
         const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
-            bool x_inside = false, dy_inside = false;
+            bool x_inside = false, dy_inside_ = false;
             Chunk x_chunk = {}, dy_chunk = {};
-            if (loads_x) x_chunk = load_x(x_inside);
-            if (loads_dy) dy_chunk = load_dy(dy_inside);
+            if (loads_x) x_chunk = load_x(halo, x_inside);
+            if (loads_dy) dy_chunk = load_dy(dy_at, dy_inside_);
             const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
             uint32_t a[2][4];
             for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
@@ -382,9 +448,16 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
                 }
             }
             if (loads_x) store_x(1 - slot, x_chunk, x_inside);
-            if (loads_dy) store_dy(1 - slot, dy_chunk, dy_inside);
+            if (loads_dy) store_dy(1 - slot, dy_chunk, dy_inside_);
         }
-        if (more) load_rest(1 - slot);
+        if (more) {
+            while (halo.more()) {
+                bool inside;
+                const Chunk chunk = load_x(halo, inside);
+                store_x(1 - slot, chunk, inside);
+            }
+            copies_done();
+        }
         sync_threads();
     }
     const auto row = [&](int r) { return k + r < p.rows ? uint32_t(k + r) : NO_ROW; };

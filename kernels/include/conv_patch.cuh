@@ -13,6 +13,7 @@ constexpr int SLICE = 32;         // channels
 constexpr int PIXEL = SLICE + 8;  // elements from a pixel to the next in shared memory: a matrix's rows meet no bank twice
 constexpr int DIRECT_THREADS = 128;
 constexpr int CHUNKS = SLICE / 8;  // of eight channels, of a pixel
+constexpr int IN_FLIGHT = 4;  // chunks that a thread loads at a time where it has nothing else to do
 constexpr int ABREAST = DIRECT_THREADS / CHUNKS;  // pixels that the threads load at a time
 
 struct Patch {
@@ -147,8 +148,12 @@ struct Halo {
                uint32_t(w) < uint32_t(p.image_width) && channel < p.image_channels;
     }
     DEVICE void put(uint16_t* slot, const uint4& coded) const {
-        if (at < pixels) *reinterpret_cast<uint4*>(slot + at * PIXEL + threadIdx.x % CHUNKS * 8) = coded;
+        if (at < pixels) *reinterpret_cast<uint4*>(place(slot)) = coded;
     }
+    DEVICE void copy(uint16_t* slot, const uint16_t* from, bool inside) const {
+        if (at < pixels) copy_async(place(slot), from, inside);
+    }
+    DEVICE uint16_t* place(uint16_t* slot) const { return slot + at * PIXEL + threadIdx.x % CHUNKS * 8; }
 };
 
 // Rounds eight elements, after batch norm and ReLU if `norm` is theirs; zeros stay for what is not inside.

@@ -255,3 +255,28 @@ DEVICE void load_matrices_transposed(uint32_t d[4], const void* row, simt::Site 
 }
 
 #endif
+
+// ---- Copies of 16 bytes from global to shared memory that go on while the thread does other things (PTX ISA, "cp.async") ----
+//
+// Both addresses are aligned to 16; without `there`, zeros are written and `from` is not read. A thread's copies are done, in
+// its own eyes, behind its `copies_done`, in those of others behind the next barrier. On the host nothing is
+// copied before that, and what is read too early is poison.
+
+#if defined(__CUDACC__)
+
+DEVICE void copy_async(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+#else
+
+DEVICE void copy_async(void* to, const void* from, bool there, simt::Site site = simt::Site::here()) {
+    simt::copy_async(to, there ? from : nullptr, site);
+}
+DEVICE void copies_done() { simt::copies_done(); }
+
+#endif
