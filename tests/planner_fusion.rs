@@ -268,7 +268,7 @@ const FAULTS: [Fault; 8] = [
         _ => None,
     }),
     ("the terms of a sum of parameters in the wrong order", |launch| match &launch.op {
-        Op::LinComb(LinComb { coefs }) if coefs.len() == 5 => swapped(launch, 0, 1),
+        Op::LinComb(LinComb { coefs, .. }) if coefs.len() == 5 => swapped(launch, 0, 1),
         _ => None,
     }),
 ];

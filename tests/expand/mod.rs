@@ -23,7 +23,7 @@ pub fn expand(plan: &Plan) -> Plan {
                 let results: Vec<usize> = args.outputs.iter().map(|o| expansion.tensor(expansion.meta(*o))).collect();
                 expansion.push(BnDoubleBackward { relu: true }.into(), &inputs, &results, launch.phase);
                 for (from, to) in results.iter().zip(&args.outputs) {
-                    let copy = LinComb { coefs: vec![Coef::ONE] };
+                    let copy = LinComb::new(vec![Coef::ONE]);
                     expansion.push(copy.into(), &[*from], &[*to], launch.phase);
                 }
             }
@@ -42,7 +42,9 @@ struct Expansion {
 impl Expansion {
     fn push(&mut self, op: Op, inputs: &[usize], outputs: &[usize], phase: &'static str) {
         let args = Args { inputs: inputs.to_vec(), outputs: outputs.to_vec() };
-        self.plan.launches.push(Launch { op, args: vec![args], phase });
+        let touched = inputs.iter().chain(outputs).map(|b| &self.plan.buffers[*b]);
+        let branches = touched.filter(|b| b.meta.per_branch).map(|b| b.first..b.first + b.count).next().unwrap_or(0..1);
+        self.plan.launches.push(Launch { op, args: vec![args], phase, branches });
     }
 
     fn meta(&self, buffer: usize) -> Meta {
@@ -50,7 +52,8 @@ impl Expansion {
     }
 
     fn tensor(&mut self, meta: Meta) -> usize {
-        self.plan.buffers.push(Buffer { meta, half: false, place: Place::Arena(self.next) });
+        let count = if meta.per_branch { self.plan.branches } else { 1 };
+        self.plan.buffers.push(Buffer { meta, half: false, first: 0, count, place: Place::Arena(self.next) });
         self.next += meta.total(self.plan.branches).next_multiple_of(16);
         self.plan.arena_reals = self.plan.arena_reals.max(self.next);
         self.plan.buffers.len() - 1
@@ -80,7 +83,7 @@ impl Expansion {
         self.push(BnBackward { relu: true }.into(), &[i[0], i[1], i[2], i[4], i[5], y], &outputs, phase);
         let mut terms = vec![dx];
         terms.extend(start.then(|| i[6]));
-        let op = LinComb { coefs: vec![Coef::ONE; terms.len()] };
+        let op = LinComb::new(vec![Coef::ONE; terms.len()]);
         self.push(op.into(), &terms, &args.outputs[..1], phase);
     }
 
