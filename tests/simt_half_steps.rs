@@ -35,11 +35,13 @@ fn golden_steps_in_16_bits() {
             let worst = judgement.replayed.iter().max_by(|a, b| a.1.rel.total_cmp(&b.1.rel)).unwrap();
             (format!("{} {:.1e}", worst.0, worst.1.rel), judgement)
         };
-        let ((halves, judgement), (full, _)) = (judge(&HALF), judge(&PlanOptions::default()));
-        let text = format!("{name} {}: {halves}, with activations in f32 {full}", operands.name());
+        let (halves, judgement) = judge(&HALF);
+        let (fused, of_fused) = judge(&PlanOptions { kernels: true, ..HALF });
+        let (full, _) = judge(&PlanOptions::default());
+        let text = format!("{name} {}: {halves}, fused further {fused}, activations in f32 {full}", operands.name());
         println!("{text}");
-        let wrong = !judgement.pass(tolerance) || judgement.replayed.len() != 13;
-        wrong.then(|| format!("{text}: {judgement:?}")).into_iter().collect()
+        let wrong = [&judgement, &of_fused].iter().any(|j| !j.pass(tolerance) || j.replayed.len() != 13);
+        wrong.then(|| format!("{text}: {judgement:?} {of_fused:?}")).into_iter().collect()
     });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
