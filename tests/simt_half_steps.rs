@@ -2,11 +2,13 @@
 
 mod common;
 
-use common::on_two_threads;
+use common::{LoadedStep, deviation, load_plan_on, on_two_threads, small_model, step_spec};
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::mlnt::golden::{Golden, Groups};
-use mlnt::plan::PlanOptions;
+use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
+use mlnt::model::{Arch, ModelSpec};
+use mlnt::plan::{Plan, PlanOptions};
 use mlnt::train::choice::Precision;
 use std::path::Path;
 
@@ -53,4 +55,46 @@ fn neither_another_run_nor_another_order_of_threads_changes_a_bit() {
     for seed in [1, 2] {
         assert!(run(seed) == first, "seed {seed}");
     }
+}
+
+/// The gradients of a step as they enter the optimiser, with nothing reported that would keep a batch norm's result in memory.
+fn gradients(operands: Operands, options: PlanOptions, spec: &StepSpec) -> Vec<f64> {
+    let plan = Plan::build(&record_step(spec, Report::Losses).unwrap(), &options).unwrap();
+    let mut step = load_plan_on(simt(operands, 1), spec, plan);
+    let velocity = |step: &LoadedStep<Cuda>| -> Vec<f64> {
+        let states = step.states().into_iter().filter(|(name, _)| name.contains("momentum"));
+        states.flat_map(|(_, values)| values.to_f64()).collect()
+    };
+    let before = velocity(&step);
+    step.run();
+    velocity(&step).iter().zip(before).map(|(after, before)| after - 0.9 * before).collect()
+}
+
+/// Rounded operands and activations put some ReLUs on their other side, which single gradients of a small step show: what 16-bit
+/// activations add is measured by what 16-bit operands of convolutions do alone.
+#[test]
+fn steps_that_report_nothing_stay_near_those_in_f32() {
+    let mut cases = Vec::new();
+    for arch in [Arch::PreactResnet, Arch::ResnetBottleneck] {
+        for recipe in [Recipe::Sequential, Recipe::Joint] {
+            cases.extend([(Operands::F16, 5e-2), (Operands::Bf16, 3e-1)].map(|precision| (arch, recipe, precision)));
+        }
+    }
+    let failures = on_two_threads(&cases, |(arch, recipe, (operands, tolerance))| {
+        let model = ModelSpec { size: [16, 14], ..small_model(*arch) };
+        let spec = step_spec(model, 6, 2, *recipe, false);
+        let plain = PlanOptions { fuse: false, ..PlanOptions::default() };
+        let want = gradients(Operands::F32, plain, &spec);
+        let off = |options| deviation(&gradients(*operands, options, &spec), &want);
+        let (alone, halves) = (off(plain), off(HALF));
+        let fused = off(PlanOptions { kernels: true, ..HALF });
+        let text = format!(
+            "{arch:?} {recipe:?} {}: {halves:.1e}, fused further {fused:.1e}, activations in f32 {alone:.1e}",
+            operands.name()
+        );
+        println!("{text}");
+        let wrong = [halves, fused].iter().any(|off| *off > tolerance.max(2.0 * alone));
+        wrong.then_some(text).into_iter().collect()
+    });
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
