@@ -70,30 +70,25 @@ fn gradients(operands: Operands, options: PlanOptions, spec: &StepSpec) -> Vec<f
     velocity(&step).iter().zip(before).map(|(after, before)| after - 0.9 * before).collect()
 }
 
-/// Rounded operands and activations put some ReLUs on their other side, which single gradients of a small step show: what 16-bit
-/// activations add is measured by what 16-bit operands of convolutions do alone.
+/// Nothing is replayed here: rounded activations put some ReLUs on their other side, which the gradients of a small step show. (In a
+/// small bottleneck network they change the maxima of windows too, and its gradients altogether: its golden step is above.)
 #[test]
 fn steps_that_report_nothing_stay_near_those_in_f32() {
-    let mut cases = Vec::new();
-    for arch in [Arch::PreactResnet, Arch::ResnetBottleneck] {
-        for recipe in [Recipe::Sequential, Recipe::Joint] {
-            cases.extend([(Operands::F16, 5e-2), (Operands::Bf16, 3e-1)].map(|precision| (arch, recipe, precision)));
-        }
-    }
-    let failures = on_two_threads(&cases, |(arch, recipe, (operands, tolerance))| {
-        let model = ModelSpec { size: [16, 14], ..small_model(*arch) };
+    let recipes = [Recipe::Sequential, Recipe::Joint];
+    let cases = recipes.map(|recipe| [(recipe, Operands::F16, 2e-2), (recipe, Operands::Bf16, 1e-1)]).concat();
+    let failures = on_two_threads(&cases, |(recipe, operands, tolerance)| {
+        let model = ModelSpec { size: [16, 14], ..small_model(Arch::PreactResnet) };
         let spec = step_spec(model, 6, 2, *recipe, false);
         let plain = PlanOptions { fuse: false, ..PlanOptions::default() };
         let want = gradients(Operands::F32, plain, &spec);
         let off = |options| deviation(&gradients(*operands, options, &spec), &want);
-        let (alone, halves) = (off(plain), off(HALF));
-        let fused = off(PlanOptions { kernels: true, ..HALF });
+        let (alone, halves, fused) = (off(plain), off(HALF), off(PlanOptions { kernels: true, ..HALF }));
         let text = format!(
-            "{arch:?} {recipe:?} {}: {halves:.1e}, fused further {fused:.1e}, activations in f32 {alone:.1e}",
+            "{recipe:?} {}: {halves:.1e}, fused further {fused:.1e}, activations in f32 {alone:.1e}",
             operands.name()
         );
         println!("{text}");
-        let wrong = [halves, fused].iter().any(|off| *off > tolerance.max(2.0 * alone));
+        let wrong = [halves, fused].iter().any(|off| off > tolerance);
         wrong.then_some(text).into_iter().collect()
     });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
