@@ -62,9 +62,10 @@ struct LinCombParams {
     const LinCombTerm* terms;    // [sets, terms]
     const LinCombPiece* pieces;  // [blocks]; null for a single set, whose chunk is the block
     const float* coefs;          // [terms]
+    const float* guard;          // [1]; null: none
     int64_t count;               // terms of each set
 };
-static_assert(sizeof(LinCombParams) == 40);
+static_assert(sizeof(LinCombParams) == 48);
 
 constexpr int64_t ROUND = 256 * 4;  // elements that a block of 256 threads takes at a time
 
@@ -168,7 +169,8 @@ DEVICE void add_term(float4 (&sum)[QUADS<T>], float c, const void* x, int64_t of
     }
 }
 
-// Σ_i c_i x_i. An operand may lie where the result does: a thread writes only what it has read itself.
+// Σ_i c_i x_i, or x_0 where there is a guard and it is 0. An operand may lie where the result does: a thread writes
+// only what it has read itself.
 template <class T>
 DEVICE void lin_comb(const LinCombParams& p) {
     constexpr bool HALVES = sizeof(typename T::Element) == 2;
@@ -176,9 +178,10 @@ DEVICE void lin_comb(const LinCombParams& p) {
     const LinCombSet set = p.sets[piece.set];
     const int32_t branch = piece.chunk / set.chunks, chunk = piece.chunk % set.chunks;
     float4 sum[QUADS<T>] = {};
-    for (int64_t t = 0; t < p.count; t++) {
+    const bool held = p.guard != nullptr && *p.guard == 0.0f;
+    for (int64_t t = 0; t < (held ? 1 : p.count); t++) {
         const LinCombTerm term = p.terms[piece.set * p.count + t];
-        const float c = p.coefs[t];
+        const float c = held ? 1.0f : p.coefs[t];
         for (int64_t m = branch; m < branch + term.summed; m++) {
             if (HALVES && term.half) {
                 add_term<T, T>(sum, c, term.x, m * term.branch, chunk, set.len);

@@ -6,7 +6,8 @@ use common::{load_step, small_model, start_values, step_spec};
 use mlnt::device::cpu::Cpu;
 use mlnt::device::{Device, HostSlice, HostVec};
 use mlnt::mlnt::{
-    CeSpec, Recipe, Report, StateKind, StepScalars, record_ce_step, record_filtered_ce_step, record_step, state_name,
+    CeSpec, Recipe, Report, Scales, StateKind, StepScalars, record_ce_step, record_filtered_ce_step, record_step,
+    state_name,
 };
 use mlnt::model::Arch;
 use mlnt::plan::{Plan, PlanOptions};
@@ -14,8 +15,15 @@ use std::collections::BTreeMap;
 
 type States = BTreeMap<String, Vec<f64>>;
 
-const SCALARS: StepScalars =
-    StepScalars { lr: 0.1, momentum: 0.9, weight_decay: 1e-3, eta: 0.3, gamma: 0.99, lambda: 0.5 };
+const SCALARS: StepScalars = StepScalars {
+    lr: 0.1,
+    momentum: 0.9,
+    weight_decay: 1e-3,
+    eta: 0.3,
+    gamma: 0.99,
+    lambda: 0.5,
+    scales: Scales::NONE,
+};
 const K: usize = 4;
 
 fn states(device: &Cpu<f64>) -> States {
@@ -98,9 +106,14 @@ fn run_ce(plan: Plan, weights: &[f64], scalars: StepScalars, owner: &str) -> (St
 #[test]
 fn cross_entropy_with_a_teacher_is_plain_cross_entropy_and_an_average() {
     let model = small_model(Arch::PreactResnet);
-    let plan = || Plan::build(&record_filtered_ce_step(&model, K).unwrap(), &PlanOptions::default()).unwrap();
-    let spec =
-        CeSpec { model: model.clone(), batch: K, momentum: SCALARS.momentum, weight_decay: SCALARS.weight_decay };
+    let plan = || Plan::build(&record_filtered_ce_step(&model, K, false).unwrap(), &PlanOptions::default()).unwrap();
+    let spec = CeSpec {
+        model: model.clone(),
+        batch: K,
+        momentum: SCALARS.momentum,
+        weight_decay: SCALARS.weight_decay,
+        scaled: false,
+    };
     let plain = Plan::build(&record_ce_step(&spec, "other.").unwrap(), &PlanOptions::default()).unwrap();
     let (_, plain) = run_ce(plain, &[], SCALARS, "other.");
     let (before, after) = run_ce(plan(), &[0.25; K], SCALARS, "");

@@ -212,7 +212,8 @@ fn a_second_iteration_that_keeps_all_differs_by_the_mentors_target_only() {
                     StepInputs { x: Images::Host(&x), y: &y, class_weight: &vec![1.0 / k as f64; k], ranks: &ranks };
                 let progress = epoch as f64 + step as f64 / (n / k) as f64;
                 let scalars = part.phase.scalars(&config, Moment { epoch, progress, kept: true });
-                engine.begin(&part, inputs, scalars).unwrap();
+                engine.write(&part, inputs).unwrap();
+                engine.begin(&part, scalars).unwrap();
                 engine.outcome(&part, &y).unwrap();
             }
         }

@@ -31,7 +31,7 @@ fn plans(fuse: bool) -> Vec<(String, Plan)> {
                 }
             }
         }
-        let spec = CeSpec { model: small_model(arch), batch: 4, momentum: 0.9, weight_decay: 1e-3 };
+        let spec = CeSpec { model: small_model(arch), batch: 4, momentum: 0.9, weight_decay: 1e-3, scaled: false };
         let plan = Plan::build(&record_ce_step(&spec, "").unwrap(), &options).unwrap();
         list.push((format!("{arch:?} cross entropy"), plan));
     }

@@ -276,6 +276,7 @@ fn record(epoch: usize) -> EpochRecord {
         teacher_val_accuracy: None,
         teacher_test_accuracy: None,
         kept: None,
+        overflows: None,
         skipped: Some(0),
     }
 }

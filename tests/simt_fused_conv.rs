@@ -71,10 +71,9 @@ impl Case {
             ConvForm::Fprop => vec![y.with_branching((on(3) || norm) && !self.summed[0])],
             ConvForm::Wgrad => vec![w.with_branching((on(3) || norm) && !self.summed[0])],
             ConvForm::Tangent => vec![y.with_branching((on(15) || norm) && !self.summed[0])],
-            ConvForm::Backward => vec![
-                x.with_branching(on(6) && !self.summed[0]),
-                w.with_branching((on(5) || norm) && !self.summed[1]),
-            ],
+            ConvForm::Backward => {
+                vec![x.with_branching(on(6) && !self.summed[0]), w.with_branching((on(5) || norm) && !self.summed[1])]
+            }
         };
         if self.op.stats {
             metas.extend([Meta::vector(self.op.geom.k).with_branching(metas[0].per_branch); 2]);
@@ -186,21 +185,25 @@ impl Case {
 
 fn tensor(plan: &mut Plan, meta: Meta, half: bool) -> usize {
     // Both arenas count alike, so that no two tensors of a test share a place.
-    plan.buffers.push(Buffer { meta, half, place: Place::Arena(plan.arena_reals) });
+    let count = if meta.per_branch { plan.branches } else { 1 };
+    plan.buffers.push(Buffer { meta, half, first: 0, count, place: Place::Arena(plan.arena_reals) });
     plan.arena_reals += meta.total(plan.branches).next_multiple_of(64);
     plan.arena_halves = plan.arena_reals;
     plan.buffers.len() - 1
 }
 
 fn input(plan: &mut Plan, name: &str, meta: Meta) -> usize {
-    plan.buffers.push(Buffer { meta, half: false, place: Place::Input(plan.inputs.len()) });
+    let count = if meta.per_branch { plan.branches } else { 1 };
+    plan.buffers.push(Buffer { meta, half: false, first: 0, count, place: Place::Input(plan.inputs.len()) });
     let buffer = Some(plan.buffers.len() - 1);
     plan.inputs.push(Port { name: name.into(), meta, buffer });
     plan.buffers.len() - 1
 }
 
 fn launch(plan: &mut Plan, op: Op, inputs: Vec<usize>, outputs: Vec<usize>) {
-    plan.launches.push(Launch { op, args: vec![Args { inputs, outputs }], phase: "case" });
+    let per_branch = |b: &usize| plan.buffers[*b].meta.per_branch;
+    let live = if inputs.iter().chain(&outputs).any(per_branch) { plan.branches } else { 1 };
+    plan.launches.push(Launch { op, args: vec![Args { inputs, outputs }], phase: "case", branches: 0..live });
 }
 
 /// The same numbers in the other width: a convolution with the identity.

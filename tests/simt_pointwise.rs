@@ -165,7 +165,7 @@ fn numbers_that_are_none_stay_visible() {
     let ones = HostVec::F64(vec![1.0; 7]);
     check_special(&case(Mask, 1, &[seven, seven], false), &[x.clone(), ones.clone()]);
     check_special(&case(Mask, 1, &[seven, seven], false), &[ones.clone(), x.clone()]);
-    let sum = LinComb { coefs: vec![Coef::ONE, Coef::constant(2.0)] };
+    let sum = LinComb::new(vec![Coef::ONE, Coef::constant(2.0)]);
     check_special(&case(sum, 1, &[seven, seven], false), &[ones, x]);
 
     // Maxima: ties, one NaN, two NaNs, nothing but -inf.
@@ -240,7 +240,7 @@ fn optimiser(metas: &[Meta]) -> Tape {
     fast.iter().enumerate().for_each(|(i, t)| tape.output(format!("fast{i}"), *t));
     // What is per-branch is summed, what is shared counts once.
     let coefs = vec![Coef::constant(0.5), Coef::ONE];
-    let mut total = |g, i| tape.record1(LinComb { coefs: coefs.clone() }, &[g, i], true).unwrap();
+    let mut total = |g, i| tape.record1(LinComb::new(coefs.clone()), &[g, i], true).unwrap();
     let totals: Vec<_> = grads.iter().zip(&inner).map(|(g, i)| total(*g, *i)).collect();
     let mut assign = |state: &[_], coefs: &[Coef], terms: &[&[_]]| -> Vec<_> {
         let value = |i: usize| terms.iter().zip(coefs).map(|(t, c)| (*c, t[i])).collect::<Vec<_>>();

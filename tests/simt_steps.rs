@@ -7,7 +7,7 @@ use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
 use mlnt::mlnt::golden::{Golden, Groups};
-use mlnt::mlnt::{Recipe, Report, StepScalars};
+use mlnt::mlnt::{Recipe, Report, Scales, StepScalars};
 use mlnt::model::Arch;
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::train::choice::Precision;
@@ -88,6 +88,7 @@ fn several(step: &mut LoadedStep<Cuda>, scalars: &[String]) -> Vec<(String, Host
             eta: 0.1 * at,
             gamma: 1.0 - 0.1 / at,
             lambda: 0.5,
+            scales: Scales::NONE,
         };
         step.scalars = numbers.in_order(scalars).collect();
         step.run();

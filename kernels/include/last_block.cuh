@@ -7,7 +7,7 @@
 // before they came can be read then. The counter, a word of `Lowering::counters`, is 0 before and after. The first word of shared
 // memory is overwritten.
 DEVICE bool last_to_arrive(uint32_t* counter, uint32_t blocks) {
-    fence();
+    thread_fence();
     sync_threads();
     uint32_t* last = shared_memory<uint32_t>();
     if (threadIdx.x == 0) {
@@ -17,6 +17,6 @@ DEVICE bool last_to_arrive(uint32_t* counter, uint32_t blocks) {
     sync_threads();
     const bool mine = *last != 0;
     sync_threads();
-    fence();
+    thread_fence();
     return mine;
 }

@@ -74,17 +74,22 @@ DEVICE int32_t shuffle_xor(int32_t v, int mask, simt::Site site = simt::Site::he
 
 #endif
 
-// ---- Atomics on integers: the order of arrival cannot change the result. They return the former value. A fence orders what
-// a thread does to global memory before and after it in the eyes of all threads of the grid. ----
+// ---- Atomics on integers: the order of arrival cannot change the result. They return the former value. ----
+//
+// `thread_fence` makes what a thread wrote before it visible to all blocks before what it writes after it, and what it
+// reads after it no older than what it read before. A block's last to arrive at a counter then sees what the others
+// wrote: write, fence, barrier; one thread adds to the counter; barrier, fence, read.
 
 #if defined(__CUDACC__)
 
+DEVICE void thread_fence() { __threadfence(); }
+
 DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) { return atomicMax(at, v); }
 DEVICE uint32_t atomic_add(uint32_t* at, uint32_t v) { return atomicAdd(at, v); }
-DEVICE void fence() { __threadfence(); }
 
 #else
 
+DEVICE void thread_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) {
     uint32_t old = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (old < v && !__atomic_compare_exchange_n(at, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -92,7 +97,6 @@ DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) {
     return old;
 }
 DEVICE uint32_t atomic_add(uint32_t* at, uint32_t v) { return __atomic_fetch_add(at, v, __ATOMIC_RELAXED); }
-DEVICE void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 #endif
 

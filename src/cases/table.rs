@@ -241,7 +241,7 @@ impl Table {
             let coefs = [1.0, -0.5, 1.0].map(Coef::constant);
             let operands: Vec<Operand> = names.map(|name| operand(name, meta, Data::Normal)).into();
             for terms in 1..=3 {
-                let op = LinComb { coefs: coefs[..terms].to_vec() };
+                let op = LinComb::new(coefs[..terms].to_vec());
                 let text = format!("{terms} terms {text}");
                 let sum = Template::new(op, text, operands[..terms].to_vec()).tolerance(1e-6);
                 self.mix(&sum, mixtures(terms), &[&[true]]);

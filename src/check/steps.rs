@@ -6,7 +6,7 @@ use crate::device::cuda::Mode;
 use crate::device::{Crop, Device, HostSlice, HostVec, ImageSet, PlanId};
 use crate::error::{Error, Result};
 use crate::mlnt::{
-    KlScale, Recipe, Report, StateKind, StepScalars, StepSpec, Synthetic, draw_ranks, record_step, state_name,
+    KlScale, Recipe, Report, Scales, StateKind, StepScalars, StepSpec, Synthetic, draw_ranks, record_step, state_name,
 };
 use crate::model::{Arch, ModelSpec, he_init};
 use crate::plan::Plan;
@@ -190,7 +190,8 @@ impl Step {
         // Other numbers in every step: a graph must not keep those of the first.
         let moved = step as f64 / 100.0;
         let (lr, eta, gamma) = (0.05 + moved, 0.3 + moved, 0.9 + moved);
-        let scalars = StepScalars { lr, momentum: 0.9, weight_decay: 1e-3, eta, gamma, lambda: 1.0 };
+        let scalars =
+            StepScalars { lr, momentum: 0.9, weight_decay: 1e-3, eta, gamma, lambda: 1.0, scales: Scales::NONE };
         let scalars: Vec<f64> = scalars.in_order(&self.scalars).collect();
         self.device.run(self.id, &scalars)
     }
@@ -246,6 +247,7 @@ fn spec(recipe: Recipe) -> StepSpec {
         alpha: 0.1,
         mentor: false,
         first_order: false,
+        scaled: false,
     }
 }
 

@@ -8,7 +8,7 @@ use super::console::say;
 use super::plan::PlanArgs;
 use crate::device::HostSlice;
 use crate::error::Result;
-use crate::mlnt::{Report, StateKind, StepScalars, record_step, state_name};
+use crate::mlnt::{Report, Scales, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
 use crate::plan::Plan;
 use crate::rng::{Purpose, below, normal, stream};
@@ -53,7 +53,15 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let opened = open_device(args.plan.device, config.precision, args.threads)?;
     let (mut device, why) = (opened.device, opened.text);
     let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &device.plan_options())?;
-    let scalars = StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0 };
+    let scalars = StepScalars {
+        lr: 0.05,
+        momentum: 0.9,
+        weight_decay: 1e-4,
+        eta: 0.4,
+        gamma: 0.99,
+        lambda: 1.0,
+        scales: Scales::NONE,
+    };
     let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
     let id = device.load(plan)?;
     for owner in ["", "teacher."] {

@@ -147,6 +147,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         batch: config.batch,
         momentum: config.momentum,
         weight_decay: config.weight_decay,
+        scaled: config.scaled(),
     };
     // The unit of the ratio is the same for every device.
     let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &PlanOptions::default())?.cost(real_bytes);

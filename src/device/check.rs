@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::ops::{Op, Operation};
-use crate::plan::{Buffer, Place, Plan};
+use crate::plan::{Args, Buffer, Place, Plan};
 use crate::tape::{DType, Kind};
 
 /// Refuses a plan whose buffers do not lie in their memory, whose launches take reals for indices or the other way
@@ -14,20 +14,40 @@ use crate::tape::{DType, Kind};
 /// # Errors
 /// [`Error::Device`], naming the operation.
 pub(super) fn check(device: &str, plan: &Plan) -> Result<()> {
-    let found = check_places(plan)
+    let found = check_branches(plan)
+        .and_then(|()| check_places(plan))
         .and_then(|()| check_types(plan))
         .and_then(|()| check_starts(plan))
         .and_then(|()| check_aliasing(plan));
     found.map_err(|what| Error::Device { device: device.into(), what })
 }
 
+/// What a launch works on holds the branches of the launch, no more and no less.
+fn check_branches(plan: &Plan) -> std::result::Result<(), String> {
+    let whole = |b: &Buffer| b.first == 0 && b.count == if b.meta.per_branch { plan.branches } else { 1 };
+    let mut ports = plan.states.iter().chain(&plan.inputs).chain(&plan.outputs).filter_map(|port| port.buffer);
+    if ports.any(|b| !whole(&plan.buffers[b])) {
+        return Err("a state, an input or an output lacks branches".into());
+    }
+    for launch in &plan.launches {
+        let fits = |b: &usize| match &plan.buffers[*b] {
+            b if b.meta.per_branch => b.first == launch.branches.start && b.count == launch.branches.len(),
+            b => b.first == 0 && b.count == 1,
+        };
+        if launch.branches.end > plan.branches || !launch.args.iter().flat_map(Args::buffers).all(fits) {
+            return Err(format!("{}: a tensor does not hold the branches of the launch", launch.op.name()));
+        }
+    }
+    Ok(())
+}
+
 fn check_places(plan: &Plan) -> std::result::Result<(), String> {
     for buffer in &plan.buffers {
         let meta = &buffer.meta;
         let inside = match (buffer.place, meta.dtype) {
-            (Place::Arena(at), DType::Real) if buffer.half => at + meta.total(plan.branches) <= plan.arena_halves,
-            (Place::Arena(at), DType::Real) => at + meta.total(plan.branches) <= plan.arena_reals,
-            (Place::Arena(at), DType::Index) => at + meta.total(plan.branches) <= plan.arena_indices,
+            (Place::Arena(at), DType::Real) if buffer.half => at + buffer.elements() <= plan.arena_halves,
+            (Place::Arena(at), DType::Real) => at + buffer.elements() <= plan.arena_reals,
+            (Place::Arena(at), DType::Index) => at + buffer.elements() <= plan.arena_indices,
             (Place::State(i), dtype) => plan.states.get(i).is_some_and(|s| s.meta == *meta) && dtype == DType::Real,
             (Place::Input(i), _) => plan.inputs.get(i).is_some_and(|s| s.meta == *meta),
         };
@@ -89,14 +109,13 @@ fn check_starts(plan: &Plan) -> std::result::Result<(), String> {
 
 fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
     let span = |b: &Buffer| {
-        let len = b.meta.total(plan.branches);
-        let (space, from) = match b.place {
-            Place::Arena(at) if b.half => ((4, 0), at),
-            Place::Arena(at) => (if b.meta.dtype == DType::Real { (0, 0) } else { (1, 0) }, at),
-            Place::State(i) => ((2, i), 0),
-            Place::Input(i) => ((3, i), 0),
+        let space = match b.place {
+            Place::Arena(_) if b.half => (4, 0),
+            Place::Arena(_) => (if b.meta.dtype == DType::Real { 0 } else { 1 }, 0),
+            Place::State(i) => (2, i),
+            Place::Input(i) => (3, i),
         };
-        (space, from, from + len)
+        (space, b.start(), b.start() + b.elements())
     };
     let overlap = |a: &Buffer, b: &Buffer| {
         let ((sa, fa, ta), (sb, fb, tb)) = (span(a), span(b));
@@ -109,10 +128,10 @@ fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
             for (o, out) in outputs.iter().enumerate() {
                 let other_output = outputs[..o].iter().any(|other| overlap(other, out));
                 let summed = !out.meta.per_branch && inputs.iter().any(|b| b.meta.per_branch);
-                let input = inputs.iter().enumerate().any(|(i, input)| {
-                    let whole = (input.place, input.meta, input.half) == (out.place, out.meta, out.half);
-                    overlap(input, out) && !(whole && launch.op.works_in_place(i, summed))
-                });
+                let input = inputs
+                    .iter()
+                    .enumerate()
+                    .any(|(i, input)| overlap(input, out) && !(input == out && launch.op.works_in_place(i, summed)));
                 let constant = matches!(out.place, Place::Input(_));
                 if other_output || input || constant {
                     let what = format!("{}: result {o} ({}) is laid over something else", launch.op.name(), out.meta);

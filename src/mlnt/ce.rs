@@ -1,6 +1,7 @@
 //! Plain cross-entropy training and evaluation, on the same engine.
 
 use super::names::{Inertia, StateKind, Tensors, complete, sgd, update_buffers};
+use super::scaling::Scaling;
 use crate::error::Result;
 use crate::model::{ModelSpec, Scope};
 use crate::tape::{Coef, Fan, Meta, Tape, Tensor};
@@ -16,6 +17,8 @@ pub struct CeSpec {
     pub momentum: f64,
     /// Weight decay, added to the gradient of every parameter.
     pub weight_decay: f64,
+    /// As in [`StepSpec`](super::StepSpec).
+    pub scaled: bool,
 }
 
 /// Images of a batch as an input of the plan.
@@ -38,7 +41,9 @@ pub fn record_ce_step(spec: &CeSpec, owner: &str) -> Result<Tape> {
     tape.set_phase("forward");
     let weights = tape.fill(Meta::vector(spec.batch), Coef::constant(1.0 / spec.batch as f64))?;
     let inertia = Inertia { momentum: Coef::constant(spec.momentum), weight_decay: Coef::constant(spec.weight_decay) };
-    descend(&mut tape, &spec.model, owner, [x, y, weights], inertia)?;
+    let scaling = Scaling::new(&mut tape, spec.scaled);
+    let (_, grads) = descend(&mut tape, &spec.model, owner, [x, y, weights], inertia, &scaling)?;
+    scaling.guard(&mut tape, &[&grads])?;
     Ok(tape)
 }
 
@@ -50,7 +55,7 @@ pub fn record_ce_step(spec: &CeSpec, owner: &str) -> Result<Tape> {
 ///
 /// # Errors
 /// When the description is no network.
-pub fn record_filtered_ce_step(model: &ModelSpec, batch: usize) -> Result<Tape> {
+pub fn record_filtered_ce_step(model: &ModelSpec, batch: usize, scaled: bool) -> Result<Tape> {
     model.check()?;
     let mut tape = Tape::new(1);
     let x = images(&mut tape, model, batch)?;
@@ -64,21 +69,25 @@ pub fn record_filtered_ce_step(model: &ModelSpec, batch: usize) -> Result<Tape> 
     let updates = scope.bn_updates;
     update_buffers(&mut tape, &buffers, &updates)?;
     let inertia = Inertia::scalars(&mut tape);
-    let student = descend(&mut tape, model, "", [x, y, weights], inertia)?;
+    let scaling = Scaling::new(&mut tape, scaled);
+    let (student, grads) = descend(&mut tape, model, "", [x, y, weights], inertia, &scaling)?;
     let (gamma, rest) = (tape.scalar("gamma"), tape.scalar("one_minus_gamma"));
     let moved = Tensors::lin_comb(&mut tape, &[(gamma, &teacher), (rest, &student)])?;
     teacher.assign(&mut tape, &moved)?;
+    scaling.guard(&mut tape, &[&grads])?;
     Ok(tape)
 }
 
-/// One SGD step of the network of `owner` on `Σ weights·CE` of images x with labels y; returns its new parameters.
+/// One SGD step of the network of `owner` on `Σ weights·CE` of images x with labels y; returns its new
+/// parameters and the gradients, scaled.
 fn descend(
     tape: &mut Tape,
     model: &ModelSpec,
     owner: &str,
     [x, y, weights]: [Tensor; 3],
     inertia: Inertia,
-) -> Result<Tensors> {
+    scaling: &Scaling,
+) -> Result<(Tensors, Tensors)> {
     let params = Tensors::states(tape, model, owner, StateKind::Param)?;
     let velocity = Tensors::states(tape, model, owner, StateKind::Momentum)?;
     let buffers = Tensors::states(tape, model, owner, StateKind::Buffer)?;
@@ -92,15 +101,15 @@ fn descend(
     tape.output("class_logits", out.logits);
 
     tape.set_phase("backward");
-    let one = tape.fill(Meta::vector(1), Coef::ONE)?;
-    let grads = complete(tape.vjp(&[(loss, one)], &params.list(), Fan::Sum)?)?;
+    let seed = tape.fill(Meta::vector(1), scaling.inner.up)?;
+    let grads = complete(tape.vjp(&[(loss, seed)], &params.list(), Fan::Sum)?)?;
 
     tape.set_phase("update");
     update_buffers(tape, &buffers, &updates)?;
     let grads = params.with(grads);
-    let new = sgd(tape, &params, &velocity, &grads, inertia)?;
+    let new = sgd(tape, &params, &velocity, (scaling.inner.down, &grads), inertia)?;
     params.assign(tape, &new)?;
-    Ok(new)
+    Ok((new, grads))
 }
 
 /// Records an evaluation of the network of `owner` with its running statistics.

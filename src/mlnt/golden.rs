@@ -2,7 +2,7 @@
 //! The format is described in `golden/FORMAT.md`.
 
 use super::replay::{Decisions, Replay, tie_distance};
-use super::{KlScale, Recipe, Report, StepScalars, StepSpec, Synthetic, record_step};
+use super::{KlScale, Recipe, Report, Scales, StepScalars, StepSpec, Synthetic, record_step};
 use crate::device::{Device, HostSlice, PlanId};
 use crate::error::{Error, Result};
 use crate::model::{Arch, ModelSpec};
@@ -324,10 +324,11 @@ impl Config {
             alpha: self.alpha,
             mentor: self.mentor,
             first_order: false,
+            scaled: false,
             synthetic: Synthetic::Given,
         };
         let Config { lr, momentum, weight_decay, eta, gamma, lambda, .. } = self;
-        Ok((spec, StepScalars { lr, momentum, weight_decay, eta, gamma, lambda }))
+        Ok((spec, StepScalars { lr, momentum, weight_decay, eta, gamma, lambda, scales: Scales::NONE }))
     }
 }
 

@@ -126,17 +126,17 @@ impl Inertia {
     }
 }
 
-/// SGD with momentum and weight decay, PyTorch's form: `v ← μ v + g + λ θ [+ more]`, `θ ← θ − lr v`.
+/// SGD with momentum and weight decay, PyTorch's form: `v ← μ v + g + λ θ`, `θ ← θ − lr v`, where g is `unscale · grads`.
 /// Returns the new parameters.
 pub(super) fn sgd(
     tape: &mut Tape,
     params: &Tensors,
     velocity: &Tensors,
-    grads: &Tensors,
+    (unscale, grads): (Coef, &Tensors),
     inertia: Inertia,
 ) -> Result<Tensors> {
     let lr = tape.scalar("lr");
-    let terms = [(inertia.momentum, velocity), (Coef::ONE, grads), (inertia.weight_decay, params)];
+    let terms = [(inertia.momentum, velocity), (unscale, grads), (inertia.weight_decay, params)];
     let new_velocity = Tensors::lin_comb(tape, &terms)?;
     let new_params = Tensors::lin_comb(tape, &[(Coef::ONE, params), (lr.times(-1.0), &new_velocity)])?;
     velocity.assign(tape, &new_velocity)?;

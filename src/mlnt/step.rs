@@ -2,6 +2,7 @@
 
 use super::ce::images;
 use super::names::{Inertia, StateKind, Tensors, complete, sgd, update_buffers};
+use super::scaling::{Scales, Scaling, scaled};
 use crate::error::Result;
 use crate::model::{BnUpdate, ModelSpec, Scope};
 use crate::tape::{Coef, Fan, Meta, Named, Tape, Tensor};
@@ -59,6 +60,8 @@ pub struct StepSpec {
     pub mentor: bool,
     /// Drop the Hessian from the meta-gradient.
     pub first_order: bool,
+    /// Cotangents are multiplied by [`StepScalars::scales`], and the step is not taken where its gradients are not finite.
+    pub scaled: bool,
 }
 
 /// Numbers that change from step to step.
@@ -76,6 +79,8 @@ pub struct StepScalars {
     pub gamma: f64,
     /// λ, share of the teacher in the target; unused without a mentor.
     pub lambda: f64,
+    /// Scales of cotangents; unused in a step that is not scaled.
+    pub scales: Scales,
 }
 
 impl StepScalars {
@@ -96,7 +101,10 @@ impl StepScalars {
             "one_minus_gamma" => 1.0 - self.gamma,
             "lambda" => self.lambda,
             "one_minus_lambda" => 1.0 - self.lambda,
-            other => unreachable!("the step records no scalar {other}"),
+            other => match self.scales.value(other) {
+                Some(value) => value,
+                None => unreachable!("the step records no scalar {other}"),
+            },
         };
         names.iter().map(value)
     }
@@ -123,6 +131,7 @@ pub enum Report {
 /// `meta_grad_first_order.*`. Decisions are those of [`Scope::decisions`], the passes being `teacher`, `mentor`,
 /// `student`, `fast` (per branch) and, with [`Recipe::Sequential`], `classification`: outputs `relu.*` and `pool.*`
 /// with [`Report::Everything`]; inputs of these names and outputs `own.*` and `forced.*` with [`Report::Replay`].
+/// A scaled step has the output `finite` `[1]` too: 0 where its gradients were not finite and every state kept its value.
 ///
 /// # Errors
 /// When the description is no network.
@@ -144,19 +153,19 @@ pub fn record_step(spec: &StepSpec, report: Report) -> Result<Tape> {
     match spec.recipe {
         Recipe::Sequential => {
             let pulls = step.consistency(&fast, target, Coef::ONE)?;
-            let meta = step.meta_gradient(&fast, &pulls, None)?;
+            let (meta, unscale) = step.meta_gradient(&fast, &pulls, None)?;
             if step.everything() {
-                meta.output(&mut step.tape, "meta_grad");
+                step.report(&meta, unscale, "meta_grad")?;
             }
-            step.update_sequential(&meta)?;
+            step.update_sequential(&meta, unscale)?;
         }
         Recipe::Joint => {
             let eta = step.tape.scalar("eta");
             let pulls = step.consistency(&fast, target, eta)?;
             step.tape.set_phase("A forward");
             let class_loss = step.class_loss(logits)?;
-            let total = step.meta_gradient(&fast, &pulls, Some(class_loss))?;
-            step.update_joint(&total, &updates)?;
+            let (total, unscale) = step.meta_gradient(&fast, &pulls, Some(class_loss))?;
+            step.update_joint(&total, unscale, &updates)?;
         }
     }
     Ok(step.tape)
@@ -166,6 +175,7 @@ pub fn record_step(spec: &StepSpec, report: Report) -> Result<Tape> {
 struct Step<'a> {
     spec: &'a StepSpec,
     report: Report,
+    scaling: Scaling,
     tape: Tape,
     x: Tensor,
     y: Tensor,
@@ -190,7 +200,8 @@ impl<'a> Step<'a> {
         let velocity = Tensors::states(&mut tape, &spec.model, "", StateKind::Momentum)?;
         let buffers = Tensors::states(&mut tape, &spec.model, "", StateKind::Buffer)?;
         let teacher = Tensors::states(&mut tape, &spec.model, "teacher.", StateKind::Param)?;
-        Ok(Step { spec, report, tape, x, y, student, teacher, velocity, buffers })
+        let scaling = Scaling::new(&mut tape, spec.scaled);
+        Ok(Step { spec, report, scaling, tape, x, y, student, teacher, velocity, buffers })
     }
 
     fn everything(&self) -> bool {
@@ -274,16 +285,17 @@ impl<'a> Step<'a> {
         tape.output("inner_loss", losses);
 
         tape.set_phase("B inner gradients");
-        let one = tape.fill(Meta::vector(1), Coef::ONE)?;
-        let grads = complete(tape.vjp(&[(losses, one)], &self.student.list(), Fan::Keep)?)?;
+        let inner = self.scaling.inner;
+        let seed = tape.fill(Meta::vector(1), inner.up)?;
+        let grads = complete(tape.vjp(&[(losses, seed)], &self.student.list(), Fan::Keep)?)?;
         let inner_grads = self.student.with(grads);
         tape.set_phase("fast weights");
-        let alpha = Coef::constant(-self.spec.alpha);
+        let alpha = inner.down.times(-self.spec.alpha);
         let weights = Tensors::lin_comb(tape, &[(Coef::ONE, &self.student), (alpha, &inner_grads)])?;
         self.trace(decisions);
         if self.everything() {
             self.tape.output("logits", out.logits);
-            inner_grads.output(&mut self.tape, "inner_grad");
+            self.report(&inner_grads, inner.down, "inner_grad")?;
         }
         Ok((Fast { weights, inner_grads }, out.logits, updates))
     }
@@ -307,14 +319,14 @@ impl<'a> Step<'a> {
         if self.everything() && scale != Coef::ONE {
             // The plain meta-gradient beside the one that training uses, which carries η.
             self.tape.set_phase("report");
-            let seed = self.tape.fill(Meta::vector(1), Coef::constant(1.0 / m))?;
+            let seed = self.tape.fill(Meta::vector(1), self.scaling.outer.up.times(1.0 / m))?;
             let pulls = fast.weights.with(complete(self.tape.vjp(&[(losses, seed)], &wrt, Fan::Sum)?)?);
             self.report_first_order(&pulls)?;
             let meta = self.exact(fast, &pulls, None)?;
-            meta.output(&mut self.tape, "meta_grad");
+            self.report(&meta, self.scaling.second.down, "meta_grad")?;
         }
         self.tape.set_phase("D fast backward");
-        let seed = self.tape.fill(Meta::vector(1), scale.times(1.0 / m))?;
+        let seed = self.tape.fill(Meta::vector(1), scale.by(self.scaling.outer.up).times(1.0 / m))?;
         let pulls = fast.weights.with(complete(self.tape.vjp(&[(losses, seed)], &wrt, Fan::Sum)?)?);
         if self.everything() && scale == Coef::ONE {
             self.report_first_order(&pulls)?;
@@ -327,39 +339,50 @@ impl<'a> Step<'a> {
         Ok(())
     }
 
+    /// Lets the host read `unscale · tensors` as `{group}.{name}`.
+    fn report(&mut self, tensors: &Tensors, unscale: Coef, group: &str) -> Result<()> {
+        scaled(&mut self.tape, unscale, tensors)?.output(&mut self.tape, group);
+        Ok(())
+    }
+
     /// `Σ_m v_m`.
     fn first_order(&mut self, pulls: &Tensors) -> Result<Tensors> {
         let sums: Result<Vec<Tensor>> =
-            pulls.list().into_iter().map(|t| self.tape.scaled_sum_branches(Coef::ONE, t)).collect();
+            pulls.list().into_iter().map(|t| self.tape.scaled_sum_branches(self.scaling.outer.down, t)).collect();
         Ok(pulls.with(sums?))
     }
 
-    /// `Σ_m (I − α H_m) v_m [+ ∇ class loss]` by differentiating the record of A and B.
+    /// `Σ_m (I − α H_m) v_m [+ ∇ class loss]`, scaled as second-order cotangents are, by differentiating the record of A and B.
     fn exact(&mut self, fast: &Fast, pulls: &Tensors, class_loss: Option<Tensor>) -> Result<Tensors> {
+        let Scaling { outer, second, .. } = self.scaling;
+        let pulls = scaled(&mut self.tape, second.up.by(outer.down), pulls)?;
         let mut seeds: Vec<(Tensor, Tensor)> = fast.weights.list().into_iter().zip(pulls.list()).collect();
         if let Some(loss) = class_loss {
-            seeds.push((loss, self.tape.fill(Meta::vector(1), Coef::ONE)?));
+            seeds.push((loss, self.tape.fill(Meta::vector(1), second.up)?));
         }
         let grads = self.tape.vjp(&seeds, &self.student.list(), Fan::Sum)?;
         Ok(self.student.with(complete(grads)?))
     }
 
-    /// E: the gradient of the update, exact or first order, with the classification gradient riding along.
-    fn meta_gradient(&mut self, fast: &Fast, pulls: &Tensors, class_loss: Option<Tensor>) -> Result<Tensors> {
+    /// E: the gradient of the update, exact or first order, with the classification gradient riding along; and the factor
+    /// that undoes its scale.
+    fn meta_gradient(&mut self, fast: &Fast, pulls: &Tensors, class_loss: Option<Tensor>) -> Result<(Tensors, Coef)> {
         debug_assert_eq!(fast.inner_grads.names, pulls.names);
         self.tape.set_phase("E meta-gradient");
         if !self.spec.first_order {
             let from = self.tape.nodes().len();
             let grads = self.exact(fast, pulls, class_loss)?;
             self.tape.rename_shared_phase(from, "E3 shared chain");
-            return Ok(grads);
+            return Ok((grads, self.scaling.second.down));
         }
         let sums = self.first_order(pulls)?;
-        let Some(loss) = class_loss else { return Ok(sums) };
+        let Some(loss) = class_loss else { return Ok((sums, Coef::ONE)) };
         self.tape.set_phase("classification");
         let grads = self.class_gradient(loss, &self.student.clone())?;
         self.tape.set_phase("update");
-        Tensors::lin_comb(&mut self.tape, &[(Coef::ONE, &grads), (Coef::ONE, &sums)])
+        let unscale = self.scaling.inner.down;
+        let total = Tensors::lin_comb(&mut self.tape, &[(unscale, &grads), (Coef::ONE, &sums)])?;
+        Ok((total, Coef::ONE))
     }
 
     fn class_loss(&mut self, logits: Tensor) -> Result<Tensor> {
@@ -371,14 +394,15 @@ impl<'a> Step<'a> {
         Ok(loss)
     }
 
+    /// The gradient of cross entropy, scaled as its cotangents are.
     fn class_gradient(&mut self, loss: Tensor, wrt: &Tensors) -> Result<Tensors> {
-        let one = self.tape.fill(Meta::vector(1), Coef::ONE)?;
-        Ok(wrt.with(complete(self.tape.vjp(&[(loss, one)], &wrt.list(), Fan::Sum)?)?))
+        let seed = self.tape.fill(Meta::vector(1), self.scaling.inner.up)?;
+        Ok(wrt.with(complete(self.tape.vjp(&[(loss, seed)], &wrt.list(), Fan::Sum)?)?))
     }
 
-    fn update_sequential(&mut self, meta: &Tensors) -> Result<()> {
+    fn update_sequential(&mut self, meta: &Tensors, unscale: Coef) -> Result<()> {
         self.tape.set_phase("update");
-        let eta = self.tape.scalar("eta");
+        let eta = self.tape.scalar("eta").by(unscale);
         let moved = Tensors::lin_comb(&mut self.tape, &[(Coef::ONE, &self.student), (eta.times(-1.0), meta)])?;
         self.tape.set_phase("classification");
         let mut scope = Scope::train(&moved.by_name).pass("classification", self.forced());
@@ -389,22 +413,23 @@ impl<'a> Step<'a> {
         let grads = self.class_gradient(loss, &moved)?;
         self.tape.set_phase("update");
         update_buffers(&mut self.tape, &self.buffers, &updates)?;
-        let new = self.sgd(&moved, &grads)?;
+        let new = self.sgd(&moved, &grads, self.scaling.inner.down)?;
         self.student.assign(&mut self.tape, &new)?;
         self.move_teacher(&new)?;
-        Ok(())
+        self.scaling.guard(&mut self.tape, &[meta, &grads])
     }
 
-    fn update_joint(&mut self, total: &Tensors, updates: &[BnUpdate]) -> Result<()> {
+    fn update_joint(&mut self, total: &Tensors, unscale: Coef, updates: &[BnUpdate]) -> Result<()> {
         self.tape.set_phase("update");
         update_buffers(&mut self.tape, &self.buffers, updates)?;
         let student = self.student.clone();
-        let new = self.sgd(&student, total)?;
-        self.student.assign(&mut self.tape, &new)
+        let new = self.sgd(&student, total, unscale)?;
+        self.student.assign(&mut self.tape, &new)?;
+        self.scaling.guard(&mut self.tape, &[total])
     }
 
-    fn sgd(&mut self, params: &Tensors, grads: &Tensors) -> Result<Tensors> {
+    fn sgd(&mut self, params: &Tensors, grads: &Tensors, unscale: Coef) -> Result<Tensors> {
         let inertia = Inertia::scalars(&mut self.tape);
-        sgd(&mut self.tape, params, &self.velocity, grads, inertia)
+        sgd(&mut self.tape, params, &self.velocity, (unscale, grads), inertia)
     }
 }

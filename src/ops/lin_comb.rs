@@ -1,6 +1,6 @@
 //! Linear combinations: residual sums, cotangent sums, fast weights, SGD, moving averages, sums over branches.
 
-use super::{Operation, PullbackArgs, any_branched, widest};
+use super::{Operation, PullbackArgs, any_branched, third_order, widest};
 use crate::error::{Error, Result};
 use crate::tape::{Coef, Meta, Tape, Tensor};
 
@@ -10,21 +10,44 @@ use crate::tape::{Coef, Meta, Tape, Tensor};
 pub struct LinComb {
     /// One coefficient per operand.
     pub coefs: Vec<Coef>,
+    /// There is one more operand, a shared vector of one value: where it is 0 the result is the first operand as it is. All
+    /// operands are shared then.
+    pub guarded: bool,
+}
+
+impl LinComb {
+    /// The combination with these coefficients.
+    pub fn new(coefs: Vec<Coef>) -> Self {
+        LinComb { coefs, guarded: false }
+    }
+
+    /// Those of its operands that are added up.
+    pub fn terms<'a, T>(&self, inputs: &'a [T]) -> &'a [T] {
+        &inputs[..self.coefs.len()]
+    }
 }
 
 impl Operation for LinComb {
     fn name(&self) -> &'static str {
-        "lin_comb"
+        if self.guarded { "guarded_lin_comb" } else { "lin_comb" }
     }
 
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         let Some(first) = inputs.first() else { return Err(Error::shape(self.name(), "no operands")) };
-        super::expect(self.name(), inputs, &vec![*first; self.coefs.len()])?;
+        let mut want = vec![*first; self.coefs.len()];
+        want.extend(self.guarded.then_some(Meta::vector(1)));
+        super::expect(self.name(), inputs, &want)?;
+        if self.guarded && any_branched(inputs) {
+            return Err(Error::shape(self.name(), "an operand per branch"));
+        }
         Ok(vec![first.with_branching(any_branched(inputs))])
     }
 
     fn pullback(&self, tape: &mut Tape, args: &PullbackArgs<'_>) -> Result<Vec<Option<Tensor>>> {
         let Some(e) = args.cots[0] else { return Ok(vec![None; args.inputs.len()]) };
+        if self.guarded {
+            return Err(third_order(self.name(), "an operand"));
+        }
         let mut grads = Vec::with_capacity(args.inputs.len());
         let per_branch = tape.meta(e).per_branch;
         // A cotangent that is the same in every branch of the result.
@@ -35,7 +58,7 @@ impl Operation for LinComb {
             grads.push(match (args.needs[i], coef == Coef::ONE && !sum) {
                 (false, _) => None,
                 (true, true) => Some(e),
-                (true, false) => Some(tape.record1(LinComb { coefs: vec![coef] }, &[e], sum)?),
+                (true, false) => Some(tape.record1(LinComb::new(vec![coef]), &[e], sum)?),
             });
         }
         Ok(grads)
@@ -43,7 +66,7 @@ impl Operation for LinComb {
 
     fn flops(&self, inputs: &[Meta], outputs: &[Meta], branches: usize) -> u64 {
         let work = widest(&[inputs, outputs].concat(), branches);
-        work * (2 * inputs.len() as u64 - 1)
+        work * (2 * self.coefs.len() as u64 - 1)
     }
 }
 
@@ -79,7 +102,16 @@ impl Tape {
     /// When shapes differ or there are no terms.
     pub fn lin_comb(&mut self, terms: &[(Coef, Tensor)]) -> Result<Tensor> {
         let inputs: Vec<Tensor> = terms.iter().map(|t| t.1).collect();
-        self.record1(LinComb { coefs: terms.iter().map(|t| t.0).collect() }, &inputs, false)
+        self.record1(LinComb::new(terms.iter().map(|t| t.0).collect()), &inputs, false)
+    }
+
+    /// `Σ_i c_i x_i` of shared tensors where the vector `guard` `[1]` is not 0, else the first of them as it is.
+    ///
+    /// # Errors
+    /// When shapes differ or there are no terms.
+    pub fn guarded_lin_comb(&mut self, terms: &[(Coef, Tensor)], guard: Tensor) -> Result<Tensor> {
+        let inputs: Vec<Tensor> = terms.iter().map(|t| t.1).chain([guard]).collect();
+        self.record1(LinComb { coefs: terms.iter().map(|t| t.0).collect(), guarded: true }, &inputs, false)
     }
 
     /// `a + b`.
@@ -103,7 +135,7 @@ impl Tape {
     /// # Errors
     /// Never for a tensor of this tape.
     pub fn scaled_sum_branches(&mut self, c: Coef, x: Tensor) -> Result<Tensor> {
-        self.record1(LinComb { coefs: vec![c] }, &[x], true)
+        self.record1(LinComb::new(vec![c]), &[x], true)
     }
 
     /// `Σ_m x_m`; a shared tensor is returned as it is.

@@ -6,6 +6,7 @@
 mod batch_norm;
 mod channel;
 mod conv;
+mod finite;
 mod fused;
 mod lin_comb;
 mod neighbours;
@@ -16,6 +17,7 @@ mod softmax;
 pub use batch_norm::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnForward, BnResult};
 pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
+pub use finite::AllFinite;
 pub use fused::{BnReluBackward, BnReluDoubleBackward, BnStats, ConvForm, FusedConv};
 pub use lin_comb::{Fill, LinComb};
 pub use neighbours::{NearestNeighbours, TransferLabels};
@@ -141,6 +143,7 @@ operations!(
     KlGrad,
     NearestNeighbours,
     TransferLabels,
+    AllFinite,
     FusedConv,
     BnStats,
     BnReluBackward,
@@ -167,7 +170,7 @@ impl Op {
     /// sum over the branches.
     pub(crate) fn works_in_place(&self, i: usize, summed: bool) -> bool {
         match self {
-            Op::LinComb(_) => true,
+            Op::LinComb(op) => i < op.coefs.len(),
             Op::Conv(_) => i == 2,
             Op::FusedConv(op) => op.start_operand() == Some(i),
             Op::BnReluBackward(_) => i == 6 || (i == 0 && !summed),

@@ -2,7 +2,7 @@
 
 use super::Place;
 use super::graph::Graph;
-use crate::tape::{DType, Source};
+use crate::tape::{DType, Source, Tensor};
 use std::collections::HashMap;
 
 /// Bytes to which every tensor in an arena is aligned.
@@ -61,7 +61,7 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
     let mut last = vec![0usize; count];
     for (g, group) in groups.iter().enumerate() {
         for node in group.iter().map(|&n| &graph.nodes[n]) {
-            for t in node.inputs.iter().chain(&node.outputs) {
+            for t in node.inputs.iter().chain(&node.outputs).map(|t| graph.root(*t)) {
                 (last[t.index()], used[t.index()]) = (g, true);
             }
         }
@@ -76,19 +76,27 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
         // The operand sets of one launch may run at the same time: memory read by two of them is not handed on.
         let mut reads = HashMap::new();
         for t in group.iter().flat_map(|&n| &graph.nodes[n].inputs) {
-            *reads.entry(*t).or_insert(0) += 1;
+            *reads.entry(graph.root(*t)).or_insert(0) += 1;
         }
         // Blocks that this launch has handed on.
         let mut taken = Vec::new();
         for node in group.iter().map(|&n| &graph.nodes[n]) {
-            for t in node.outputs.iter().filter(|t| places[t.index()].is_none()) {
+            // What lies in another tensor's memory comes with that tensor, when the first part of it is made.
+            for t in node.outputs.iter().map(|t| graph.root(*t)) {
+                if places[t.index()].is_some() || block_of[t.index()].is_some() {
+                    continue;
+                }
                 let meta = &graph.metas[t.index()];
                 let half = graph.half[t.index()];
                 let summed = !meta.per_branch && node.inputs.iter().any(|i| graph.metas[i.index()].per_branch);
-                let handed_on = node.inputs.iter().enumerate().find(|&(position, i)| {
-                    let same = graph.metas[i.index()] == *meta && graph.half[i.index()] == half;
-                    same && node.op.works_in_place(position, summed)
-                        && reads[i] == 1
+                let handed_on = node.inputs.iter().enumerate().find(|&(position, &i)| {
+                    let same = graph.metas[i.index()] == *meta
+                        && graph.span(i) == graph.span(t)
+                        && graph.half[i.index()] == half;
+                    same && graph.root(i) == i
+                        && node.outputs.contains(&t)
+                        && node.op.works_in_place(position, summed)
+                        && reads[&i] == 1
                         && last[i.index()] == g
                         && block_of[i.index()].is_some_and(|b| blocks[b].last == g && !taken.contains(&b))
                 });
@@ -105,7 +113,7 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
                             (DType::Real, true) => Pool::Halves,
                             (DType::Real, false) => Pool::Reals,
                         };
-                        let len = meta.total(graph.branches).next_multiple_of(pool.align());
+                        let len = graph.elements(t).next_multiple_of(pool.align());
                         blocks.push(Block { len, first: g, last: last[t.index()].max(g), pool });
                     }
                 }
@@ -116,11 +124,14 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
     let mut offsets = vec![0; blocks.len()];
     let [reals, halves, indices] =
         [Pool::Reals, Pool::Halves, Pool::Indices].map(|pool| pack(&blocks, pool, &mut offsets));
-    let places = places
-        .into_iter()
-        .enumerate()
-        .map(|(t, place)| place.unwrap_or_else(|| Place::Arena(block_of[t].map_or(0, |b| offsets[b]))))
-        .collect();
+    let place = |t: Tensor| {
+        let root = graph.root(t);
+        places[root.index()].unwrap_or_else(|| {
+            let from = if root == t { 0 } else { graph.span(t).0 * graph.metas[t.index()].len() };
+            Place::Arena(block_of[root.index()].map_or(0, |b| offsets[b]) + from)
+        })
+    };
+    let places = (0..count as u32).map(|t| place(Tensor(t))).collect();
     Layout { places, used, reals, halves, indices }
 }
 

@@ -94,9 +94,9 @@ impl Plan {
                 (DType::Index, _) => 4,
             };
             let (inputs, outputs) = (metas(&args.inputs), metas(&args.outputs));
-            flops += launch.op.flops(&inputs, &outputs, self.branches);
+            flops += launch.op.flops(&inputs, &outputs, launch.branches.len());
             let touched = args.inputs.iter().chain(&args.outputs).map(|&b| &self.buffers[b]);
-            bytes += touched.map(|b| (b.meta.total(self.branches) * width(b)) as u64).sum::<u64>();
+            bytes += touched.map(|b| (b.elements() * width(b)) as u64).sum::<u64>();
         }
         (flops, bytes)
     }

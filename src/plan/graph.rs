@@ -3,7 +3,17 @@
 use crate::error::Result;
 use crate::ops::{LinComb, Op, Operation};
 use crate::tape::{Coef, Meta, Named, Node, Source, Tape, Tensor};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+
+/// Branches `first..first + count` of a per-branch tensor.
+#[derive(Clone, Copy)]
+pub(super) struct Part {
+    pub first: usize,
+    pub count: usize,
+    /// The tensor with all branches in whose memory they lie; `None` has memory of its own.
+    pub of: Option<Tensor>,
+}
 
 /// Nodes in execution order with the tensors they pass along.
 pub(super) struct Graph {
@@ -19,6 +29,8 @@ pub(super) struct Graph {
     pub scalars: Vec<String>,
     /// `(state, value)`: tensors whose content becomes a state's at the end of the run.
     pub assigns: Vec<(u32, Tensor)>,
+    /// Of the tensors that hold some of the branches.
+    pub parts: HashMap<Tensor, Part>,
 }
 
 impl Graph {
@@ -34,6 +46,7 @@ impl Graph {
             outputs: tape.outputs.clone(),
             scalars: tape.scalars.clone(),
             assigns: tape.assigns.clone(),
+            parts: HashMap::new(),
         };
         graph.remove_dead();
         graph
@@ -43,25 +56,25 @@ impl Graph {
     pub fn remove_dead(&mut self) {
         let mut live = vec![false; self.metas.len()];
         for t in self.outputs.iter().map(|n| n.tensor).chain(self.assigns.iter().map(|a| a.1)) {
-            live[t.index()] = true;
+            live[self.root(t).index()] = true;
         }
         let mut keep = vec![false; self.nodes.len()];
         for (n, node) in self.nodes.iter().enumerate().rev() {
-            if node.outputs.iter().any(|t| live[t.index()]) {
+            if node.outputs.iter().any(|t| live[self.root(*t).index()]) {
                 keep[n] = true;
-                node.inputs.iter().for_each(|t| live[t.index()] = true);
+                node.inputs.iter().for_each(|t| live[self.root(*t).index()] = true);
             }
         }
         let mut kept = keep.into_iter();
         self.nodes.retain(|_| kept.next() == Some(true));
     }
 
-    /// For every tensor the positions `(node, operand)` where it is read.
+    /// For every tensor the positions `(node, operand)` where it, or a part of it, is read.
     pub fn uses(&self) -> Vec<Vec<(usize, usize)>> {
         let mut uses = vec![Vec::new(); self.metas.len()];
         for (n, node) in self.nodes.iter().enumerate() {
             for (i, t) in node.inputs.iter().enumerate() {
-                uses[t.index()].push((n, i));
+                uses[self.root(*t).index()].push((n, i));
             }
         }
         uses
@@ -85,6 +98,37 @@ impl Graph {
         escapes
     }
 
+    /// The tensor in whose memory `t` lies: most often itself.
+    pub fn root(&self, t: Tensor) -> Tensor {
+        self.parts.get(&t).and_then(|part| part.of).unwrap_or(t)
+    }
+
+    /// The first branch that `t` holds, and how many it holds; 0 and 1 for a shared tensor.
+    pub fn span(&self, t: Tensor) -> (usize, usize) {
+        match (self.metas[t.index()].per_branch, self.parts.get(&t)) {
+            (false, _) => (0, 1),
+            (true, Some(part)) => (part.first, part.count),
+            (true, None) => (0, self.branches),
+        }
+    }
+
+    /// Elements of `t` over the branches that it holds.
+    pub fn elements(&self, t: Tensor) -> usize {
+        self.metas[t.index()].len() * self.span(t).1
+    }
+
+    /// True when an operand or a result of `node` is per-branch.
+    pub fn branched(&self, node: &Node) -> bool {
+        node.inputs.iter().chain(&node.outputs).any(|t| self.metas[t.index()].per_branch)
+    }
+
+    /// The branches that `node` works on; `None` if all it touches is shared.
+    pub fn branches_of(&self, node: &Node) -> Option<Range<usize>> {
+        let mut tensors = node.inputs.iter().chain(&node.outputs);
+        let (first, count) = self.span(*tensors.find(|t| self.metas[t.index()].per_branch)?);
+        Some(first..first + count)
+    }
+
     /// A new tensor.
     pub fn tensor(&mut self, meta: Meta) -> Tensor {
         self.metas.push(meta);
@@ -93,12 +137,19 @@ impl Graph {
         Tensor(self.metas.len() as u32 - 1)
     }
 
+    /// A new tensor of the shape and width of `t`.
+    pub fn like(&mut self, t: Tensor) -> Tensor {
+        let like = self.tensor(self.metas[t.index()]);
+        self.half[like.index()] = self.half[t.index()];
+        like
+    }
+
     /// The terms of node `n` if it is their sum, all of the result's shape and branching.
     pub fn plain_sum(&self, n: usize) -> Option<Vec<Tensor>> {
         let node = &self.nodes[n];
         let Op::LinComb(op) = &node.op else { return None };
         let meta = self.metas[node.outputs[0].index()];
-        let plain = op.coefs.len() > 1 && op.coefs.iter().all(|c| *c == Coef::ONE);
+        let plain = op.coefs.len() > 1 && !op.guarded && op.coefs.iter().all(|c| *c == Coef::ONE);
         let alike = node.inputs.iter().all(|t| self.metas[t.index()] == meta);
         (plain && alike).then(|| node.inputs.clone())
     }
@@ -110,7 +161,7 @@ impl Graph {
             let result = std::mem::replace(&mut self.nodes[n].outputs[0], *term);
             self.nodes[p].outputs.iter_mut().filter(|t| *t == term).for_each(|t| *t = result);
         } else {
-            self.nodes[n].op = LinComb { coefs: vec![Coef::ONE; terms.len()] }.into();
+            self.nodes[n].op = LinComb::new(vec![Coef::ONE; terms.len()]).into();
             self.nodes[n].inputs = terms;
         }
     }
@@ -161,7 +212,7 @@ impl Graph {
             let mut wanted = self.outputs.iter().map(|o| o.tensor).chain(self.assigns.iter().map(|a| a.1));
             if wanted.any(|t| t == old) {
                 let copy = self.tensor(self.metas[old.index()]);
-                let op = LinComb { coefs: vec![Coef::ONE] }.into();
+                let op = LinComb::new(vec![Coef::ONE]).into();
                 copies.push((old, Node { op, inputs: vec![old], outputs: vec![copy], phase: "state" }));
             }
         }
@@ -184,7 +235,7 @@ impl Graph {
             }
             let copy = self.tensor(self.metas[value.index()]);
             self.nodes.push(Node {
-                op: LinComb { coefs: vec![Coef::ONE] }.into(),
+                op: LinComb::new(vec![Coef::ONE]).into(),
                 inputs: vec![value],
                 outputs: vec![copy],
                 phase: "state",
@@ -198,13 +249,15 @@ impl Graph {
     pub fn check(&self) -> Result<()> {
         let mut there: Vec<bool> = self.sources.iter().map(|s| !matches!(s, Source::Node(_))).collect();
         for node in &self.nodes {
-            if node.inputs.iter().any(|t| !there[t.index()]) {
+            if node.inputs.iter().any(|t| !there[t.index()] && !there[self.root(*t).index()]) {
                 return Err(crate::Error::shape(
                     node.op.name(),
                     "a planner pass left an operand that is not there yet",
                 ));
             }
-            node.outputs.iter().for_each(|t| there[t.index()] = true);
+            for t in &node.outputs {
+                (there[t.index()], there[self.root(*t).index()]) = (true, true);
+            }
             let metas: Vec<Meta> = node.inputs.iter().map(|t| self.metas[t.index()]).collect();
             let outs = node.op.infer(&metas)?;
             let fits = |(o, t): (&Meta, &Tensor)| o.same_shape(&self.metas[t.index()]);
@@ -221,8 +274,9 @@ impl Graph {
         for node in &self.nodes {
             let metas = |tensors: &[Tensor]| -> Vec<Meta> { tensors.iter().map(|t| self.metas[t.index()]).collect() };
             let (inputs, outputs) = (metas(&node.inputs), metas(&node.outputs));
-            flops += u128::from(node.op.flops(&inputs, &outputs, self.branches));
-            bytes += inputs.iter().chain(&outputs).map(|m| 8 * m.total(self.branches) as u128).sum::<u128>();
+            let branches = self.branches_of(node).map_or(1, |range| range.len());
+            flops += u128::from(node.op.flops(&inputs, &outputs, branches));
+            bytes += inputs.iter().chain(&outputs).map(|m| 8 * m.total(branches) as u128).sum::<u128>();
         }
         if flops.max(bytes) > u128::from(u64::MAX) {
             let what = format!("a step of {flops} operations on {bytes} bytes is too large to plan");

@@ -46,7 +46,8 @@ fn widths(op: &Op) -> Widths {
         | Op::KlLoss(_)
         | Op::KlGrad(_)
         | Op::NearestNeighbours(_)
-        | Op::TransferLabels(_) => Widths::Full,
+        | Op::TransferLabels(_)
+        | Op::AllFinite(_) => Widths::Full,
     }
 }
 
@@ -137,5 +138,5 @@ fn half_tensor(graph: &mut Graph, like: Tensor) -> Tensor {
 }
 
 fn copy(from: Tensor, to: Tensor, phase: &'static str) -> Node {
-    Node { op: LinComb { coefs: vec![Coef::ONE] }.into(), inputs: vec![from], outputs: vec![to], phase }
+    Node { op: LinComb::new(vec![Coef::ONE]).into(), inputs: vec![from], outputs: vec![to], phase }
 }

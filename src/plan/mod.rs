@@ -6,6 +6,7 @@ mod arena;
 mod cost;
 mod fuse;
 mod graph;
+mod groups;
 mod half;
 
 pub use cost::{Cost, OperationCost, PhaseCost};
@@ -14,6 +15,7 @@ use crate::error::Result;
 use crate::ops::Op;
 use crate::tape::{Meta, Tape, Tensor};
 use graph::Graph;
+use std::ops::Range;
 
 /// How to build a plan.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +26,7 @@ pub struct PlanOptions {
     pub kernels: bool,
     /// Keep activations and their cotangents in 16 bits, in the device's half-width type.
     pub half: bool,
-    /// Run the work on branches in groups of this many, one group after the other; `None` takes all at a time.
+    /// Run the work on branches in groups of at most this many, one group after the other; `None` takes all at a time.
     pub group: Option<usize>,
 }
 
@@ -52,8 +54,27 @@ pub struct Buffer {
     pub meta: Meta,
     /// Its reals take 16 bits; only activations in the arena.
     pub half: bool,
-    /// Where it lives. Two buffers alive at the same time share a place only where an operation works in place.
+    /// The first branch that it holds; 0 for a shared tensor.
+    pub first: usize,
+    /// Number of branches that it holds; 1 for a shared tensor.
+    pub count: usize,
+    /// Where it lives: in the arena its own place, of a state or an input these branches. Two buffers alive at the same time share a place only where an operation works in place.
     pub place: Place,
+}
+
+impl Buffer {
+    /// Elements, over the branches that it holds.
+    pub fn elements(&self) -> usize {
+        self.meta.len() * self.count
+    }
+
+    /// Elements before its first one in its memory: the arena, the state or the input.
+    pub fn start(&self) -> usize {
+        match self.place {
+            Place::Arena(at) => at,
+            Place::State(_) | Place::Input(_) => self.first * self.meta.len(),
+        }
+    }
 }
 
 /// Operands and results of one execution of an operation: indices into [`Plan::buffers`].
@@ -65,6 +86,13 @@ pub struct Args {
     pub outputs: Vec<usize>,
 }
 
+impl Args {
+    /// Operands and results.
+    pub fn buffers(&self) -> impl Iterator<Item = &usize> {
+        self.inputs.iter().chain(&self.outputs)
+    }
+}
+
 /// One launch: an operation on one set of operands, or on several independent ones.
 #[derive(Clone, Debug)]
 pub struct Launch {
@@ -72,6 +100,8 @@ pub struct Launch {
     pub op: Op,
     /// The operand sets; only linear combinations have more than one.
     pub args: Vec<Args>,
+    /// The branches it works on. Every per-branch operand and result holds these and no others.
+    pub branches: Range<usize>,
     /// The phase of the step.
     pub phase: &'static str,
 }
@@ -90,7 +120,7 @@ pub struct Port {
 /// A plan. See the [module documentation](self).
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// M, the number of tensors a per-branch buffer holds.
+    /// M, the number of tensors that a per-branch state, input or output holds.
     pub branches: usize,
     /// All tensors.
     pub buffers: Vec<Buffer>,
@@ -120,22 +150,30 @@ impl Plan {
     /// or the bytes it moves exceed 64 bits.
     pub fn build(tape: &Tape, options: &PlanOptions) -> Result<Plan> {
         let mut graph = Graph::new(tape);
+        let groups = groups::ranges(tape.branches(), options.group);
+        if groups.len() > 1 {
+            groups::order(&mut graph)?;
+        }
         if options.fuse {
             fuse::fuse(&mut graph, options.kernels)?;
         }
-        graph.copy_old_states();
-        graph.copy_pending_assigns();
+        graph.remove_dead();
         if options.half {
             half::narrow(&mut graph);
         }
+        if groups.len() > 1 {
+            groups::divide(&mut graph, &groups)?;
+        }
+        graph.copy_old_states();
+        graph.copy_pending_assigns();
         graph.check()?;
         graph.check_size()?;
         if options.fuse && options.kernels {
             fuse::gather(&mut graph);
             graph.check()?;
         }
-        let groups = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
-        Ok(assemble(graph, groups))
+        let launches = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
+        Ok(assemble(graph, launches))
     }
 
     /// Bytes of all arenas when a real takes `real_bytes`.
@@ -160,11 +198,9 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
     let mut buffers = Vec::new();
     let mut buffer_of = |t: Tensor| {
         *index[t.index()].get_or_insert_with(|| {
-            buffers.push(Buffer {
-                meta: graph.metas[t.index()],
-                half: graph.half[t.index()],
-                place: layout.places[t.index()],
-            });
+            let (first, count) = graph.span(t);
+            let (meta, place) = (graph.metas[t.index()], layout.places[t.index()]);
+            buffers.push(Buffer { meta, half: graph.half[t.index()], first, count, place });
             buffers.len() - 1
         })
     };
@@ -179,7 +215,8 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
                     outputs: graph.nodes[n].outputs.iter().map(|t| buffer_of(*t)).collect(),
                 })
                 .collect();
-            Launch { op: first.op.clone(), args, phase: first.phase }
+            let branches = group.iter().find_map(|&n| graph.branches_of(&graph.nodes[n])).unwrap_or(0..graph.branches);
+            Launch { op: first.op.clone(), args, branches, phase: first.phase }
         })
         .collect();
     let mut ports = |named: &[crate::tape::Named], force: bool| -> Vec<Port> {

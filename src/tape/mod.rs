@@ -24,34 +24,47 @@ impl Tensor {
     }
 }
 
-/// A number that is multiplied in at run time: `factor`, times the runtime scalar of that name if there is one.
+/// A number that is multiplied in at run time: `factor`, times up to two runtime scalars.
 ///
 /// Runtime scalars (learning rate, η, γ, …) change from step to step while the plan stays the same.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Coef {
     /// Constant factor.
     pub factor: f64,
-    /// Index into [`Tape::scalars`], multiplied with `factor`.
-    pub scalar: Option<u32>,
+    /// Indices into [`Tape::scalars`], multiplied with `factor`.
+    pub scalars: [Option<u32>; 2],
 }
 
 impl Coef {
     /// The constant `factor`.
     pub fn constant(factor: f64) -> Self {
-        Coef { factor, scalar: None }
+        Coef { factor, scalars: [None; 2] }
     }
 
     /// The constant one.
-    pub const ONE: Coef = Coef { factor: 1.0, scalar: None };
+    pub const ONE: Coef = Coef { factor: 1.0, scalars: [None; 2] };
 
     /// `self · factor`.
     pub fn times(self, factor: f64) -> Self {
         Coef { factor: self.factor * factor, ..self }
     }
 
+    /// `self · other`.
+    ///
+    /// # Panics
+    /// When the product has more than two runtime scalars.
+    pub fn by(self, other: Coef) -> Self {
+        let scalars = match (self.scalars, other.scalars) {
+            (some, [None, None]) | ([None, None], some) => some,
+            ([one, None], [other, None]) => [one, other],
+            _ => panic!("a coefficient has at most two runtime scalars"),
+        };
+        Coef { factor: self.factor * other.factor, scalars }
+    }
+
     /// The value, given the values of the runtime scalars.
     pub fn value(self, scalars: &[f64]) -> f64 {
-        self.factor * self.scalar.map_or(1.0, |s| scalars[s as usize])
+        self.scalars.into_iter().flatten().fold(self.factor, |value, s| value * scalars[s as usize])
     }
 }
 
@@ -222,7 +235,7 @@ impl Tape {
             self.scalars.push(name.to_string());
             self.scalars.len() - 1
         });
-        Coef { factor: 1.0, scalar: Some(index as u32) }
+        Coef { factor: 1.0, scalars: [Some(index as u32), None] }
     }
 
     /// Lets the host read `t` by `name` after a run.
@@ -245,6 +258,20 @@ impl Tape {
             return Err(Error::shape("assign", format!("{} is assigned twice", self.states[id as usize].name)));
         }
         self.assigns.push((id, value));
+        Ok(())
+    }
+
+    /// Lets every state keep its value where `guard` `[1]` is 0 at the end of the run.
+    ///
+    /// # Errors
+    /// When `guard` is not a single shared value, or an assigned state is per-branch.
+    pub fn guard_assigns(&mut self, guard: Tensor) -> Result<()> {
+        for i in 0..self.assigns.len() {
+            let (id, value) = self.assigns[i];
+            let state = self.states[id as usize].tensor;
+            let none = Coef::constant(0.0);
+            self.assigns[i].1 = self.guarded_lin_comb(&[(none, state), (Coef::ONE, value)], guard)?;
+        }
         Ok(())
     }
 

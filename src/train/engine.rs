@@ -1,8 +1,9 @@
 //! The networks of a run on a device: their plans and states.
 
-use super::choice::{self, Method};
+use super::choice;
 use super::config::Config;
 use super::feed::Images;
+use super::loss_scale::{LossScale, Passes};
 use super::method::{Part, parts};
 use super::metrics::Phase;
 use super::prepare::LabelledSet;
@@ -56,6 +57,8 @@ pub struct StepOutcome {
     pub meta_loss: Option<f64>,
     /// Samples whose given label the training-mode forward predicted.
     pub correct: usize,
+    /// False when a gradient overflowed, so that all states kept their values.
+    pub taken: bool,
 }
 
 /// What the steps of a run need to know of its settings, as the plan takes it, with synthetic labels given from outside:
@@ -74,7 +77,8 @@ pub fn step_spec(config: &Config, model: ModelSpec) -> StepSpec {
         kl,
         alpha: config.alpha,
         mentor: false,
-        first_order: config.first_order || config.method == Method::MlntFirstOrder,
+        first_order: config.is_first_order(),
+        scaled: config.scaled(),
     }
 }
 
@@ -102,6 +106,8 @@ struct Step {
     id: PlanId,
     inputs: Vec<String>,
     scalars: Vec<String>,
+    scaled: bool,
+    passes: Passes,
 }
 
 /// What a step may read; each kind of step takes what it needs.
@@ -140,7 +146,16 @@ impl Engine {
             let plan = Plan::build(&phase.record(config, &model, mentor)?, &options)?;
             let inputs = plan.inputs.iter().map(|port| port.name.clone()).collect();
             let scalars = plan.scalars.clone();
-            steps.push(Step { phase, mentor, id: device.load(plan)?, inputs, scalars });
+            let scaled = plan.output("finite").is_some();
+            steps.push(Step {
+                phase,
+                mentor,
+                id: device.load(plan)?,
+                inputs,
+                scalars,
+                scaled,
+                passes: phase.passes(config),
+            });
         }
         let trained = parts.iter().flat_map(|part| part.phase.networks()).copied();
         let mentor = parts.iter().any(|part| part.before().is_some()).then_some(Network::Mentor);
@@ -225,12 +240,12 @@ impl Engine {
         self.device.stage(images, id, "x", crops)
     }
 
-    /// Begins a step of `part`; [`Engine::outcome`] waits for it.
+    /// Writes the inputs of the next step of `part`.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn begin(&mut self, part: &Part, inputs: StepInputs<'_>, scalars: StepScalars) -> Result<()> {
-        let Engine { device, kept, steps, .. } = self;
+    pub fn write(&mut self, part: &Part, inputs: StepInputs<'_>) -> Result<()> {
+        let Engine { device, steps, .. } = self;
         let step = find(steps, part)?;
         for name in &step.inputs {
             let values = match (name.as_str(), inputs.x) {
@@ -243,9 +258,44 @@ impl Engine {
             };
             device.write_input(step.id, name, values)?;
         }
+        Ok(())
+    }
+
+    /// Begins a step of `part` on the inputs that were written last; [`Engine::outcome`] waits for it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn begin(&mut self, part: &Part, scalars: StepScalars) -> Result<()> {
+        let Engine { device, kept, steps, .. } = self;
+        let step = find(steps, part)?;
         kept.scalars.clear();
         kept.scalars.extend(scalars.in_order(&step.scalars));
         device.run(step.id, &kept.scalars)
+    }
+
+    /// The scales of cotangents that the next step of `part`, whose inputs are written, calls for. It is not taken.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub(super) fn find_scale(&mut self, part: &Part, scalars: StepScalars) -> Result<LossScale> {
+        let passes = find(&self.steps, part)?.passes;
+        LossScale::find(passes, |scales| {
+            self.begin(part, StepScalars { scales, ..scalars })?;
+            self.was_finite(part)
+        })
+    }
+
+    /// Whether the gradients of the step of `part` that was begun last are finite; true where they are not scaled.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn was_finite(&mut self, part: &Part) -> Result<bool> {
+        let step = find(&self.steps, part)?;
+        if !step.scaled {
+            return Ok(true);
+        }
+        self.device.read_output_into(step.id, "finite", &mut self.kept.output)?;
+        Ok(self.kept.output[0] != 0.0)
     }
 
     /// What the step of `part` with labels `y` that was begun last has come to.
@@ -253,6 +303,7 @@ impl Engine {
     /// # Errors
     /// When the device fails.
     pub fn outcome(&mut self, part: &Part, y: &[i32]) -> Result<StepOutcome> {
+        let taken = self.was_finite(part)?;
         let id = find(&self.steps, part)?.id;
         let Engine { device, kept: Kept { output, losses, .. }, .. } = self;
         device.read_output_into(id, "class_loss", output)?;
@@ -267,7 +318,7 @@ impl Engine {
         let correct = rows().filter(|(logits, y)| argmax(logits) == **y as usize).count();
         losses.clear();
         losses.extend(rows().map(|(logits, y)| cross_entropy(logits, *y as usize) as f32));
-        Ok(StepOutcome { loss, meta_loss, correct })
+        Ok(StepOutcome { loss, meta_loss, correct, taken })
     }
 
     /// Cross entropy of the given label of each sample of the step whose outcome was read last, nats.

@@ -6,10 +6,11 @@
 use super::choice::{Method, Recipe};
 use super::config::Config;
 use super::engine::{Network, step_spec};
+use super::loss_scale::Passes;
 use super::metrics::Phase;
 use crate::error::Result;
 use crate::mlnt::{
-    CeSpec, Report, StepScalars, StepSpec, Synthetic, record_ce_step, record_filtered_ce_step, record_step,
+    CeSpec, Report, Scales, StepScalars, StepSpec, Synthetic, record_ce_step, record_filtered_ce_step, record_step,
 };
 use crate::model::ModelSpec;
 use crate::tape::Tape;
@@ -116,6 +117,15 @@ impl Phase {
         }
     }
 
+    /// The backward passes of its steps that have a scale of their own.
+    pub(super) fn passes(self, config: &Config) -> Passes {
+        match self {
+            Phase::CrossEntropy | Phase::Features | Phase::IterativeCe => Passes::Inner,
+            Phase::Mlnt if config.is_first_order() => Passes::FirstOrder,
+            Phase::Mlnt => Passes::Exact,
+        }
+    }
+
     /// Learning rate β in epoch `epoch` (from 0).
     pub fn lr_at(self, config: &Config, epoch: usize) -> f64 {
         if self == Phase::Features { config.feature_lr } else { config.lr_at(epoch) }
@@ -129,12 +139,15 @@ impl Phase {
     pub fn record(self, config: &Config, model: &ModelSpec, mentor: bool) -> Result<Tape> {
         let ce = |network: Network| {
             let Config { batch, momentum, weight_decay, .. } = *config;
-            record_ce_step(&CeSpec { model: model.clone(), batch, momentum, weight_decay }, network.owner())
+            record_ce_step(
+                &CeSpec { model: model.clone(), batch, momentum, weight_decay, scaled: config.scaled() },
+                network.owner(),
+            )
         };
         match self {
             Phase::CrossEntropy => ce(Network::Baseline),
             Phase::Features => ce(Network::Features),
-            Phase::IterativeCe => record_filtered_ce_step(model, config.batch),
+            Phase::IterativeCe => record_filtered_ce_step(model, config.batch, config.scaled()),
             Phase::Mlnt => {
                 let synthetic = Synthetic::Transfer { neighbours: config.neighbours };
                 let step = StepSpec { synthetic, mentor, ..step_spec(config, model.clone()) };
@@ -153,6 +166,7 @@ impl Phase {
             eta: config.eta_at(at.progress),
             gamma: config.gamma_at(at.epoch),
             lambda: config.lambda_at(at.progress),
+            scales: Scales::NONE,
         };
         let joint = self == Phase::Mlnt && config.recipe == Recipe::Released;
         if at.kept || joint { scalars } else { scalars.without_sgd() }

@@ -51,6 +51,10 @@ pub struct EpochRecord {
     pub kept: Option<usize>,
     /// Batches of this epoch of which nothing was kept; `None` outside the iterations.
     pub skipped: Option<usize>,
+    /// Steps of this epoch that were not taken because a gradient overflowed f16, after which the scales of the cotangents
+    /// were lowered; `None` in other precisions.
+    #[serde(default)]
+    pub overflows: Option<usize>,
 }
 
 /// A finished iteration, a line of `iterations.jsonl`.

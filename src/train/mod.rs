@@ -11,6 +11,7 @@ pub mod event_file;
 pub mod feed;
 pub mod filter;
 pub mod given;
+mod loss_scale;
 pub mod method;
 pub mod metrics;
 pub mod open_device;

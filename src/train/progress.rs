@@ -4,6 +4,7 @@ use super::checkpoint::{Checkpoint, NamedTensor, TensorData, TensorSpec, match_t
 use super::config::Config;
 use super::engine::{Engine, Network};
 use super::filter::Filter;
+use super::loss_scale::LossScale;
 use super::method::parts;
 use super::snapshot::{Best, Snapshot};
 use crate::device::{HostSlice, HostVec};
@@ -23,6 +24,8 @@ pub struct EpochSums {
     pub correct: f64,
     /// Batches of which nothing was kept.
     pub skipped: f64,
+    /// Steps that were not taken because their gradients overflowed.
+    pub overflows: f64,
 }
 
 /// The next step of a run.
@@ -49,12 +52,15 @@ pub struct Progress {
     pub losses: Vec<f32>,
     /// The best network of this iteration so far.
     pub best: Option<Best>,
+    /// Scales of this part's cotangents, once its first step has found them.
+    pub loss_scale: Option<LossScale>,
 }
 
 impl Progress {
     /// The first step of a run on `n` training samples.
     pub fn start(n: usize) -> Self {
-        Progress { position: Position::default(), filter: Filter::all(n), losses: vec![f32::NAN; n], best: None }
+        let (position, filter, losses) = (Position::default(), Filter::all(n), vec![f32::NAN; n]);
+        Progress { position, filter, losses, best: None, loss_scale: None }
     }
 }
 
@@ -66,6 +72,7 @@ struct Meta {
     epoch: usize,
     step: usize,
     best: Option<BestMeta>,
+    loss_scale: Option<LossScale>,
     lines: LineLengths,
     fingerprint: String,
 }
@@ -106,7 +113,7 @@ pub struct LineLengths {
 /// # Errors
 /// [`Error::Io`]; errors of the device.
 pub fn save(path: &Path, engine: &Engine, config: &Config, progress: &Progress, lines: LineLengths) -> Result<()> {
-    let Progress { position, filter, losses, best } = progress;
+    let Progress { position, filter, losses, best, loss_scale } = progress;
     let mut tensors = Vec::new();
     for (name, meta) in engine.device().states() {
         let data = match engine.device().read_state(&name)? {
@@ -119,8 +126,8 @@ pub fn save(path: &Path, engine: &Engine, config: &Config, progress: &Progress, 
     let mut vector = |name: &str, data: TensorData| {
         tensors.push(NamedTensor { name: name.into(), shape: vec![data.len()], data });
     };
-    let EpochSums { loss, meta_loss, correct, skipped } = position.sums;
-    vector(SUMS, TensorData::F64(vec![loss, meta_loss, correct, skipped]));
+    let EpochSums { loss, meta_loss, correct, skipped, overflows } = position.sums;
+    vector(SUMS, TensorData::F64(vec![loss, meta_loss, correct, skipped, overflows]));
     vector(KEEP, TensorData::U8(filter.marks().iter().map(|keep| u8::from(*keep)).collect()));
     if position.step > 0 {
         vector(LOSSES, TensorData::F32(losses.clone()));
@@ -134,6 +141,7 @@ pub fn save(path: &Path, engine: &Engine, config: &Config, progress: &Progress, 
         epoch: position.epoch,
         step: position.step,
         best: best.as_ref().map(|best| BestMeta { network: best.network, epoch: best.epoch }),
+        loss_scale: *loss_scale,
         lines,
         fingerprint: config.fingerprint()?,
     };
@@ -153,7 +161,7 @@ pub fn load(path: &Path, engine: &mut Engine, config: &Config, n: usize) -> Resu
     let mut expected: Vec<TensorSpec> = engine.device().states().into_iter().map(state).collect();
     let states = expected.len();
     let vector = |name: &str, len, dtype| TensorSpec { name: name.into(), shape: vec![len], dtype };
-    expected.extend([vector(SUMS, 4, Dtype::F64), vector(KEEP, n, Dtype::U8)]);
+    expected.extend([vector(SUMS, 5, Dtype::F64), vector(KEEP, n, Dtype::U8)]);
     if meta.step > 0 {
         expected.push(vector(LOSSES, n, Dtype::F32));
     }
@@ -180,13 +188,15 @@ pub fn load(path: &Path, engine: &mut Engine, config: &Config, n: usize) -> Resu
     }
     let mut progress = Progress::start(n);
     progress.position = Position { part: meta.phase, epoch: meta.epoch, step: meta.step, sums: EpochSums::default() };
+    progress.loss_scale = meta.loss_scale;
     let mut accuracy = 0.0;
     let rest: Vec<NamedTensor> = tensors.collect();
     let (own, best): (Vec<NamedTensor>, Vec<NamedTensor>) = rest.into_iter().partition(|t| !t.name.starts_with(BEST));
     for tensor in own {
         match (tensor.name.as_str(), tensor.data) {
             (SUMS, TensorData::F64(v)) => {
-                progress.position.sums = EpochSums { loss: v[0], meta_loss: v[1], correct: v[2], skipped: v[3] };
+                let [loss, meta_loss, correct, skipped, overflows] = [v[0], v[1], v[2], v[3], v[4]];
+                progress.position.sums = EpochSums { loss, meta_loss, correct, skipped, overflows };
             }
             (KEEP, TensorData::U8(v)) => progress.filter = Filter::of(v.into_iter().map(|keep| keep != 0).collect()),
             (LOSSES, TensorData::F32(v)) => progress.losses = v,

@@ -184,6 +184,7 @@ impl Run {
             }
             self.finish(part)?;
             self.progress.position = Position { part: at.part + 1, ..Position::default() };
+            self.progress.loss_scale = None;
         }
         self.save()?;
         self.export(&parts, steps)?;
@@ -263,22 +264,39 @@ impl Run {
             let ranks = draw_ranks(k, config.neighbours, replaced, config.branches, &mut rng);
             let moment = Moment { epoch, progress: epoch as f64 + step as f64 / steps as f64, kept };
             let inputs = StepInputs { x: feed.images(), y: &y, class_weight: &class_weight, ranks: &ranks };
-            self.engine.begin(part, inputs, part.phase.scalars(&config, moment))?;
+            let mut scalars = part.phase.scalars(&config, moment);
+            self.engine.write(part, inputs)?;
+            if config.scaled() {
+                let found = self.progress.loss_scale.map_or_else(|| self.engine.find_scale(part, scalars), Ok)?;
+                self.progress.loss_scale = Some(found);
+                scalars.scales = found.scales();
+            }
+            self.engine.begin(part, scalars)?;
             if step + 1 < steps {
                 // While the device works.
                 feed.prepare(&mut self.engine, part, drawn, ids(step + 1))?;
             }
             let outcome = self.engine.outcome(part, &y)?;
-            self.check_finite(part, step, &outcome)?;
-            let Progress { position, losses, .. } = &mut self.progress;
-            position.sums.loss += outcome.loss;
-            position.sums.meta_loss += outcome.meta_loss.unwrap_or(0.0);
-            position.sums.correct += outcome.correct as f64;
-            position.sums.skipped += f64::from(u8::from(!kept));
-            position.step += 1;
-            for (id, loss) in ids(step).iter().zip(self.engine.sample_losses()) {
-                losses[*id as usize] = *loss;
+            if !outcome.taken {
+                let inner = outcome.meta_loss.is_none_or(|loss| !loss.is_finite());
+                self.progress.position.sums.overflows += 1.0;
+                self.progress.loss_scale = self.progress.loss_scale.and_then(|scale| scale.lowered(inner));
+                if self.progress.loss_scale.is_none() {
+                    let what = "gradients are not finite any more, whatever their scale";
+                    return Err(self.diverged(part, step + 1, what));
+                }
+            } else {
+                self.check_finite(part, step, &outcome)?;
+                let Progress { position: Position { sums, .. }, losses, .. } = &mut self.progress;
+                sums.loss += outcome.loss;
+                sums.meta_loss += outcome.meta_loss.unwrap_or(0.0);
+                sums.correct += outcome.correct as f64;
+                sums.skipped += f64::from(u8::from(!kept));
+                for (id, loss) in ids(step).iter().zip(self.engine.sample_losses()) {
+                    losses[*id as usize] = *loss;
+                }
             }
+            self.progress.position.step += 1;
             observer.step(&outcome);
             if observer.wants_stop() && self.progress.position.step < steps {
                 self.check_networks(part)?;
@@ -354,7 +372,9 @@ impl Run {
     }
 
     fn evaluate(&mut self, part: &Part, steps: usize) -> Result<EpochRecord> {
-        let Position { epoch, sums: EpochSums { loss, meta_loss, correct, skipped }, .. } = self.progress.position;
+        let Position { epoch, sums, .. } = self.progress.position;
+        let EpochSums { loss, meta_loss, correct, skipped, overflows } = sums;
+        let taken = steps as f64 - overflows;
         let Prepared { validation, test, normalise, .. } = &self.data;
         let mut accuracies = [[None; 2]; 2];
         for (network, accuracy) in part.phase.networks().iter().zip(&mut accuracies) {
@@ -369,15 +389,16 @@ impl Run {
             epoch: epoch + 1,
             lr: part.phase.lr_at(&self.config, epoch),
             eta: if mlnt { self.config.eta_at(epoch as f64 + 1.0) } else { 0.0 },
-            train_loss: loss / (steps as f64 - skipped).max(1.0),
-            meta_loss: mlnt.then_some(meta_loss / steps as f64),
-            train_accuracy: correct / (steps * self.config.batch) as f64,
+            train_loss: loss / (taken - skipped).max(1.0),
+            meta_loss: mlnt.then_some(meta_loss / taken.max(1.0)),
+            train_accuracy: correct / (taken.max(1.0) * self.config.batch as f64),
             val_accuracy: val,
             test_accuracy: test,
             teacher_val_accuracy: teacher_val,
             teacher_test_accuracy: teacher_test,
             kept: part.before().map(|_| self.progress.filter.kept()),
             skipped: part.iteration.map(|_| skipped as usize),
+            overflows: self.config.scaled().then_some(overflows as usize),
         })
     }
 

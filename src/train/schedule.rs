@@ -1,5 +1,6 @@
 //! What changes during an iteration: learning rate, η, λ and γ as pure functions of the settings and the progress.
 
+use super::choice::{Method, Precision};
 use super::config::Config;
 
 impl Config {
@@ -13,6 +14,16 @@ impl Config {
     /// `η·exp(−5(1−u)²)` with `u = progress / eta_ramp`, at most 1 (the paper's ramp).
     pub fn eta_at(&self, progress: f64) -> f64 {
         self.eta * ramp(progress, self.eta_ramp)
+    }
+
+    /// Whether the meta-gradient leaves out its second-order term.
+    pub fn is_first_order(&self) -> bool {
+        self.first_order || self.method == Method::MlntFirstOrder
+    }
+
+    /// Whether cotangents are scaled: where they are kept in f16.
+    pub fn scaled(&self) -> bool {
+        self.precision == Precision::F16
     }
 
     /// Share λ of the teacher in the target after `progress` epochs: grows as η does, over `lambda_ramp` epochs.

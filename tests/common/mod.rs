@@ -3,7 +3,7 @@
 
 use mlnt::device::cpu::{Cpu, Real};
 use mlnt::device::{Device, HostVec, PlanId};
-use mlnt::mlnt::{KlScale, Recipe, Report, StepScalars, StepSpec, Synthetic, record_step};
+use mlnt::mlnt::{KlScale, Recipe, Report, Scales, StepScalars, StepSpec, Synthetic, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::rng::{Purpose, below, normal, stream};
@@ -91,6 +91,7 @@ pub fn step_spec(model: ModelSpec, batch: usize, branches: usize, recipe: Recipe
         alpha: 0.1,
         mentor: false,
         first_order,
+        scaled: false,
     }
 }
 
@@ -123,9 +124,21 @@ pub fn load_step_on<D: Device>(device: D, spec: &StepSpec, report: Report, fuse:
     load_plan_on(device, spec, Plan::build(&tape, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap())
 }
 
+pub fn load_planned<D: Device>(device: D, spec: &StepSpec, report: Report, options: &PlanOptions) -> LoadedStep<D> {
+    load_plan_on(device, spec, Plan::build(&record_step(spec, report).unwrap(), options).unwrap())
+}
+
 /// Loads a plan of the step.
 pub fn load_plan_on<D: Device>(mut device: D, spec: &StepSpec, plan: Plan) -> LoadedStep<D> {
-    let scalars = StepScalars { lr: 0.1, momentum: 0.9, weight_decay: 1e-3, eta: 0.3, gamma: 0.99, lambda: 0.5 };
+    let scalars = StepScalars {
+        lr: 0.1,
+        momentum: 0.9,
+        weight_decay: 1e-3,
+        eta: 0.3,
+        gamma: 0.99,
+        lambda: 0.5,
+        scales: Scales::NONE,
+    };
     let scalars = scalars.in_order(&plan.scalars).collect();
     let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());
     let id = device.load(plan).unwrap();

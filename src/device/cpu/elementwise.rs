@@ -64,6 +64,11 @@ pub(super) fn lin_comb<'a, T: Real>(
     });
 }
 
+/// Whether all elements of all `branches` are finite.
+pub(super) fn all_finite<T: Real>(x: View<'_, T>, branches: usize) -> bool {
+    (0..if x.branched() { branches } else { 1 }).all(|m| x.branch(m).iter().all(|v| v.is_finite()))
+}
+
 /// `out = x` where `reference > 0`, else 0; summed over `sum_over` branches.
 pub(super) fn mask<T: Real>(x: View<'_, T>, reference: View<'_, T>, sum_over: usize, out: Out<'_, T>) {
     pieces(out.branches(), out.len, |m, range| {

@@ -27,7 +27,7 @@ pub(super) fn workspace<T>(plan: &Plan) -> usize {
     let need = |launch: &Launch| match &launch.op {
         Op::Conv(conv) => {
             let [_, weights, out] = conv_metas(plan, &launch.args[0]);
-            conv::workspace::<T>(conv, &weights, &out, plan.branches)
+            conv::workspace::<T>(conv, &weights, &out, launch.branches.len())
         }
         _ => 0,
     };
@@ -39,7 +39,7 @@ pub(super) fn scratch<T>(plan: &Plan, layouts: &HashMap<Conv, conv::Layout>) -> 
     let need = |launch: &Launch| match &launch.op {
         Op::Conv(conv) => {
             let [src, _, out] = conv_metas(plan, &launch.args[0]);
-            conv::scratch::<T>(conv, &layouts[conv], &src, &out, plan.branches)
+            conv::scratch::<T>(conv, &layouts[conv], &src, &out, launch.branches.len())
         }
         Op::Softmax(_) | Op::SoftmaxJvp(_) | Op::CeLoss(_) | Op::CeGrad(_) | Op::KlLoss(_) | Op::KlGrad(_) => {
             head(&plan.buffers[launch.args[0].inputs[0]].meta).scratch()
@@ -69,12 +69,13 @@ fn head(logits: &Meta) -> Head {
 /// Runs one launch on the thread pool of the caller.
 pub(super) fn run<T: Real>(context: &Context<'_, T>, launch: &Launch, work: &mut [T]) {
     for args in &launch.args {
-        run_args(context, &launch.op, args, work);
+        run_args(context, launch, args, work);
     }
 }
 
-fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut [T]) {
+fn run_args<T: Real>(context: &Context<'_, T>, launch: &Launch, args: &Args, work: &mut [T]) {
     let Context { plan, memory, scalars, layouts } = context;
+    let branches = launch.branches.len();
     let input = |i: usize| &plan.buffers[args.inputs[i]];
     let output = |i: usize| &plan.buffers[args.outputs[i]];
     // SAFETY (all four): the run has the device to itself and launches one after the other, and `check::check` has found no
@@ -87,18 +88,18 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
 
     let channels = |meta: &Meta| meta.dims[1];
     let branched = args.inputs.iter().any(|&b| plan.buffers[b].meta.per_branch);
-    let live = if branched { plan.branches } else { 1 };
+    let live = if branched { branches } else { 1 };
     // Branches that a shared first result sums over.
     let sum_over = if output(0).meta.per_branch { 1 } else { live };
 
-    match op {
+    match &launch.op {
         Op::Conv(op) => {
             let start = match args.inputs.len() {
                 2 => Start::Zero,
                 _ if input(2).place == output(0).place => Start::InPlace,
                 _ => Start::From(real(2)),
             };
-            conv::run(op, &layouts[op], plan.branches, real(0), real(1), start, out(0), work);
+            conv::run(op, &layouts[op], branches, real(0), real(1), start, out(0), work);
         }
         Op::BnForward(op) => {
             let ins = [real(0), real(1), real(2)];
@@ -111,12 +112,12 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
         Op::BnBackward(op) => {
             let ins = [real(0), real(1), real(2), real(3), real(4)];
             let y = op.relu.then(|| real(5));
-            batch_norm::backward(plan.branches, ins, y, [out(0), out(1), out(2)], channels(&input(0).meta));
+            batch_norm::backward(branches, ins, y, [out(0), out(1), out(2)], channels(&input(0).meta));
         }
         Op::BnDoubleBackward(op) => {
             let ins = [real(0), real(1), real(2), real(3), real(4), real(5), real(6), real(7)];
             let y = op.relu.then(|| real(8));
-            batch_norm::double_backward(plan.branches, ins, y, [out(0), out(1), out(2)], channels(&input(0).meta));
+            batch_norm::double_backward(branches, ins, y, [out(0), out(1), out(2)], channels(&input(0).meta));
         }
         Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
             unreachable!("refused when the plan was loaded")
@@ -124,12 +125,23 @@ fn run_args<T: Real>(context: &Context<'_, T>, op: &Op, args: &Args, work: &mut 
         Op::Relu(_) => elementwise::relu(real(0), out(0)),
         Op::Mask(_) => elementwise::mask(real(0), real(1), sum_over, out(0)),
         Op::LinComb(op) => {
+            if op.guarded && real(op.coefs.len()).branch(0)[0] == T::zero() {
+                if input(0).place != output(0).place {
+                    elementwise::lin_comb(1, |_| (T::one(), Term::Of(real(0))), 1, out(0));
+                }
+                return;
+            }
             let term = |i: usize| match input(i).place == output(0).place {
                 true => Term::InPlace,
                 false => Term::Of(real(i)),
             };
             let terms = |i: usize| (T::of(op.coefs[i].value(scalars)), term(i));
             elementwise::lin_comb(op.coefs.len(), terms, sum_over, out(0));
+        }
+        Op::AllFinite(_) => {
+            let all = (0..args.inputs.len()).all(|i| elementwise::all_finite(real(i), live));
+            // SAFETY: the launch has the result to itself.
+            unsafe { out(0).all() }.fill(if all { T::one() } else { T::zero() });
         }
         Op::Fill(op) => {
             // SAFETY: the launch has the result to itself.

@@ -6,7 +6,6 @@ use crate::device::shortage::shortage;
 use crate::device::states::State;
 use crate::error::Result;
 use crate::plan::{Buffer, Place};
-use crate::tape::Meta;
 
 /// Values a launch reads: one branch, or M.
 #[derive(Clone, Copy)]
@@ -149,17 +148,16 @@ pub(super) struct Memory<'a, T> {
     pub positions: &'a [Option<usize>],
     /// Of the plan.
     pub inputs: &'a [Input<T>],
-    pub branches: usize,
 }
 
 impl<'a, T: Real> Memory<'a, T> {
-    fn sizes(&self, meta: &Meta) -> (usize, usize) {
-        (meta.len(), meta.total(self.branches))
+    fn sizes(buffer: &Buffer) -> (usize, usize) {
+        (buffer.meta.len(), buffer.elements())
     }
 
-    fn real(&self, place: Place) -> *mut T {
-        match place {
-            Place::Arena(at) => self.reals.address().wrapping_add(at),
+    fn real(&self, buffer: &Buffer) -> *mut T {
+        let memory = match buffer.place {
+            Place::Arena(_) => self.reals.address(),
             Place::State(i) => match self.positions[i] {
                 Some(position) => self.states[position].data.address(),
                 None => unreachable!("a launch has a state that the plan does not touch"),
@@ -168,7 +166,8 @@ impl<'a, T: Real> Memory<'a, T> {
                 Input::Reals(block) => block.address(),
                 _ => unreachable!("a launch reads labels, or what the plan does not touch, as reals"),
             },
-        }
+        };
+        memory.wrapping_add(buffer.start())
     }
 
     /// A buffer of reals to read.
@@ -176,9 +175,9 @@ impl<'a, T: Real> Memory<'a, T> {
     /// # Safety
     /// The buffer belongs to the plan this memory was made for, and no slice that is written overlaps it.
     pub unsafe fn read(&self, buffer: &Buffer) -> View<'a, T> {
-        let (len, total) = self.sizes(&buffer.meta);
+        let (len, total) = Self::sizes(buffer);
         // SAFETY: `load` sized every block for the plan; aliasing is the caller's promise.
-        View { data: unsafe { std::slice::from_raw_parts(self.real(buffer.place), total) }, len }
+        View { data: unsafe { std::slice::from_raw_parts(self.real(buffer), total) }, len }
     }
 
     /// A buffer of indices to read.
@@ -186,9 +185,9 @@ impl<'a, T: Real> Memory<'a, T> {
     /// # Safety
     /// As [`Memory::read`].
     pub unsafe fn read_indices(&self, buffer: &Buffer) -> View<'a, i32> {
-        let (len, total) = self.sizes(&buffer.meta);
-        let at = match buffer.place {
-            Place::Arena(at) => self.indices.address().wrapping_add(at),
+        let (len, total) = Self::sizes(buffer);
+        let memory = match buffer.place {
+            Place::Arena(_) => self.indices.address(),
             Place::Input(i) => match &self.inputs[i] {
                 Input::Indices(block) => block.address(),
                 _ => unreachable!("a launch reads reals, or what the plan does not touch, as labels"),
@@ -196,7 +195,7 @@ impl<'a, T: Real> Memory<'a, T> {
             Place::State(_) => unreachable!("states are reals"),
         };
         // SAFETY: as above.
-        View { data: unsafe { std::slice::from_raw_parts(at, total) }, len }
+        View { data: unsafe { std::slice::from_raw_parts(memory.wrapping_add(buffer.start()), total) }, len }
     }
 
     /// A buffer of reals to write.
@@ -204,8 +203,8 @@ impl<'a, T: Real> Memory<'a, T> {
     /// # Safety
     /// The buffer belongs to the plan this memory was made for, and nothing else reads or writes it meanwhile.
     pub unsafe fn write(&self, buffer: &Buffer) -> Out<'a, T> {
-        let (len, total) = self.sizes(&buffer.meta);
-        Out { data: self.real(buffer.place), total, len, life: std::marker::PhantomData }
+        let (len, total) = Self::sizes(buffer);
+        Out { data: self.real(buffer), total, len, life: std::marker::PhantomData }
     }
 
     /// A buffer of indices to write.
@@ -213,7 +212,7 @@ impl<'a, T: Real> Memory<'a, T> {
     /// # Safety
     /// As [`Memory::write`].
     pub unsafe fn write_indices(&self, buffer: &Buffer) -> Out<'a, i32> {
-        let (len, total) = self.sizes(&buffer.meta);
+        let (len, total) = Self::sizes(buffer);
         let Place::Arena(at) = buffer.place else { unreachable!("indices are written to the arena") };
         Out { data: self.indices.address().wrapping_add(at), total, len, life: std::marker::PhantomData }
     }

@@ -128,7 +128,6 @@ impl<T: Real> Cpu<T> {
             states: self.states.list(),
             positions: &loaded.states,
             inputs: &loaded.inputs,
-            branches: loaded.plan.branches,
         };
         let work = self.work.slice_mut();
         let context = launch::Context { plan: &loaded.plan, memory, scalars, layouts: &loaded.layouts };

@@ -10,13 +10,24 @@ use std::collections::{HashMap, HashSet};
 ///
 /// What is written straight into a state stays behind all that reads the state.
 pub(in crate::plan) fn gather(graph: &mut Graph) {
-    let (uses, producers) = (graph.uses(), graph.producers());
-    let mut needs: Vec<Vec<usize>> =
-        graph.nodes.iter().map(|node| node.inputs.iter().filter_map(|t| producers[t.index()]).collect()).collect();
+    let uses = graph.uses();
+    // By memory: of what several nodes make in parts, a reader waits for all that came before it.
+    let mut makers: Vec<Vec<usize>> = vec![Vec::new(); graph.metas.len()];
+    for (n, node) in graph.nodes.iter().enumerate() {
+        node.outputs.iter().for_each(|t| makers[graph.root(*t).index()].push(n));
+    }
+    let before = |n: usize, t: &Tensor| makers[graph.root(*t).index()].iter().copied().filter(move |maker| *maker < n);
+    let mut needs: Vec<Vec<usize>> = graph
+        .nodes
+        .iter()
+        .enumerate()
+        .map(|(n, node)| node.inputs.iter().flat_map(|t| before(n, t)).collect())
+        .collect();
     for (state, value) in &graph.assigns {
-        let Some(n) = producers[value.index()] else { continue };
         let old = graph.states[*state as usize].tensor;
-        needs[n].extend(uses[old.index()].iter().map(|u| u.0).filter(|&reader| reader != n));
+        for &n in &makers[graph.root(*value).index()] {
+            needs[n].extend(uses[old.index()].iter().map(|u| u.0).filter(|&reader| reader != n));
+        }
     }
     let waits = |node: &Node| {
         let small = |t: &Tensor| graph.metas[t.index()].kind != Kind::Activation;
@@ -56,6 +67,8 @@ pub(in crate::plan) fn gather(graph: &mut Graph) {
 /// Neighbouring linear combinations with the same coefficients and no dependence on one another form one launch.
 pub(in crate::plan) fn group_lin_combs(graph: &Graph) -> Vec<Vec<usize>> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
+    // The branches that the last group works on.
+    let mut branches = None;
     // The state that a node's result is written into: nobody else in the same launch may read it.
     let written_into: HashMap<Tensor, Tensor> =
         graph.assigns.iter().map(|(state, value)| (*value, graph.states[*state as usize].tensor)).collect();
@@ -63,11 +76,18 @@ pub(in crate::plan) fn group_lin_combs(graph: &Graph) -> Vec<Vec<usize>> {
     let (mut reads, mut writes): (HashSet<Tensor>, HashSet<Tensor>) = (HashSet::new(), HashSet::new());
     for (n, node) in graph.nodes.iter().enumerate() {
         let written = written_into.get(&node.outputs[0]);
+        let range = graph.branches_of(node);
         let joins = groups.last().is_some_and(|group| {
             let head = &graph.nodes[group[0]];
+            let guard = |node: &Node| match &node.op {
+                Op::LinComb(op) if op.guarded => node.inputs.last().copied(),
+                _ => None,
+            };
             matches!(node.op, Op::LinComb(_))
                 && node.op == head.op
+                && guard(node) == guard(head)
                 && node.phase == head.phase
+                && (range.is_none() || branches.is_none() || range == branches)
                 && !node.inputs.iter().any(|t| writes.contains(t))
                 && !written.is_some_and(|t| reads.contains(t))
         });
@@ -75,9 +95,11 @@ pub(in crate::plan) fn group_lin_combs(graph: &Graph) -> Vec<Vec<usize>> {
             Some(group) if joins => group.push(n),
             _ => {
                 groups.push(vec![n]);
+                branches = None;
                 (reads, writes) = (HashSet::new(), HashSet::new());
             }
         }
+        branches = branches.or(range);
         reads.extend(&node.inputs);
         writes.extend(written.into_iter().chain([&node.outputs[0]]));
     }

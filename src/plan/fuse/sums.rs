@@ -28,7 +28,7 @@ pub(super) fn accumulate(graph: &mut Graph) {
         if prefix.len() > 1 {
             let Some(after) = prefix.iter().filter_map(|t| producers[t.index()]).max() else { continue };
             base = graph.tensor(graph.metas[result.index()]);
-            let op = LinComb { coefs: vec![Coef::ONE; prefix.len()] }.into();
+            let op = LinComb::new(vec![Coef::ONE; prefix.len()]).into();
             let phase = graph.nodes[n].phase;
             partial.push((after, Node { op, inputs: prefix.to_vec(), outputs: vec![base], phase }));
         }
@@ -81,17 +81,16 @@ pub(super) fn flatten(graph: &mut Graph) {
         // Not where it was if another sum has been merged into the outer one.
         let Some(at) = graph.nodes[*outer].inputs.iter().position(|i| *i == t) else { continue };
         let factor = into.coefs[at];
-        let single = factor.scalar.is_none() || coefs.iter().all(|c| c.scalar.is_none());
-        if meta.kind == Kind::Activation || !alike || !single {
+        let scalars = |c: &Coef| c.scalars.iter().flatten().count();
+        let fit = coefs.iter().all(|c| scalars(c) + scalars(&factor) <= 2);
+        if meta.kind == Kind::Activation || !alike || !fit || op.guarded || into.guarded {
             continue;
         }
-        let scaled =
-            coefs.iter().map(|c| Coef { factor: c.factor * factor.factor, scalar: c.scalar.or(factor.scalar) });
         let mut all = into.coefs.clone();
-        all.splice(at..=at, scaled);
+        all.splice(at..=at, coefs.iter().map(|c| c.by(factor)));
         let terms = inner.inputs.clone();
         let outer = &mut graph.nodes[*outer];
-        outer.op = LinComb { coefs: all }.into();
+        outer.op = LinComb::new(all).into();
         outer.inputs.splice(at..=at, terms);
     }
 }

@@ -85,9 +85,10 @@ struct LinCombParams {
     terms: Address,
     pieces: Address,
     coefs: Address,
+    guard: Address,
     count: i64,
 }
-const _: () = assert!(size_of::<LinCombParams>() == 40);
+const _: () = assert!(size_of::<LinCombParams>() == 48);
 
 /// `Σ_i c_i x_i` for several sets of operands with the same coefficients, in one launch.
 pub(super) fn lin_comb(lowering: &mut Lowering<'_>, op: &LinComb, sets: &[Args]) -> Result<()> {
@@ -100,7 +101,7 @@ pub(super) fn lin_comb(lowering: &mut Lowering<'_>, op: &LinComb, sets: &[Args])
     let storage = lowering.any_storage(&sets.iter().flat_map(touched).collect::<Vec<_>>());
     for (s, args) in sets.iter().enumerate() {
         let (y, live) = (lowering.output(args, 0), lowering.live_branches(args));
-        let operands: Vec<_> = (0..args.inputs.len()).map(|i| lowering.input(args, i)).collect();
+        let operands: Vec<_> = (0..op.coefs.len()).map(|i| lowering.input(args, i)).collect();
         let (mut branches, mut len) = (y.branches(lowering.branches()), y.len());
         if operands.iter().all(|x| x.branch == y.branch) {
             // Branches lie one after the other everywhere: the set is one long tensor.
@@ -123,11 +124,14 @@ pub(super) fn lin_comb(lowering: &mut Lowering<'_>, op: &LinComb, sets: &[Args])
             pieces.extend((0..count).map(|chunk| LinCombPiece { set, chunk }));
         }
     }
+    // All sets of a launch have the same guard.
+    let guard = lowering.optional_input(&sets[0], op.coefs.len()).map_or(Address::NULL, |guard| guard.at);
     let params = LinCombParams {
         sets: lowering.table(&table),
         terms: lowering.table(&terms),
         pieces: if pieces.is_empty() { Address::NULL } else { lowering.table(&pieces) },
         coefs: lowering.coefs(&op.coefs),
+        guard,
         count: op.coefs.len() as i64,
     };
     lowering.push(stored!(storage, "lin_comb"), &params, [blocks, 1, 1], THREADS, 0);

@@ -5,6 +5,7 @@
 mod batch_norm;
 mod conv;
 mod elementwise;
+mod finite;
 mod neighbours;
 mod pool;
 mod rows;
@@ -137,6 +138,8 @@ pub(super) struct Lowering<'a> {
     /// Operand type of convolutions.
     pub operands: Operands,
     out: Lowered,
+    /// Number of branches of the present launch.
+    branches: usize,
     scratch: usize,
     counters: usize,
     label: String,
@@ -149,13 +152,15 @@ impl<'a> Lowering<'a> {
     /// When an operation has sizes that its kernels cannot take, or the plan holds reals of 16 bits and `operands` have more.
     pub fn run(plan: &'a Plan, bases: &'a Bases, operands: Operands) -> Result<Lowered> {
         let out = Lowered::default();
-        let mut lowering = Lowering { plan, bases, operands, out, scratch: 0, counters: 0, label: String::new() };
+        let mut lowering =
+            Lowering { plan, bases, operands, out, branches: 1, scratch: 0, counters: 0, label: String::new() };
         if plan.arena_halves > 0 && lowering.half_storage() == Storage::F32 {
             let what = format!("a plan that keeps activations in 16 bits needs f16 or bf16, not {}", operands.name());
             return Err(Error::usage(what));
         }
         for launch in &plan.launches {
             (lowering.scratch, lowering.counters) = (0, 0);
+            lowering.branches = launch.branches.len();
             if let Op::LinComb(op) = &launch.op {
                 // Independent combinations with the same coefficients are one launch.
                 lowering.set_label(&launch.op, &launch.args[0]);
@@ -192,6 +197,7 @@ impl<'a> Lowering<'a> {
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),
             Op::LinComb(op) => elementwise::lin_comb(self, op, std::slice::from_ref(args)),
+            Op::AllFinite(_) => finite::all_finite(self, args),
             Op::Fill(op) => elementwise::fill(self, op, args),
             Op::ChannelSum(_) => elementwise::channel_sum(self, args),
             Op::ChannelBroadcast(_) => elementwise::channel_broadcast(self, args),
@@ -209,14 +215,14 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    /// M.
+    /// Branches that the present launch works on: what each of its per-branch tensors holds.
     pub fn branches(&self) -> usize {
-        self.plan.branches
+        self.branches
     }
 
-    /// Branches that an operation runs over: M if any operand is per-branch, else 1.
+    /// Branches that an operation runs over: those of the launch if any operand is per-branch, else 1.
     pub fn live_branches(&self, args: &Args) -> usize {
-        if args.inputs.iter().any(|&b| self.plan.buffers[b].meta.per_branch) { self.plan.branches } else { 1 }
+        if args.inputs.iter().any(|&b| self.plan.buffers[b].meta.per_branch) { self.branches } else { 1 }
     }
 
     /// Operand `i`.
@@ -236,13 +242,14 @@ impl<'a> Lowering<'a> {
 
     fn operand(&self, buffer: usize) -> Operand {
         let buffer = &self.plan.buffers[buffer];
-        let at = match (buffer.place, buffer.meta.dtype) {
-            (Place::Arena(at), DType::Real) if buffer.half => self.bases.halves.offset(2 * at),
-            (Place::Arena(at), DType::Real) => self.bases.reals.offset(4 * at),
-            (Place::Arena(at), DType::Index) => self.bases.indices.offset(4 * at),
+        let memory = match (buffer.place, buffer.meta.dtype) {
+            (Place::Arena(_), DType::Real) if buffer.half => self.bases.halves,
+            (Place::Arena(_), DType::Real) => self.bases.reals,
+            (Place::Arena(_), DType::Index) => self.bases.indices,
             (Place::State(i), _) => self.bases.states[i],
             (Place::Input(i), _) => self.bases.inputs[i],
         };
+        let at = memory.offset(if buffer.half { 2 } else { 4 } * buffer.start());
         let branch = if buffer.meta.per_branch { buffer.meta.len() as i64 } else { 0 };
         Operand { at, meta: buffer.meta, branch, half: buffer.half }
     }

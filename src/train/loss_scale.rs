@@ -1,0 +1,144 @@
+//! Scales of cotangents in f16: found from the data of a part's first step, lowered where a step overflows.
+
+use crate::error::Result;
+use crate::mlnt::Scales;
+use serde::{Deserialize, Serialize};
+
+/// Largest exponent that is tried.
+const HIGHEST: i32 = 32;
+/// Smallest exponent: below it a step that overflows has diverged.
+const LOWEST: i32 = -8;
+/// Exponents between two tries.
+const STRIDE: i32 = 2;
+/// Exponents kept free above what the first step needs.
+const HEADROOM: i32 = 3;
+
+/// The scales of a part as exponents of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LossScale {
+    inner: i32,
+    outer: i32,
+    second: i32,
+}
+
+/// Which scales a kind of step has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passes {
+    /// Cross entropy alone.
+    Inner,
+    /// And the divergence at the fast weights.
+    FirstOrder,
+    /// And the second-order pass.
+    Exact,
+}
+
+/// The largest of `from, from − STRIDE, …` that `finite` accepts, or about LOWEST where it accepts none.
+fn largest(from: i32, mut finite: impl FnMut(i32) -> Result<bool>) -> Result<i32> {
+    let mut exponent = from;
+    while exponent > LOWEST && !finite(exponent)? {
+        exponent -= STRIDE;
+    }
+    Ok(exponent)
+}
+
+impl LossScale {
+    /// The scales for a kind of step. `finite` makes the first step with the scales that it is given, without taking it, and
+    /// says whether its gradients were finite.
+    ///
+    /// Inner, outer and second-order cotangents get [`HEADROOM`] below what overflows. The tangents on the way through the inner
+    /// gradients carry `second / inner`: so the inner scale is halfway between where they overflow and where the
+    /// inner cotangents do.
+    ///
+    /// # Errors
+    /// Those of `finite`.
+    pub fn find(passes: Passes, mut finite: impl FnMut(Scales) -> Result<bool>) -> Result<Self> {
+        let mut try_scale = |scale: LossScale| finite(Scales { apply: false, ..scale.scales() });
+        let mut scale = LossScale { inner: 0, outer: 0, second: 0 };
+        let most_inner = largest(HIGHEST, |inner| try_scale(LossScale { inner, ..scale }))?;
+        scale.inner = most_inner - HEADROOM;
+        if passes == Passes::Inner {
+            return Ok(scale);
+        }
+        scale.outer = largest(HIGHEST, |outer| try_scale(LossScale { outer, ..scale }))? - HEADROOM;
+        if passes == Passes::FirstOrder {
+            return Ok(scale);
+        }
+        scale.second = largest(HIGHEST, |second| try_scale(LossScale { second, ..scale }))? - HEADROOM;
+        let mut least_inner = scale.inner;
+        while least_inner - STRIDE >= LOWEST && try_scale(LossScale { inner: least_inner - STRIDE, ..scale })? {
+            least_inner -= STRIDE;
+        }
+        scale.inner = (most_inner + least_inner).div_euclid(2).min(scale.inner);
+        Ok(scale)
+    }
+
+    /// What the step is given.
+    pub fn scales(&self) -> Scales {
+        let power = |exponent: i32| f64::from(exponent).exp2();
+        Scales { inner: power(self.inner), outer: power(self.outer), second: power(self.second), apply: true }
+    }
+
+    /// Smaller ones, after a step with these overflowed; `None` where smaller ones would not help: the step has diverged.
+    ///
+    /// `inner` says that the inner gradients had overflowed already, so that the other scales are not to blame; the ratio of the
+    /// second-order scale to the inner one stays.
+    #[must_use]
+    pub fn lowered(&self, inner: bool) -> Option<Self> {
+        let lower = match inner {
+            true => LossScale { inner: self.inner - STRIDE, second: self.second - STRIDE, ..*self },
+            false => {
+                LossScale { inner: self.inner - STRIDE / 2, outer: self.outer - STRIDE, second: self.second - STRIDE }
+            }
+        };
+        (lower.inner.min(lower.outer).min(lower.second) >= 2 * LOWEST).then_some(lower)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Limits of a step as exponents: of inner, outer and second-order cotangents, and of tangents.
+    fn finite_below(limits: [i32; 4]) -> impl FnMut(Scales) -> Result<bool> {
+        move |s| {
+            assert!(!s.apply, "a try must not be taken");
+            let exponents = [s.inner, s.outer, s.second, s.second / s.inner].map(f64::log2);
+            Ok(exponents.iter().zip(limits).all(|(e, limit)| *e <= f64::from(limit)))
+        }
+    }
+
+    #[test]
+    fn scales_leave_room_below_the_first_overflow() {
+        let found = LossScale::find(Passes::Exact, finite_below([19, 25, 22, 10])).unwrap();
+        assert!((11..=16).contains(&found.inner), "{found:?}");
+        assert!((19..=22).contains(&found.outer), "{found:?}");
+        assert!((16..=19).contains(&found.second), "{found:?}");
+        // Inner cotangents and tangents have about the same room.
+        assert!(((19 - found.inner) - (10 - (found.second - found.inner))).abs() <= 3, "{found:?}");
+    }
+
+    #[test]
+    fn only_what_a_step_has_is_searched() {
+        let mut tries = 0;
+        let mut count = |s: Scales| {
+            tries += 1;
+            assert_eq!((s.outer, s.second), (1.0, 1.0));
+            Ok(s.inner <= 1024.0)
+        };
+        let found = LossScale::find(Passes::Inner, &mut count).unwrap();
+        assert_eq!((found, tries), (LossScale { inner: 10 - HEADROOM, outer: 0, second: 0 }, 12));
+    }
+
+    #[test]
+    fn lowering_ends() {
+        for inner in [false, true] {
+            let mut scale = LossScale { inner: 12, outer: 14, second: 20 };
+            let mut steps = 0;
+            while let Some(lower) = scale.lowered(inner) {
+                assert!(lower.second < scale.second && lower.inner < scale.inner);
+                (scale, steps) = (lower, steps + 1);
+            }
+            assert!((8..=32).contains(&steps), "{steps}");
+        }
+    }
+}
