@@ -18,21 +18,20 @@ const ARCHS: [Arch; 2] = [Arch::PreactResnet, Arch::ResnetBottleneck];
 const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
 
 /// Plans of every kind of step of both networks, with their names.
-fn plans(fuse: bool) -> Vec<(String, Plan)> {
+fn plans(options: &PlanOptions) -> Vec<(String, Plan)> {
     let mut list = Vec::new();
-    let options = PlanOptions { fuse, ..PlanOptions::default() };
     for arch in ARCHS {
         for recipe in RECIPES {
             for first_order in [false, true] {
                 for report in [Report::Losses, Report::Everything, Report::Replay] {
                     let spec = step_spec(small_model(arch), 4, 3, recipe, first_order);
-                    let plan = Plan::build(&record_step(&spec, report).unwrap(), &options).unwrap();
+                    let plan = Plan::build(&record_step(&spec, report).unwrap(), options).unwrap();
                     list.push((format!("{arch:?} {recipe:?} first order {first_order} {report:?}"), plan));
                 }
             }
         }
         let spec = CeSpec { model: small_model(arch), batch: 4, momentum: 0.9, weight_decay: 1e-3, scaled: false };
-        let plan = Plan::build(&record_ce_step(&spec, "").unwrap(), &options).unwrap();
+        let plan = Plan::build(&record_ce_step(&spec, "").unwrap(), options).unwrap();
         list.push((format!("{arch:?} cross entropy"), plan));
     }
     list
@@ -62,9 +61,16 @@ fn fused_plans_compute_the_same_in_fewer_launches() {
     }
 }
 
-/// Whether operand `i` of an operation may share its memory with the result.
-fn in_place(op: &Op, i: usize) -> bool {
-    matches!(op, Op::LinComb(_)) || (matches!(op, Op::Conv(_)) && i == 2)
+/// Whether operand `i` of an operation may share its memory with a result, `summed` being one that is a sum over branches.
+fn in_place(op: &Op, i: usize, summed: bool) -> bool {
+    match op {
+        Op::LinComb(_) => true,
+        Op::Conv(_) => i == 2,
+        Op::FusedConv(op) => op.start_operand() == Some(i),
+        Op::BnReluBackward(_) => i == 6 || (i == 0 && !summed),
+        Op::BnReluDoubleBackward(_) => matches!(i, 0 | 3) && !summed,
+        _ => false,
+    }
 }
 
 /// Follows the content of memory through the launches: which buffer was last written where.
@@ -72,14 +78,15 @@ fn in_place(op: &Op, i: usize) -> bool {
 /// Operand sets of one launch may run at the same time: all reads must be good before the launch, and no result may
 /// lie over anything read or written by the same launch, except where an operation works in place.
 fn check_memory(name: &str, plan: &Plan) {
-    type Space = (usize, bool);
+    // An arena by element type and width, a state or an input.
+    type Space = (usize, (DType, bool));
     let span = |b: usize| -> (Space, usize, usize) {
         let buffer = &plan.buffers[b];
         let len = buffer.meta.total(plan.branches);
         match buffer.place {
-            Place::Arena(at) => ((0, buffer.meta.dtype == DType::Index), at, at + len),
-            Place::State(i) => ((1 + 2 * i, false), 0, len),
-            Place::Input(i) => ((2 + 2 * i, false), 0, len),
+            Place::Arena(at) => ((0, (buffer.meta.dtype, buffer.half)), at, at + len),
+            Place::State(i) => ((1 + 2 * i, (DType::Real, false)), 0, len),
+            Place::Input(i) => ((2 + 2 * i, (DType::Real, false)), 0, len),
         }
     };
     let overlap = |a: usize, b: usize| {
@@ -97,12 +104,19 @@ fn check_memory(name: &str, plan: &Plan) {
             set.inputs.iter().for_each(|b| assert!(whole.contains(b), "{what}: reads {b}, which is gone"));
             for out in &set.outputs {
                 let (space, _, end) = span(*out);
-                let arena = if space.1 { plan.arena_indices } else { plan.arena_reals };
+                let arena = match space.1 {
+                    (DType::Index, _) => plan.arena_indices,
+                    (DType::Real, false) => plan.arena_reals,
+                    (DType::Real, true) => plan.arena_halves,
+                };
                 assert!(space.0 != 0 || end <= arena, "{what}: past the end of the arena");
                 for (t, other) in launch.args.iter().enumerate() {
                     for (i, input) in other.inputs.iter().enumerate() {
                         let (a, b) = (&plan.buffers[*input], &plan.buffers[*out]);
-                        let allowed = s == t && in_place(&launch.op, i) && a.place == b.place && a.meta == b.meta;
+                        let whole = (a.place, a.meta, a.half) == (b.place, b.meta, b.half);
+                        let branched = set.inputs.iter().any(|i| plan.buffers[*i].meta.per_branch);
+                        let summed = branched && !b.meta.per_branch;
+                        let allowed = s == t && whole && in_place(&launch.op, i, summed);
                         assert!(allowed || !overlap(*input, *out), "{what}: {out} over its operand {input}");
                     }
                     let same = |o: usize| s == t && o == *out;
@@ -124,16 +138,18 @@ fn check_memory(name: &str, plan: &Plan) {
 
 #[test]
 fn live_tensors_never_overlap() {
-    for fuse in [false, true] {
-        for (name, plan) in plans(fuse) {
-            check_memory(&format!("{name}, fused: {fuse}"), &plan);
+    let plain = PlanOptions { fuse: false, ..PlanOptions::default() };
+    let kernels = PlanOptions { kernels: true, ..PlanOptions::default() };
+    for options in [plain, PlanOptions::default(), kernels, PlanOptions { half: true, ..kernels }] {
+        for (name, plan) in plans(&options) {
+            check_memory(&format!("{name}, {options:?}"), &plan);
             let used: usize = plan
                 .buffers
                 .iter()
                 .filter(|b| matches!(b.place, Place::Arena(_)) && b.meta.dtype == DType::Real)
                 .map(|b| b.meta.total(plan.branches))
                 .sum();
-            assert!(plan.arena_reals < used, "{name}: no memory is used twice");
+            assert!(plan.arena_reals + plan.arena_halves < used, "{name}, {options:?}: no memory is used twice");
         }
     }
 }
@@ -141,7 +157,10 @@ fn live_tensors_never_overlap() {
 #[test]
 fn a_large_plan_keeps_its_tensors_apart() {
     let tape = record_step(&step_spec(paper_model(), 128, 4, Recipe::Joint, false), Report::Losses).unwrap();
-    check_memory("PreAct-32", &Plan::build(&tape, &PlanOptions::default()).unwrap());
+    for kernels in [false, true] {
+        let options = PlanOptions { kernels, half: kernels, ..PlanOptions::default() };
+        check_memory("PreAct-32", &Plan::build(&tape, &options).unwrap());
+    }
 }
 
 #[test]

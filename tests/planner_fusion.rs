@@ -222,19 +222,23 @@ fn fused_operations_stand_for_the_plain_ones() {
     }
 }
 
-/// The kernels' own plan on the SIMT host machine, in f32.
+/// The kernels' own plan on the SIMT host machine, in f32. How far rounding carries a step from the exact one depends on the network, so
+/// the measure is the same step without these fusions on the same machine.
 #[test]
 fn the_kernels_run_the_fused_step() {
     for (arch, recipe) in [(Arch::PreactResnet, Recipe::Joint), (Arch::ResnetBottleneck, Recipe::Sequential)] {
         let spec = step_spec(model(arch), 4, 2, recipe, false);
         let want = states(&spec, plan(&spec, PLAIN));
-        let device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F32, Mode::Eager);
-        let mut step = load_plan_on(device, &spec, plan(&spec, KERNELS));
-        step.run();
-        let have: Vec<_> = step.states().into_iter().map(|(name, values)| (name, values.to_f64())).collect();
-        let (off, state) = worst(&have, &want);
-        println!("{arch:?} {recipe:?}: {off:.1e}");
-        assert!(off <= 1e-4, "{arch:?} {recipe:?}: {state} is off by {off:.1e}");
+        let [unfused, fused] = [FUSED, KERNELS].map(|options| {
+            let device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F32, Mode::Eager);
+            let mut step = load_plan_on(device, &spec, plan(&spec, options));
+            step.run();
+            let have: Vec<_> = step.states().into_iter().map(|(name, values)| (name, values.to_f64())).collect();
+            worst(&have, &want)
+        });
+        println!("{arch:?} {recipe:?} on the kernels: {:.1e}, without fusions for them {:.1e}", fused.0, unfused.0);
+        let bound = (3.0 * unfused.0).max(1e-5);
+        assert!(fused.0 <= bound && bound < 1e-2, "{arch:?} {recipe:?}: {} is off by {:.1e}", fused.1, fused.0);
     }
 }
 
