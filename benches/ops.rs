@@ -16,7 +16,9 @@ fn operations(c: &mut Criterion) {
         group.throughput(if flops > 0 { Throughput::Elements(flops) } else { Throughput::Bytes(bytes) });
         let what = case.name.trim_start_matches(case.op_name()).trim();
         group.bench_function(what, |b| {
-            let plan = Plan::build(&case.record().unwrap().tape, &PlanOptions { fuse: false }).unwrap();
+            let plan =
+                Plan::build(&case.record().unwrap().tape, &PlanOptions { fuse: false, ..PlanOptions::default() })
+                    .unwrap();
             let mut device = Cpu::<f32>::new(threads).unwrap();
             let id = device.load(plan).unwrap();
             for (operand, values) in case.operands.iter().zip(case.values(1)) {
