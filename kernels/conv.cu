@@ -7,8 +7,6 @@
 #include "platform.cuh"
 #include "tile_product.cuh"
 
-enum class Form { FPROP, DGRAD, WGRAD };
-
 // A pixel's place in the image, or a tap's displacement from it. An element is there if the phases agree (in dgrad: the
 // remainders by the stride) and the sum lies in the image. Offsets wrap around 2^32; those of elements do not.
 struct alignas(16) Position {
@@ -255,19 +253,21 @@ DEVICE void conv(const ConvProduct& p, uint32_t block) {
         if (i + 1 < count) tiles.store_tiles(1 - slot);
         sync_threads();
     }
-    conv_finish<Operand, Product<Operand>, FORM == Form::FPROP>(p, place, product);
+    const auto row_of = [&](int r) {
+        const uint32_t row = place.row_tile * TILE + r;
+        return row < uint32_t(p.rows) ? row : NO_ROW;
+    };
+    const auto column_of = [&](int c) { return place.column_tile * TILE + c; };
+    conv_finish<Operand, Product<Operand>, FORM == Form::FPROP>(p, place, product, row_of, column_of);
 }
 
 template <class Operand>
 DEVICE void conv_backward(const ConvBackwardParams& p) {
-    // Of the blocks up to and with this one, the part of the weight gradient's that all have.
-    const uint64_t blocks = uint64_t(uint32_t(p.dgrad_blocks)) + uint32_t(p.wgrad_blocks);
-    const uint32_t before = uint32_t(uint64_t(blockIdx.x) * uint32_t(p.wgrad_blocks) / blocks);
-    const uint32_t with = uint32_t(uint64_t(blockIdx.x + 1) * uint32_t(p.wgrad_blocks) / blocks);
-    if (with > before) {
-        conv<Form::WGRAD, Operand>(p.wgrad, before);
+    uint32_t block;
+    if (is_wgrad_block(p, block)) {
+        conv<Form::WGRAD, Operand>(p.wgrad, block);
     } else {
-        conv<Form::DGRAD, Operand>(p.dgrad, blockIdx.x - before);
+        conv<Form::DGRAD, Operand>(p.dgrad, block);
     }
 }
 

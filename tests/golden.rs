@@ -13,9 +13,9 @@ fn golden(name: &str) -> Golden {
     Golden::read(&path).unwrap()
 }
 
-fn worst(name: &str, device: &mut dyn Device, fuse: bool) -> (f64, String) {
+fn worst(name: &str, device: &mut dyn Device, fuse: bool, group: Option<usize>) -> (f64, String) {
     let golden = golden(name);
-    let result = golden.run(device, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap();
+    let result = golden.run(device, &PlanOptions { fuse, group, ..PlanOptions::default() }).unwrap();
     let groups = golden.compare(&result);
     assert_eq!(groups.len(), 13);
     groups.into_iter().map(|(g, d)| (d.rel, g)).fold((0.0, String::new()), |a, b| if b.0 > a.0 { b } else { a })
@@ -24,10 +24,10 @@ fn worst(name: &str, device: &mut dyn Device, fuse: bool) -> (f64, String) {
 #[test]
 fn every_group_matches_in_double_precision() {
     for name in FILES {
-        for fuse in [false, true] {
-            let (rel, group) = worst(name, &mut Cpu::<f64>::new(2).unwrap(), fuse);
-            println!("{name} fuse={fuse}: worst {group} {rel:.2e}");
-            assert!(rel <= 1e-10, "{name} (fused: {fuse}): {group} is off by {rel:.3e}");
+        for (fuse, branches) in [(false, None), (true, None), (false, Some(1)), (true, Some(1)), (true, Some(2))] {
+            let (rel, group) = worst(name, &mut Cpu::<f64>::new(2).unwrap(), fuse, branches);
+            println!("{name} fuse={fuse} in groups of {branches:?}: worst {group} {rel:.2e}");
+            assert!(rel <= 1e-10, "{name} (fused: {fuse}, in groups of {branches:?}): {group} is off by {rel:.3e}");
         }
     }
 }

@@ -244,3 +244,24 @@ fn sums_go_on_from_group_to_group() {
 fn geom() -> mlnt::ops::ConvGeom {
     mlnt::ops::ConvGeom::new(&Meta::activation(2, 3, 5, 4), &Meta::weight(3, 3, 3, 3), 1, 1).unwrap()
 }
+#[test]
+fn figures() {
+    for (recipe, first_order) in [(Recipe::Joint, false), (Recipe::Sequential, false), (Recipe::Joint, true)] {
+        let tape = paper_tape(10, recipe, first_order);
+        for half in [false, true] {
+            for group in [10, 5, 4, 3, 2, 1] {
+                let options = PlanOptions { kernels: true, half, ..in_groups(group) };
+                let plan = Plan::build(&tape, &options).unwrap();
+                let cost = plan.cost(4);
+                println!(
+                    "{recipe:?} fo {first_order} half {half} groups of {group}: arena {:.3} GB (reals {:.3}), {} launches, {:.1} GB moved, {:.3} TFLOP",
+                    plan.arena_bytes(4) as f64 / 1e9,
+                    plan.arena_reals as f64 * 4e-9,
+                    cost.launches(),
+                    cost.bytes_moved() as f64 / 1e9,
+                    cost.flops() as f64 / 1e12
+                );
+            }
+        }
+    }
+}

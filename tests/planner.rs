@@ -11,27 +11,28 @@ use mlnt::mlnt::{CeSpec, Recipe, Report, record_ce_step, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::ops::{Op, Operation};
 use mlnt::plan::{Place, Plan, PlanOptions};
-use mlnt::tape::{Coef, DType, Fan, Meta, Tape};
+use mlnt::tape::{Coef, DType, Fan, Kind, Meta, Tape};
 use std::collections::HashMap;
 
 const ARCHS: [Arch; 2] = [Arch::PreactResnet, Arch::ResnetBottleneck];
 const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
 
 /// Plans of every kind of step of both networks, with their names.
-fn plans(options: &PlanOptions) -> Vec<(String, Plan)> {
+fn plans(fuse: bool) -> Vec<(String, Plan)> {
     let mut list = Vec::new();
+    let options = PlanOptions { fuse, ..PlanOptions::default() };
     for arch in ARCHS {
         for recipe in RECIPES {
             for first_order in [false, true] {
                 for report in [Report::Losses, Report::Everything, Report::Replay] {
                     let spec = step_spec(small_model(arch), 4, 3, recipe, first_order);
-                    let plan = Plan::build(&record_step(&spec, report).unwrap(), options).unwrap();
+                    let plan = Plan::build(&record_step(&spec, report).unwrap(), &options).unwrap();
                     list.push((format!("{arch:?} {recipe:?} first order {first_order} {report:?}"), plan));
                 }
             }
         }
         let spec = CeSpec { model: small_model(arch), batch: 4, momentum: 0.9, weight_decay: 1e-3, scaled: false };
-        let plan = Plan::build(&record_ce_step(&spec, "").unwrap(), options).unwrap();
+        let plan = Plan::build(&record_ce_step(&spec, "").unwrap(), &options).unwrap();
         list.push((format!("{arch:?} cross entropy"), plan));
     }
     list
@@ -61,14 +62,14 @@ fn fused_plans_compute_the_same_in_fewer_launches() {
     }
 }
 
-/// Whether operand `i` of an operation may share its memory with a result, `summed` being one that is a sum over branches.
-fn in_place(op: &Op, i: usize, summed: bool) -> bool {
+/// Whether operand `i` of an operation may share its memory with the result.
+fn in_place(op: &Op, i: usize) -> bool {
     match op {
         Op::LinComb(_) => true,
         Op::Conv(_) => i == 2,
         Op::FusedConv(op) => op.start_operand() == Some(i),
-        Op::BnReluBackward(_) => i == 6 || (i == 0 && !summed),
-        Op::BnReluDoubleBackward(_) => matches!(i, 0 | 3) && !summed,
+        Op::BnReluBackward(_) => i == 0 || i == 6,
+        Op::BnReluDoubleBackward(_) => i == 0 || i == 3,
         _ => false,
     }
 }
@@ -78,20 +79,31 @@ fn in_place(op: &Op, i: usize, summed: bool) -> bool {
 /// Operand sets of one launch may run at the same time: all reads must be good before the launch, and no result may
 /// lie over anything read or written by the same launch, except where an operation works in place.
 fn check_memory(name: &str, plan: &Plan) {
-    // An arena by element type and width, a state or an input.
-    type Space = (usize, (DType, bool));
+    type Space = (usize, DType, bool);
     let span = |b: usize| -> (Space, usize, usize) {
         let buffer = &plan.buffers[b];
-        let len = buffer.meta.total(plan.branches);
-        match buffer.place {
-            Place::Arena(at) => ((0, (buffer.meta.dtype, buffer.half)), at, at + len),
-            Place::State(i) => ((1 + 2 * i, (DType::Real, false)), 0, len),
-            Place::Input(i) => ((2 + 2 * i, (DType::Real, false)), 0, len),
-        }
+        let space = match buffer.place {
+            Place::Arena(_) => (0, buffer.meta.dtype, buffer.half),
+            Place::State(i) => (1 + 2 * i, DType::Real, false),
+            Place::Input(i) => (2 + 2 * i, DType::Real, false),
+        };
+        (space, buffer.start(), buffer.start() + buffer.elements())
     };
     let overlap = |a: usize, b: usize| {
         let ((sa, fa, ta), (sb, fb, tb)) = (span(a), span(b));
         sa == sb && fa < tb && fb < ta
+    };
+    // Whether a buffer can be read: itself, or each of its branches as part of another one that holds some of them.
+    let can_be_read = |whole: &[usize], b: usize| {
+        let (buffer, (space, from, _)) = (&plan.buffers[b], span(b));
+        let holds = |other: usize, m: usize| {
+            let (o, (other_space, other_from, _)) = (&plan.buffers[other], span(other));
+            let there = other_space == space && (o.meta, o.half) == (buffer.meta, buffer.half);
+            let part = (o.first, o.count) != (buffer.first, buffer.count) && (o.first..o.first + o.count).contains(&m);
+            there && part && other_from + (m - o.first) * o.meta.len() == from + (m - buffer.first) * o.meta.len()
+        };
+        let mut branches = buffer.first..buffer.first + buffer.count;
+        whole.contains(&b) || branches.all(|m| whole.iter().any(|other| holds(*other, m)))
     };
     // Buffers whose content is whole at the moment.
     let mut whole: Vec<usize> = Vec::new();
@@ -101,22 +113,20 @@ fn check_memory(name: &str, plan: &Plan) {
     for (l, launch) in plan.launches.iter().enumerate() {
         let what = format!("{name}, launch {l}, {}", launch.op.name());
         for (s, set) in launch.args.iter().enumerate() {
-            set.inputs.iter().for_each(|b| assert!(whole.contains(b), "{what}: reads {b}, which is gone"));
+            set.inputs.iter().for_each(|b| assert!(can_be_read(&whole, *b), "{what}: reads {b}, which is gone"));
             for out in &set.outputs {
                 let (space, _, end) = span(*out);
-                let arena = match space.1 {
-                    (DType::Index, _) => plan.arena_indices,
-                    (DType::Real, false) => plan.arena_reals,
-                    (DType::Real, true) => plan.arena_halves,
+                let arena = match space {
+                    (_, DType::Index, _) => plan.arena_indices,
+                    (_, DType::Real, true) => plan.arena_halves,
+                    (_, DType::Real, false) => plan.arena_reals,
                 };
                 assert!(space.0 != 0 || end <= arena, "{what}: past the end of the arena");
                 for (t, other) in launch.args.iter().enumerate() {
                     for (i, input) in other.inputs.iter().enumerate() {
                         let (a, b) = (&plan.buffers[*input], &plan.buffers[*out]);
-                        let whole = (a.place, a.meta, a.half) == (b.place, b.meta, b.half);
-                        let branched = set.inputs.iter().any(|i| plan.buffers[*i].meta.per_branch);
-                        let summed = branched && !b.meta.per_branch;
-                        let allowed = s == t && whole && in_place(&launch.op, i, summed);
+                        let allowed =
+                            s == t && in_place(&launch.op, i) && (a.place, a.meta, a.half) == (b.place, b.meta, b.half);
                         assert!(allowed || !overlap(*input, *out), "{what}: {out} over its operand {input}");
                     }
                     let same = |o: usize| s == t && o == *out;
@@ -132,24 +142,22 @@ fn check_memory(name: &str, plan: &Plan) {
     }
     for port in &plan.outputs {
         let buffer = port.buffer.unwrap();
-        assert!(whole.contains(&buffer), "{name}: output {} is gone at the end", port.name);
+        assert!(can_be_read(&whole, buffer), "{name}: output {} is gone at the end", port.name);
     }
 }
 
 #[test]
 fn live_tensors_never_overlap() {
-    let plain = PlanOptions { fuse: false, ..PlanOptions::default() };
-    let kernels = PlanOptions { kernels: true, ..PlanOptions::default() };
-    for options in [plain, PlanOptions::default(), kernels, PlanOptions { half: true, ..kernels }] {
-        for (name, plan) in plans(&options) {
-            check_memory(&format!("{name}, {options:?}"), &plan);
+    for fuse in [false, true] {
+        for (name, plan) in plans(fuse) {
+            check_memory(&format!("{name}, fused: {fuse}"), &plan);
             let used: usize = plan
                 .buffers
                 .iter()
                 .filter(|b| matches!(b.place, Place::Arena(_)) && b.meta.dtype == DType::Real)
-                .map(|b| b.meta.total(plan.branches))
+                .map(|b| b.elements())
                 .sum();
-            assert!(plan.arena_reals + plan.arena_halves < used, "{name}, {options:?}: no memory is used twice");
+            assert!(plan.arena_reals < used, "{name}: no memory is used twice");
         }
     }
 }
@@ -157,9 +165,39 @@ fn live_tensors_never_overlap() {
 #[test]
 fn a_large_plan_keeps_its_tensors_apart() {
     let tape = record_step(&step_spec(paper_model(), 128, 4, Recipe::Joint, false), Report::Losses).unwrap();
-    for kernels in [false, true] {
-        let options = PlanOptions { kernels, half: kernels, ..PlanOptions::default() };
-        check_memory("PreAct-32", &Plan::build(&tape, &options).unwrap());
+    check_memory("PreAct-32", &Plan::build(&tape, &PlanOptions::default()).unwrap());
+}
+
+#[test]
+fn activations_take_16_bits_where_the_step_makes_them() {
+    for arch in ARCHS {
+        for report in [Report::Losses, Report::Everything, Report::Replay] {
+            let spec = step_spec(small_model(arch), 4, 3, Recipe::Sequential, false);
+            let tape = record_step(&spec, report).unwrap();
+            let build = |half| Plan::build(&tape, &PlanOptions { half, ..PlanOptions::default() }).unwrap();
+            let (plan, full) = (build(true), build(false));
+            let name = format!("{arch:?} {report:?}");
+            check_memory(&name, &plan);
+            let large = |b: &usize| {
+                let meta = &plan.buffers[*b].meta;
+                meta.kind == Kind::Activation && meta.dtype == DType::Real && meta.dims[2] * meta.dims[3] > 1
+            };
+            let outputs: Vec<usize> = plan.outputs.iter().filter_map(|p| p.buffer).collect();
+            for launch in &plan.launches {
+                for set in &launch.args {
+                    for b in &set.outputs {
+                        // Nothing but what the host reads stays in 32 bits.
+                        let expected = large(b) && !outputs.contains(b);
+                        assert_eq!(plan.buffers[*b].half, expected, "{name}: {}", launch.op.name());
+                    }
+                }
+            }
+            assert!(plan.buffers.iter().all(|b| !b.half || matches!(b.place, Place::Arena(_))));
+            assert_eq!((full.arena_halves, plan.arena_indices), (0, full.arena_indices));
+            let bytes = |plan: &Plan| plan.cost(4).bytes_moved();
+            assert!(report == Report::Replay || bytes(&plan) < bytes(&full), "{name}");
+            assert!(report == Report::Replay || plan.arena_bytes(4) < full.arena_bytes(4), "{name}");
+        }
     }
 }
 

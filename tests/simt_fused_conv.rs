@@ -184,11 +184,10 @@ impl Case {
 }
 
 fn tensor(plan: &mut Plan, meta: Meta, half: bool) -> usize {
-    // Both arenas count alike, so that no two tensors of a test share a place.
+    let arena = if half { &mut plan.arena_halves } else { &mut plan.arena_reals };
     let count = if meta.per_branch { plan.branches } else { 1 };
-    plan.buffers.push(Buffer { meta, half, first: 0, count, place: Place::Arena(plan.arena_reals) });
-    plan.arena_reals += meta.total(plan.branches).next_multiple_of(64);
-    plan.arena_halves = plan.arena_reals;
+    plan.buffers.push(Buffer { meta, half, first: 0, count, place: Place::Arena(*arena) });
+    *arena += meta.total(plan.branches).next_multiple_of(64);
     plan.buffers.len() - 1
 }
 

@@ -10,14 +10,17 @@
 
 // Row tiles whose statistics the last of them combines; the last of these groups combines the groups.
 constexpr uint32_t MOMENT_GROUP = 32;
+// A row of a tile, or a column, that the result does not have.
+constexpr uint32_t NO_ROW = 0xffffffffu;
 
 // A block's shared memory, once its product is done.
 template <class Tile>
 struct ConvFinish {
     // Two words of a warp's first store meet no other's bank.
     static constexpr int PITCH = Tile::COLUMNS + 8;
-    float values[Tile::ROWS * PITCH];
+    alignas(16) float values[Tile::ROWS * PITCH];
     Moments moments[Tile::THREADS];
+    uint32_t rows[Tile::ROWS];  // of the result
 };
 
 // An element of a tensor of 32 bits, or of 16 where the operand type has them.
@@ -41,6 +44,39 @@ DEVICE float conv_store(void* to, int64_t at, int half, float v) {
     }
     static_cast<float*>(to)[at] = v;
     return v;
+}
+
+// Eight neighbours: 16 bytes, or 32.
+struct Chunk {
+    uint4 low, high;
+};
+
+template <class Operand>
+DEVICE Chunk chunk_load(const void* from, int64_t at, int half) {
+    if (half) return {*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + at), {}};
+    const uint4* words = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + at);
+    return {words[0], words[1]};
+}
+
+template <class Operand>
+DEVICE void chunk_decode(float (&v)[8], const Chunk& chunk, int half) {
+    if (half) {
+        const uint32_t words[4] = {chunk.low.x, chunk.low.y, chunk.low.z, chunk.low.w};
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = Operand::decode_pair(words[i]);
+            v[2 * i] = pair.x;
+            v[2 * i + 1] = pair.y;
+        }
+    } else {
+        __builtin_memcpy(v, &chunk.low, 16);
+        __builtin_memcpy(v + 4, &chunk.high, 16);
+    }
+}
+
+template <class Operand>
+DEVICE uint4 chunk_encode(const float (&v)[8]) {
+    return {Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3]), Operand::encode(v[4], v[5]),
+            Operand::encode(v[6], v[7])};
 }
 
 // The moments of a column from those of parts of it, `count` records [count, COLUMNS], in the threads below COLUMNS.
@@ -81,10 +117,10 @@ DEVICE void conv_statistics(const ConvProduct& p, const ConvPlace& place, ConvFi
     uint32_t* column_arrivals = group_arrivals + uint32_t(p.branches) * uint32_t(p.column_tiles) * groups;
 
     sync_threads();
-    const int left = p.rows - int(place.row_tile) * Tile::ROWS, rows = left < Tile::ROWS ? left : Tile::ROWS;
     const float* values = shared.values + line * ConvFinish<Tile>::PITCH + column;
-    Moments mine = moments_of((rows - line + LINES - 1) / LINES,
-                              [&](int i) { return values[i * LINES * ConvFinish<Tile>::PITCH]; });
+    Moments mine = moments_of(
+        Tile::ROWS / LINES, [&](int i) { return values[i * LINES * ConvFinish<Tile>::PITCH]; },
+        [&](int i) { return shared.rows[line + i * LINES] != NO_ROW; });
     mine = conv_combine<Tile>(shared, mine);
     if (line == 0) tile_sums[place.row_tile * Tile::COLUMNS + column] = mine;
 
@@ -101,9 +137,39 @@ DEVICE void conv_statistics(const ConvProduct& p, const ConvPlace& place, ConvFi
     }
 }
 
-// All threads take part, behind a barrier: shared memory gets another meaning.
-template <class Operand, class Tile, bool STATISTICS>
-DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product) {
+// Adds what is to be added to elements of the result and stores them; leaves them as they are stored.
+template <class Operand, class Tile>
+DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t element, float* values) {
+    const int64_t out = place.branch * p.out_branch + element, start = place.branch * p.start_branch + element;
+    if constexpr (Tile::RUN == 1) {
+        if (p.start) *values += conv_load<Operand>(p.start, start, p.start_half);
+        *values = conv_store<Operand>(p.out, out, p.out_half, *values);
+    } else {
+        static_assert(Tile::RUN == 8);
+        float v[8];
+        __builtin_memcpy(v, values, 32);
+        if (p.start) {
+            float added[8];
+            chunk_decode<Operand>(added, chunk_load<Operand>(p.start, start, p.start_half), p.start_half);
+            for (int i = 0; i < 8; ++i) v[i] += added[i];
+        }
+        if (p.out_half) {
+            const uint4 coded = chunk_encode<Operand>(v);
+            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + out) = coded;
+            if (p.mean) chunk_decode<Operand>(v, {coded, {}}, 1);
+        } else {
+            float* to = static_cast<float*>(p.out) + out;
+            *reinterpret_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
+            *reinterpret_cast<float4*>(to + 4) = {v[4], v[5], v[6], v[7]};
+        }
+        if (p.mean) __builtin_memcpy(values, v, 32);
+    }
+}
+
+// All threads take part, behind a barrier: shared memory gets another meaning. `row_of` and `column_of` say where in the
+// result a row and a run of columns of the tile lie, NO_ROW: nowhere.
+template <class Operand, class Tile, bool STATISTICS, class RowOf, class ColumnOf>
+DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of, ColumnOf column_of) {
     auto& shared = *shared_memory<ConvFinish<Tile>>();
     constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
     const int thread = int(threadIdx.x);
@@ -120,17 +186,15 @@ DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& prod
             partial += ELEMENTS;
         }
     }
+    for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
     product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
     sync_threads();
-    const int64_t out = place.branch * p.out_branch, start = place.branch * p.start_branch;
-    for (int i = thread; i < ELEMENTS; i += Tile::THREADS) {
+    for (int i = thread * Tile::RUN; i < ELEMENTS; i += Tile::THREADS * Tile::RUN) {
         const int r = i / Tile::COLUMNS, c = i % Tile::COLUMNS;
-        const uint32_t row = place.row_tile * Tile::ROWS + r, column = place.column_tile * Tile::COLUMNS + c;
-        if (row >= uint32_t(p.rows) || column >= uint32_t(p.columns)) continue;
+        const uint32_t row = shared.rows[r], column = column_of(c);
+        if (row == NO_ROW || column >= uint32_t(p.columns)) continue;
         const uint32_t at = row * uint32_t(p.columns) + column;
-        float& v = shared.values[r * ConvFinish<Tile>::PITCH + c];
-        if (p.start) v += conv_load<Operand>(p.start, start + at, p.start_half);
-        v = conv_store<Operand>(p.out, out + at, p.out_half, v);
+        conv_put<Operand, Tile>(p, place, at, shared.values + r * ConvFinish<Tile>::PITCH + c);
     }
     if constexpr (STATISTICS) {
         if (p.mean) conv_statistics<Tile>(p, place, shared);

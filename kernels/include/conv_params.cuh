@@ -15,6 +15,8 @@
 #include "bn_relu.cuh"
 #include "moments.cuh"
 
+enum class Form { FPROP, DGRAD, WGRAD };
+
 // A bilinear term of the result.
 struct ConvTerm {
     const void* image;      // x [M, N, H, W, C]; dgrad: dy [M, N, P, Q, K]
@@ -72,15 +74,21 @@ struct ConvProduct {
     int32_t branches;      // of the result
     int32_t by_pixel;      // the same inner tile of all segments, then the next; else one segment after the other
     int32_t start_half, out_half;
-    int32_t unused;
+    int32_t kernel_height;                 // R
+    // Of the direct kernels alone: what a tile's pixels are.
+    int32_t images;                        // N
+    int32_t patch_images;                  // of neighbouring images
+    int32_t patch_height, patch_width;     // of the pixels of each
+    int32_t patches_down, patches_across;  // of an image's grid
+    int32_t halo_height, halo_width;       // pixels of the image, of each of the patch's, that are loaded
 };
-static_assert(sizeof(ConvProduct) == 336);
+static_assert(sizeof(ConvProduct) == 368);
 
 // `conv2d_fprop_*`
 struct ConvParams {
     ConvProduct product;
 };
-static_assert(sizeof(ConvParams) == 336);
+static_assert(sizeof(ConvParams) == 368);
 
 // `conv2d_backward_*`: both gradients or one. A launch has the blocks of both, mixed in proportion: those that read the
 // same part of dy run at about the same time.
@@ -88,7 +96,7 @@ struct ConvBackwardParams {
     ConvProduct dgrad, wgrad;
     int32_t dgrad_blocks, wgrad_blocks;
 };
-static_assert(sizeof(ConvBackwardParams) == 680);
+static_assert(sizeof(ConvBackwardParams) == 744);
 
 // The place of a block among those of a product.
 struct ConvPlace {
@@ -129,4 +137,14 @@ DEVICE ConvStep conv_step(const ConvProduct& p, uint32_t result_branch, uint32_t
     step.second = segment >= first;
     step.branch = result_branch + (step.second ? segment - first : segment);
     return step;
+}
+
+// The role of this block: whether it works on the weights' gradient, and which of that product's blocks it is.
+DEVICE bool is_wgrad_block(const ConvBackwardParams& p, uint32_t& block) {
+    // Of the blocks before this one, and of those with it, the part of the weight gradient's that all have.
+    const uint64_t blocks = uint64_t(uint32_t(p.dgrad_blocks)) + uint32_t(p.wgrad_blocks);
+    const uint32_t before = uint32_t(uint64_t(blockIdx.x) * uint32_t(p.wgrad_blocks) / blocks);
+    const uint32_t with = uint32_t(uint64_t(blockIdx.x + 1) * uint32_t(p.wgrad_blocks) / blocks);
+    block = with > before ? before : blockIdx.x - before;
+    return with > before;
 }

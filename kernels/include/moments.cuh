@@ -27,15 +27,22 @@ struct Moments {
 };
 static_assert(sizeof(Moments) == 16);
 
-// Those of the numbers `at(0)`, …, `at(count - 1)`, in two passes.
-template <class At>
-DEVICE Moments moments_of(int count, At at) {
-    if (count <= 0) return {0.0f, 0.0f, 0.0f, 0.0f};
-    const float pivot = at(0), n = float(count);
-    float sum = 0.0f, squares = 0.0f;
-    for (int i = 1; i < count; ++i) sum += at(i) - pivot;
+// Those of the numbers `at(i)` for all i below `count` of which `has(i)`, in two passes.
+template <class At, class Has>
+DEVICE Moments moments_of(int count, At at, Has has) {
+    int first = 0;
+    while (first < count && !has(first)) ++first;
+    if (first == count) return {0.0f, 0.0f, 0.0f, 0.0f};
+    const float pivot = at(first);
+    float n = 0.0f, sum = 0.0f, squares = 0.0f;
+    for (int i = first; i < count; ++i) {
+        if (!has(i)) continue;
+        n += 1.0f;
+        sum += at(i) - pivot;
+    }
     const float shift = sum / n;
-    for (int i = 0; i < count; ++i) {
+    for (int i = first; i < count; ++i) {
+        if (!has(i)) continue;
         const float d = (at(i) - pivot) - shift;
         squares = fmaf(d, d, squares);
     }

@@ -90,6 +90,7 @@ DEVICE uint32_t atomic_add(uint32_t* at, uint32_t v) { return atomicAdd(at, v); 
 #else
 
 DEVICE void thread_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
 DEVICE uint32_t atomic_max(uint32_t* at, uint32_t v) {
     uint32_t old = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (old < v && !__atomic_compare_exchange_n(at, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -221,5 +222,61 @@ DEVICE void mma_m16n8k8_tf32(float d[4], const uint32_t a[4], const uint32_t b[2
                              simt::Site site = simt::Site::here()) {
     simt::mma(simt::Operands::tf32, d, a, b, site);
 }
+
+#endif
+
+// ---- Matrices of 8 × 8 elements of 16 bits from shared memory (PTX ISA, "ldmatrix") ----
+//
+// Lane 8i + j gives the address of row j of matrix i, 16 bytes aligned to 16. Register i of lane 4g + t holds elements
+// 2t and 2t+1 of row g of matrix i; transposed: those of column g, the lower row in the lower half.
+
+#if defined(__CUDACC__)
+
+DEVICE void load_matrices(uint32_t d[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+DEVICE void load_matrices_transposed(uint32_t d[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+
+#else
+
+DEVICE void load_matrices(uint32_t d[4], const void* row, simt::Site site = simt::Site::here()) {
+    simt::load_matrices(d, row, false, site);
+}
+DEVICE void load_matrices_transposed(uint32_t d[4], const void* row, simt::Site site = simt::Site::here()) {
+    simt::load_matrices(d, row, true, site);
+}
+
+#endif
+
+// ---- Copies of 16 bytes from global to shared memory that go on while the thread does other things (PTX ISA, "cp.async") ----
+//
+// Both addresses are aligned to 16; without `there`, zeros are written and `from` is not read. A thread's copies are done, in
+// its own eyes, behind its `copies_done`, in those of others behind the next barrier. On the host nothing is
+// copied before that, and what is read too early is poison.
+
+#if defined(__CUDACC__)
+
+DEVICE void copy_async(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+#else
+
+DEVICE void copy_async(void* to, const void* from, bool there, simt::Site site = simt::Site::here()) {
+    simt::copy_async(to, there ? from : nullptr, site);
+}
+DEVICE void copies_done() { simt::copies_done(); }
 
 #endif

@@ -35,6 +35,8 @@ struct F16 {
     static constexpr bool HALVES = true;
     static DEVICE Stored encode(float v) { return float_to_f16(v); }
     static DEVICE float decode(Stored v) { return f16_to_float(v); }
+    static DEVICE uint32_t encode(float low, float high) { return floats_to_f16x2(low, high); }
+    static DEVICE float2 decode_pair(uint32_t v) { return f16x2_to_floats(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k16_f16(d, a, b); }
 };
 
@@ -45,6 +47,8 @@ struct Bf16 {
     static constexpr bool HALVES = true;
     static DEVICE Stored encode(float v) { return float_to_bf16(v); }
     static DEVICE float decode(Stored v) { return bf16_to_float(v); }
+    static DEVICE uint32_t encode(float low, float high) { return floats_to_bf16x2(low, high); }
+    static DEVICE float2 decode_pair(uint32_t v) { return bf16x2_to_floats(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k16_bf16(d, a, b); }
 };
 
@@ -55,7 +59,7 @@ struct Bf16 {
 // (pitch 36 words) or 20g + t (20 words) modulo 32: all different.
 template <class Operand>
 struct Product {
-    static constexpr int ROWS = TILE, COLUMNS = TILE, THREADS = ::THREADS;
+    static constexpr int ROWS = TILE, COLUMNS = TILE, THREADS = ::THREADS, RUN = 1;
     static constexpr int WORDS = DEPTH * int(sizeof(typename Operand::Stored)) / 4;
     static constexpr int PITCH = Operand::PITCH * int(sizeof(typename Operand::Stored)) / 4;
     float d[2][4][4];
@@ -107,7 +111,7 @@ struct Product {
 // and 8 columns, 36 words apart, four elements each: no bank twice. A warp's stores are runs of 8 columns.
 template <>
 struct Product<F32> {
-    static constexpr int ROWS = TILE, COLUMNS = TILE, THREADS = ::THREADS;
+    static constexpr int ROWS = TILE, COLUMNS = TILE, THREADS = ::THREADS, RUN = 1;
     struct alignas(16) Four {
         float v[4];
     };

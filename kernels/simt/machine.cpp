@@ -35,13 +35,25 @@ constexpr size_t GUARD_BYTES = 1024;
 constexpr uint32_t GUARD = 0x7fe5a5a5u;   // a NaN too, but one that no computation gives
 constexpr unsigned char POISON = 0xff;  // NaN in floats, -1 in integers
 
-enum class Collective : uint8_t { sync_warp, shuffle, mma };
+enum class Collective : uint8_t { sync_warp, shuffle, mma, load_matrices };
 
-constexpr const char* NAMES[] = {"sync_warp", "shuffle", "mma"};
+constexpr const char* NAMES[] = {"sync_warp", "shuffle", "mma", "load_matrices"};
 
 struct Fiber {
     Stack stack;
     Context context;
+};
+
+// 16 bytes on their way to shared memory; zeros where `from` is null.
+struct Copy {
+    void* to;
+    const void* from;
+};
+
+// The copies that a thread has begun and not waited for.
+struct Copies {
+    Copy* list;
+    size_t count, capacity;
 };
 
 // A collective as a lane calls it.
@@ -87,6 +99,8 @@ struct Machine {
     uint32_t parked, ended;  // threads
     Site barrier;
     Warp all[LANES];
+
+    Copies copies[MOST_THREADS];
 
     Context host;
     Fiber fibers[MOST_THREADS];
@@ -326,6 +340,79 @@ void mma(Operands operands, float d[4], const uint32_t a[4], const uint32_t b[2]
     memcpy(d + 2, f.d[1][lane], 2 * sizeof(float));
 }
 
+// Where in shared memory `at` lies, if that and the next 15 bytes are there and aligned; else more than there is.
+static size_t aligned_offset(const Machine& m, const void* at) {
+    const uintptr_t offset = reinterpret_cast<uintptr_t>(at) - reinterpret_cast<uintptr_t>(m.shared_area + GUARD_BYTES);
+    return offset % 16 == 0 && offset <= m.shared_bytes && m.shared_bytes - offset >= 16 ? offset : SIZE_MAX;
+}
+
+void copy_async(void* to, const void* from, Site site) {
+    Machine& m = *state.machine;
+    if (aligned_offset(m, to) == SIZE_MAX || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+        report(m, "thread %u copies (%s:%d) what is not 16 aligned bytes, or not to shared memory", state.thread.x,
+               site.file, site.line);
+        give_up(m);
+    }
+    Copies& mine = m.copies[state.thread.x];
+    if (mine.count == mine.capacity) {
+        const size_t capacity = mine.capacity ? 2 * mine.capacity : 16;
+        void* list = realloc(mine.list, capacity * sizeof(Copy));
+        if (!list) {
+            report(m, "no memory for the copies of thread %u", state.thread.x);
+            give_up(m);
+        }
+        mine.list = static_cast<Copy*>(list);
+        mine.capacity = capacity;
+    }
+    memset(to, POISON, 16);
+    mine.list[mine.count++] = {to, from};
+}
+
+void copies_done() {
+    Copies& mine = state.machine->copies[state.thread.x];
+    for (size_t i = 0; i < mine.count; ++i) {
+        if (mine.list[i].from) {
+            memcpy(mine.list[i].to, mine.list[i].from, 16);
+        } else {
+            memset(mine.list[i].to, 0, 16);
+        }
+    }
+    mine.count = 0;
+}
+
+void load_matrices(uint32_t d[4], const void* row, bool transposed, Site site) {
+    Machine& m = *state.machine;
+    Warp& w = *m.warp;
+    const uint32_t lane = m.lane;
+    const unsigned char* from = m.shared_area + GUARD_BYTES;
+    const size_t at = aligned_offset(m, row);
+    if (at == SIZE_MAX) {
+        report(m, "thread %u loads a row of a matrix (%s:%d) that is not 16 aligned bytes of shared memory",
+               state.thread.x, site.file, site.line);
+        give_up(m);
+    }
+    uint32_t* rows = w.shown[w.round % 2];
+    rows[lane] = static_cast<uint32_t>(at);
+    if (join(m, w, {Collective::load_matrices, site})) {
+        // All lanes read at once, before any goes on.
+        for (uint32_t i = 0; i < 4; ++i) {
+            for (uint32_t g = 0; g < 8; ++g) {
+                for (uint32_t t = 0; t < 4; ++t) {
+                    uint16_t pair[2];
+                    for (uint32_t e = 0; e < 2; ++e) {
+                        const uint32_t line = transposed ? 2 * t + e : g, column = transposed ? g : 2 * t + e;
+                        memcpy(&pair[e], from + rows[8 * i + line] + 2 * column, 2);
+                    }
+                    memcpy(&w.fragments.a[i][4 * g + t], pair, 4);
+                }
+            }
+        }
+    } else {
+        wait(m);
+    }
+    for (int i = 0; i < 4; ++i) d[i] = w.fragments.a[i][lane];
+}
+
 namespace {
 
 // The OS thread's machine, made at its first launch and freed when the thread ends; null without memory.
@@ -337,6 +424,7 @@ Machine* this_machine() {
         pthread_key_create(&key, [](void* value) {
             Machine* m = static_cast<Machine*>(value);
             for (int i = 0; i < m->fibers_made; ++i) m->fibers[i].stack.release();
+            for (Copies& copies : m->copies) free(copies.list);
             free(m->shared_area);
             free(m);
         });
@@ -399,6 +487,7 @@ void check_shared([[maybe_unused]] Machine& m) {
 void run_block(Machine& m, uint64_t seed, uint64_t block) {
     m.random = seed * 0xd1342543de82ef95u + block;
     m.parked = m.ended = 0;
+    for (uint32_t i = 0; i < m.threads; ++i) m.copies[i].count = 0;
     for (uint32_t i = 0; i < m.warps; ++i) {
         m.order[i] = i;
         m.all[i].first = i * LANES;

@@ -74,6 +74,9 @@ void sync_threads(Site site);
 void sync_warp(Site site);
 uint32_t shuffle_xor(uint32_t bits, int mask, Site site);
 void mma(Operands operands, float d[4], const uint32_t a[4], const uint32_t b[2], Site site);
+void copy_async(void* to, const void* from, Site site);
+void copies_done();
+void load_matrices(uint32_t d[4], const void* row, bool transposed, Site site);
 
 inline uint32_t to_bits(float v) { return __builtin_bit_cast(uint32_t, v); }
 inline float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }

@@ -10,9 +10,8 @@ use crate::device::HostSlice;
 use crate::error::Result;
 use crate::mlnt::{Report, Scales, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
-use crate::plan::Plan;
 use crate::rng::{Purpose, below, normal, stream};
-use crate::train::engine::step_spec;
+use crate::train::engine::{grouped_plan, step_spec};
 use crate::train::open_device::open_device;
 
 /// The arguments of `mlnt bench-step`: those of `plan`, and how often to run.
@@ -52,16 +51,13 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let (input, model) = (args.plan.input(), args.plan.model_spec(&config));
     let opened = open_device(args.plan.device, config.precision, args.threads)?;
     let (mut device, why) = (opened.device, opened.text);
-    let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &device.plan_options())?;
-    let scalars = StepScalars {
-        lr: 0.05,
-        momentum: 0.9,
-        weight_decay: 1e-4,
-        eta: 0.4,
-        gamma: 0.99,
-        lambda: 1.0,
-        scales: Scales::NONE,
-    };
+    let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
+    let fit = (device.real_bytes(), device.arena_budget());
+    let plan = grouped_plan(&tape, &device.plan_options(), config.group, fit)?;
+    // Scales of cotangents such as a first step finds.
+    let scales = Scales { inner: 4096.0, outer: 4096.0, second: 1_048_576.0, apply: true };
+    let scalars =
+        StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0, scales };
     let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
     let id = device.load(plan)?;
     for owner in ["", "teacher."] {

@@ -10,10 +10,10 @@ use crate::error::Result;
 use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
 use crate::plan::{Cost, Plan, PlanOptions};
-use crate::train::choice::{DeviceKind, Precision, Recipe};
+use crate::train::choice::{DeviceKind, Group, Precision, Recipe};
 use crate::train::config::{Config, Overrides};
-use crate::train::engine::step_spec;
-use crate::train::open_device::{kernel_cost, plan_options};
+use crate::train::engine::{grouped_plan, step_spec};
+use crate::train::open_device::{arena_budget, kernel_cost, plan_options};
 use crate::train::preset::{InputShape, Preset};
 
 /// The help above the arguments.
@@ -52,6 +52,9 @@ pub struct PlanArgs {
     /// Floating-point type of the computation; it decides the bytes.
     #[arg(long, value_name = "TYPE")]
     pub precision: Option<Precision>,
+    /// Branches that the step works on at a time: auto (what the device likes), all, or a number.
+    #[arg(long, value_name = "auto|all|N")]
+    pub group: Option<Group>,
     /// The device the plan is for: cuda and simt fuse more and add the launches of the kernels and their scratch memory.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub device: DeviceKind,
@@ -101,6 +104,7 @@ impl PlanArgs {
             recipe: self.recipe,
             first_order: self.first_order,
             precision: self.precision,
+            group: self.group,
             widths: self.model.widths.clone(),
             blocks: self.model.blocks.clone(),
             ..Overrides::default()
@@ -152,7 +156,9 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     // The unit of the ratio is the same for every device.
     let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &PlanOptions::default())?.cost(real_bytes);
     let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);
-    let plan = Plan::build(&record_step(&step_spec(&config, model.clone()), Report::Losses)?, &options)?;
+    let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
+    let fit = (real_bytes, arena_budget(args.device, config.precision)?);
+    let plan = grouped_plan(&tape, &options, config.group, fit)?;
     let cost = plan.cost(real_bytes);
     let ratio = cost.flops() as f64 / forward as f64;
     let (arena, states) = (plan.arena_bytes(real_bytes), plan.state_bytes(real_bytes));
@@ -173,6 +179,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             "forward_flops": forward,
             "ratio": ratio,
             "launches": cost.launches(),
+            "group": plan.largest_group(),
             "bytes_moved": cost.bytes_moved(),
             "arena_bytes": arena,
             "state_bytes": states,
@@ -187,9 +194,10 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         return Ok(0);
     }
     let order = if config.first_order { "first order" } else { "exact" };
-    let (k, m) = (config.batch, config.branches);
+    let (k, m, group) = (config.batch, config.branches, plan.largest_group());
+    let taken = if group < m { format!(" in groups of at most {group}") } else { String::new() };
     say(format_args!(
-        "One MLNT step: {} recipe, {order}, batch {k}, {m} branches, {}; PreAct ResNet, widths {:?}, blocks {:?}, \
+        "One MLNT step: {} recipe, {order}, batch {k}, {m} branches{taken}, {}; PreAct ResNet, widths {:?}, blocks {:?}, \
          {} parameters, images {}x{}x{}, {} classes\n",
         config.recipe,
         config.precision,

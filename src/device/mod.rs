@@ -105,6 +105,12 @@ pub trait Device {
         PlanOptions::default()
     }
 
+    /// Bytes within which the arena of a step's plan is kept by taking its branches in groups, unless somebody asks for other
+    /// groups; `None` takes all branches at a time.
+    fn arena_budget(&self) -> Option<usize> {
+        None
+    }
+
     /// Makes a plan ready: its memory, and zeros in the states that are new.
     ///
     /// # Errors

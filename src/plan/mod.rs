@@ -176,6 +176,33 @@ impl Plan {
         Ok(assemble(graph, launches))
     }
 
+    /// The plan with the fewest groups of branches whose arena takes at most `bytes` when a real takes `real_bytes`; one branch at a
+    /// time where every arena takes more. The group of `options` does not count.
+    ///
+    /// # Errors
+    /// As [`Plan::build`].
+    pub fn within(tape: &Tape, options: &PlanOptions, real_bytes: usize, bytes: usize) -> Result<Plan> {
+        let mut size = tape.branches().max(1);
+        loop {
+            let plan = Plan::build(tape, &PlanOptions { group: Some(size), ..*options })?;
+            if size == 1 || plan.arena_bytes(real_bytes) <= bytes {
+                return Ok(plan);
+            }
+            // The largest group of a balanced division into more groups.
+            let groups = tape.branches().div_ceil(size - 1);
+            size = tape.branches().div_ceil(groups);
+        }
+    }
+
+    /// Branches that its launches work on at a time, at most.
+    pub fn largest_group(&self) -> usize {
+        let branched = |launch: &&Launch| {
+            let mut buffers = launch.args.iter().flat_map(Args::buffers);
+            buffers.any(|b| self.buffers[*b].meta.per_branch)
+        };
+        self.launches.iter().filter(branched).map(|launch| launch.branches.len()).max().unwrap_or(self.branches)
+    }
+
     /// Bytes of all arenas when a real takes `real_bytes`.
     pub fn arena_bytes(&self, real_bytes: usize) -> usize {
         self.arena_reals * real_bytes + self.arena_halves * 2 + self.arena_indices * 4

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Method, Precision, Recipe};
+use super::choice::{Augment, DeviceKind, Group, Method, Precision, Recipe};
 use super::preset::Preset;
 use super::toml_file;
 use crate::data::{NoiseKind, ValidationLabels};
@@ -151,6 +151,9 @@ settings! {
         [value_name = "NAME"] device: DeviceKind,
         /// Floating-point type of the computation.
         [value_name = "TYPE"] precision: Precision,
+        /// Branches that a step works on at a time, for less memory: auto (what the device likes), all, or a number. It changes the
+        /// order of sums over the branches, and no result beyond rounding.
+        [value_name = "auto|all|N"] group: Group,
         /// Threads; 0 = one per core.
         [value_name = "N"] threads: usize,
     }

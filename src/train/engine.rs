@@ -1,6 +1,6 @@
 //! The networks of a run on a device: their plans and states.
 
-use super::choice;
+use super::choice::{self, Group};
 use super::config::Config;
 use super::feed::Images;
 use super::loss_scale::{LossScale, Passes};
@@ -12,7 +12,8 @@ use crate::device::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::mlnt::{KlScale, Recipe, StateKind, StepScalars, StepSpec, Synthetic, record_eval, state_name};
 use crate::model::{ModelSpec, he_init};
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanOptions};
+use crate::tape::Tape;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 
@@ -129,6 +130,25 @@ fn find<'a>(steps: &'a [Step], part: &Part) -> Result<&'a Step> {
     found.ok_or_else(|| Error::shape("step", format_args!("no plan for {}", part.title())))
 }
 
+/// The plan of a step that takes its branches as `group` says; `fit`: bytes of a real, and those within which the device wants
+/// the arena.
+///
+/// # Errors
+/// As [`Plan::build`].
+pub fn grouped_plan(
+    tape: &Tape,
+    options: &PlanOptions,
+    group: Group,
+    (real_bytes, budget): (usize, Option<usize>),
+) -> Result<Plan> {
+    match (group, budget) {
+        (Group::Auto, Some(bytes)) => Plan::within(tape, options, real_bytes, bytes),
+        (Group::Auto, None) => Plan::build(tape, options),
+        (Group::All, _) => Plan::build(tape, &PlanOptions { group: None, ..*options }),
+        (Group::Of(size), _) => Plan::build(tape, &PlanOptions { group: Some(size), ..*options }),
+    }
+}
+
 impl Engine {
     /// Builds the plans of all parts of a run and gives every network its starting values.
     ///
@@ -143,7 +163,9 @@ impl Engine {
             if steps.iter().any(|s| (s.phase, s.mentor) == (phase, mentor)) {
                 continue;
             }
-            let plan = Plan::build(&phase.record(config, &model, mentor)?, &options)?;
+            let tape = phase.record(config, &model, mentor)?;
+            let fit = (device.real_bytes(), device.arena_budget());
+            let plan = grouped_plan(&tape, &device.plan_options(), config.group, fit)?;
             let inputs = plan.inputs.iter().map(|port| port.name.clone()).collect();
             let scalars = plan.scalars.clone();
             let scaled = plan.output("finite").is_some();

@@ -6,7 +6,7 @@ use crate::device::cpu::Cpu;
 use crate::device::cuda::driver::Driver;
 use crate::device::cuda::driver::gpu::Gpu;
 use crate::device::cuda::driver::simt::Simt;
-use crate::device::cuda::{Cuda, KernelCost, Mode, Operands};
+use crate::device::cuda::{self, Cuda, KernelCost, Mode, Operands};
 use crate::error::{Error, Result};
 use crate::plan::{Plan, PlanOptions};
 
@@ -91,6 +91,17 @@ pub fn open_kernels(kind: DeviceKind, precision: Precision, mode: Mode) -> Resul
         DeviceKind::Auto | DeviceKind::Cpu => Err(Error::usage(format_args!(
             "device {kind} is not one that runs the CUDA kernels; those are cuda, cuda:N and simt"
         ))),
+    }
+}
+
+/// Bytes within which a step's arena is kept on a device of this kind, without a machine; see [`Device::arena_budget`].
+///
+/// # Errors
+/// When the device does not compute in `precision`.
+pub fn arena_budget(kind: DeviceKind, precision: Precision) -> Result<Option<usize>> {
+    match kind {
+        DeviceKind::Cuda(_) | DeviceKind::Simt => Ok(Some(cuda::arena_budget(operands(precision)?))),
+        DeviceKind::Auto | DeviceKind::Cpu => Ok(None),
     }
 }
 

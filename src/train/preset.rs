@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Method, Precision, Recipe};
+use super::choice::{Augment, DeviceKind, Group, Method, Precision, Recipe};
 use super::config::Config;
 use crate::data::{NoiseKind, ValidationLabels};
 
@@ -94,6 +94,7 @@ fn small() -> Config {
         seed: 1,
         device: DeviceKind::Auto,
         precision: Precision::F32,
+        group: Group::Auto,
         threads: 0,
         out: None,
     }
@@ -143,6 +144,7 @@ fn cifar10() -> Config {
         seed: 1,
         device: DeviceKind::Auto,
         precision: Precision::F32,
+        group: Group::Auto,
         threads: 0,
         out: None,
     }

@@ -120,8 +120,7 @@ pub fn load_step<T: Real + Default>(spec: &StepSpec, report: Report, fuse: bool,
 }
 
 pub fn load_step_on<D: Device>(device: D, spec: &StepSpec, report: Report, fuse: bool) -> LoadedStep<D> {
-    let tape = record_step(spec, report).unwrap();
-    load_plan_on(device, spec, Plan::build(&tape, &PlanOptions { fuse, ..PlanOptions::default() }).unwrap())
+    load_planned(device, spec, report, &PlanOptions { fuse, ..PlanOptions::default() })
 }
 
 pub fn load_planned<D: Device>(device: D, spec: &StepSpec, report: Report, options: &PlanOptions) -> LoadedStep<D> {

@@ -15,9 +15,9 @@ const QUAD: usize = 4;
 const WIDEST: usize = 64;
 /// Branches times channels whose factors a block keeps at a time: 40 KiB.
 const SLOTS: usize = 1024;
-/// Blocks that a launch aims at: about four of these on each multiprocessor of a large card. It is the same number on
-/// every card, so that the order of additions is too.
-const BLOCKS: usize = 512;
+/// Blocks that a launch aims at: two or three of these fit each multiprocessor of a large card at a time, and that many take turns
+/// that the last turn does not leave it idle for long. It is the same number on every card, so that the order of additions is too.
+const BLOCKS: usize = 1024;
 /// Rows that a thread of a reduce kernel takes at least, if there are as many.
 const REDUCE_ROWS: usize = 16;
 /// Rows that a thread of an apply kernel takes at least, if there are as many: those in flight at a time.

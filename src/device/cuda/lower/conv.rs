@@ -1,5 +1,6 @@
-//! Convolutions, plain and fused: `kernels/conv.cu`.
+//! Convolutions, plain and fused: `kernels/conv.cu` and `kernels/conv_direct.cu`.
 
+use super::conv_tiles::Tiling;
 use super::{Lowering, Operand, Operands};
 use crate::device::cuda::driver::Address;
 use crate::error::{Error, Result};
@@ -7,10 +8,6 @@ use crate::ops::{BN_EPS, Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Operatio
 use crate::plan::Args;
 use bytemuck::{Pod, Zeroable};
 
-/// Lines of a tile, both of rows and of columns.
-const TILE: usize = 64;
-/// Inner indices of a tile.
-const DEPTH: usize = 32;
 /// Threads of a block.
 const THREADS: usize = 128;
 /// Bytes of shared memory of a block: the tables of positions and two pairs of tiles (`Shared` in the kernels).
@@ -19,17 +16,14 @@ const SHARED_32: usize = 40_192;
 const SHARED_16: usize = 23_808;
 /// Blocks that keep any present card busy. A product with fewer tiles is split along its inner dimension.
 const BLOCKS: usize = 264;
-/// Iterations that a split has at least: below that, adding up the splits costs more than they gain.
-const SPLIT_ITERATIONS: usize = 8;
-/// Iterations of a split of a weight gradient that runs beside the gradient of the input: so few that both are about the same part
-/// of dy, so many that the partial sums are small beside what is read.
-const JOINT_ITERATIONS: usize = 128;
 /// Most bytes of partial results.
 const PARTIAL_BYTES: usize = 64 << 20;
 /// `MOMENT_GROUP`: row tiles whose statistics are combined at a time.
 const MOMENT_GROUP: usize = 32;
 /// Bytes of `Moments`.
 const MOMENTS: usize = 16;
+/// Bytes to which the direct kernels want tensors aligned.
+const ALIGN: u64 = 16;
 /// The kernels add up paddings, image sizes and kernel sizes in 32 bits.
 const MOST_PADDED_SIDE: usize = 1 << 29;
 /// The kernels number the stride² remainders of a pixel in 32 bits.
@@ -98,9 +92,17 @@ struct ConvProduct {
     by_pixel: i32,
     start_half: i32,
     out_half: i32,
-    unused: i32,
+    kernel_height: i32,
+    images: i32,
+    patch_images: i32,
+    patch_height: i32,
+    patch_width: i32,
+    patches_down: i32,
+    patches_across: i32,
+    halo_height: i32,
+    halo_width: i32,
 }
-const _: () = assert!(size_of::<ConvProduct>() == 336);
+const _: () = assert!(size_of::<ConvProduct>() == 368);
 
 /// Twin of `ConvParams`.
 #[repr(C)]
@@ -108,7 +110,7 @@ const _: () = assert!(size_of::<ConvProduct>() == 336);
 struct ConvParams {
     product: ConvProduct,
 }
-const _: () = assert!(size_of::<ConvParams>() == 336);
+const _: () = assert!(size_of::<ConvParams>() == 368);
 
 /// Twin of `ConvBackwardParams`.
 #[repr(C)]
@@ -119,7 +121,7 @@ struct ConvBackwardParams {
     dgrad_blocks: i32,
     wgrad_blocks: i32,
 }
-const _: () = assert!(size_of::<ConvBackwardParams>() == 680);
+const _: () = assert!(size_of::<ConvBackwardParams>() == 744);
 
 /// A form as the kernels see it: a matrix product of gathered operands.
 struct Shape {
@@ -188,8 +190,31 @@ impl Job<'_> {
         self.terms.iter().flatten().chain(norm).chain(&self.start).chain([&self.out]).chain(stats)
     }
 
+    /// Segments of all terms.
+    fn all_segments(&self, branches: usize) -> usize {
+        (0..self.terms.len()).map(|i| self.segments(i, branches)).sum()
+    }
+
+    /// Its tiles, if the direct kernels can take it.
+    fn direct(&self, lowering: &Lowering<'_>) -> Option<Tiling> {
+        let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
+        let aligned = self.terms.iter().flatten().chain(&self.start).chain([&self.out]).all(|o| o.at.0 % ALIGN == 0);
+        let tiling = Tiling::direct(self.kind, self.geom, self.all_segments(lowering.branches()));
+        if halves && aligned && self.out.len() > 0 { tiling } else { None }
+    }
+
+    /// Its tiles with the kernels that gather.
+    fn gathered(&self, lowering: &Lowering<'_>) -> Tiling {
+        let shape = Shape::new(self.kind, self.geom);
+        let shared = match lowering.operands {
+            Operands::F32 | Operands::Tf32 => SHARED_32,
+            Operands::F16 | Operands::Bf16 => SHARED_16,
+        };
+        Tiling::gathered([shape.rows, shape.columns, shape.inner], shared)
+    }
+
     /// Its parameters and its number of blocks; none where the result has no elements.
-    fn lower(&self, lowering: &mut Lowering<'_>, beside: Beside) -> Result<(ConvProduct, usize)> {
+    fn lower(&self, lowering: &mut Lowering<'_>, tiling: &Tiling, beside: Beside) -> Result<(ConvProduct, usize)> {
         let narrow = |v: usize| lowering.narrow("elements of a branch", v);
         let g = self.geom;
         self.operands().try_for_each(|o| narrow(o.len()).map(drop))?;
@@ -197,13 +222,13 @@ impl Job<'_> {
             return Ok((ConvProduct::zeroed(), 0));
         }
         let shape = Shape::new(self.kind, g);
-        let (row_tiles, column_tiles) = (shape.rows.div_ceil(TILE), shape.columns.div_ceil(TILE));
-        let inner_tiles = shape.inner.div_ceil(DEPTH);
-        let segments: usize = (0..self.terms.len()).map(|i| self.segments(i, lowering.branches())).sum();
+        let [row_tiles, column_tiles, inner_tiles] = tiling.tiles;
+        let segments = self.all_segments(lowering.branches());
         let branches = self.out.branches(lowering.branches());
         let tiles = row_tiles * column_tiles * branches;
         narrow(inner_tiles * segments)?;
-        let splits = splits(tiles, inner_tiles * segments, beside);
+        let splits = splits(tiling, tiles, inner_tiles * segments, beside);
+        let patches = &tiling.patches;
         let mut product = ConvProduct {
             start: self.start.map_or(Address::NULL, |s| s.at),
             out: self.out.at,
@@ -230,6 +255,15 @@ impl Job<'_> {
             by_pixel: (beside == Beside::SummedDgrad).into(),
             start_half: self.start.is_some_and(|s| s.half).into(),
             out_half: self.out.half.into(),
+            kernel_height: narrow(g.r)?,
+            images: narrow(g.n)?,
+            patch_images: narrow(patches.images)?,
+            patch_height: narrow(patches.size[0])?,
+            patch_width: narrow(patches.size[1])?,
+            patches_down: narrow(patches.count[0])?,
+            patches_across: narrow(patches.count[1])?,
+            halo_height: narrow(patches.halo[0])?,
+            halo_width: narrow(patches.halo[1])?,
             ..ConvProduct::zeroed()
         };
         for (i, [image, matrix]) in self.terms.iter().enumerate() {
@@ -251,12 +285,12 @@ impl Job<'_> {
         let columns = column_tiles * branches;
         let groups = row_tiles.div_ceil(MOMENT_GROUP);
         if splits > 1 {
-            product.partial = lowering.scratch(4 * TILE * TILE * tiles * splits);
+            product.partial = lowering.scratch(4 * tiling.size[0] * tiling.size[1] * tiles * splits);
         }
         if let Some([mean, var]) = &self.stats {
             (product.mean, product.var) = (mean.at, var.at);
-            product.tile_sums = lowering.scratch(MOMENTS * TILE * columns * row_tiles);
-            product.group_sums = lowering.scratch(MOMENTS * TILE * columns * groups);
+            product.tile_sums = lowering.scratch(MOMENTS * tiling.size[1] * columns * row_tiles);
+            product.group_sums = lowering.scratch(MOMENTS * tiling.size[1] * columns * groups);
         }
         if splits > 1 || self.stats.is_some() {
             product.arrivals = lowering.counters(tiles + columns * (groups + 1));
@@ -266,13 +300,13 @@ impl Job<'_> {
 }
 
 /// Parts into which the inner dimension of `tiles` tiles of the result is divided; shapes alone decide it.
-fn splits(tiles: usize, iterations: usize, beside: Beside) -> usize {
+fn splits(tiling: &Tiling, tiles: usize, iterations: usize, beside: Beside) -> usize {
     let wanted = match beside {
         Beside::Nothing => BLOCKS.div_ceil(tiles),
-        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(tiles).max(iterations.div_ceil(JOINT_ITERATIONS)),
+        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(tiles).max(iterations.div_ceil(tiling.joint)),
     };
-    let worth = iterations / SPLIT_ITERATIONS;
-    let fit = PARTIAL_BYTES / (4 * TILE * TILE * tiles);
+    let worth = iterations / tiling.least;
+    let fit = PARTIAL_BYTES / (4 * tiling.size[0] * tiling.size[1] * tiles);
     wanted.min(worth).min(fit).max(1)
 }
 
@@ -290,34 +324,58 @@ fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_
     Ok(())
 }
 
-fn fprop_kernel(operands: Operands) -> &'static str {
-    match operands {
-        Operands::F32 => "conv2d_fprop_f32",
-        Operands::Tf32 => "conv2d_fprop_tf32",
-        Operands::F16 => "conv2d_fprop_f16",
-        Operands::Bf16 => "conv2d_fprop_bf16",
-    }
+/// Kernels by operand type.
+struct Kernels {
+    f32: &'static str,
+    tf32: &'static str,
+    f16: &'static str,
+    bf16: &'static str,
 }
 
-fn backward_kernel(operands: Operands) -> &'static str {
+/// The kernels `name` of all operand types, or the direct ones of those that have them.
+macro_rules! kernels {
+    ($name:literal) => {
+        Kernels {
+            f32: concat!($name, "_f32"),
+            tf32: concat!($name, "_tf32"),
+            f16: concat!($name, "_f16"),
+            bf16: concat!($name, "_bf16"),
+        }
+    };
+}
+
+/// The kernel of fprop, or else of the gradients; `width`: columns of a tile of a direct kernel.
+fn kernel(operands: Operands, fprop: bool, width: Option<usize>) -> &'static str {
+    let kernels = match (fprop, width) {
+        (true, None) => kernels!("conv2d_fprop"),
+        (true, Some(32)) => kernels!("conv2d_direct_fprop_32"),
+        (true, Some(_)) => kernels!("conv2d_direct_fprop_64"),
+        (false, None) => kernels!("conv2d_backward"),
+        (false, Some(32)) => kernels!("conv2d_direct_backward_32"),
+        (false, Some(_)) => kernels!("conv2d_direct_backward_64"),
+    };
     match operands {
-        Operands::F32 => "conv2d_backward_f32",
-        Operands::Tf32 => "conv2d_backward_tf32",
-        Operands::F16 => "conv2d_backward_f16",
-        Operands::Bf16 => "conv2d_backward_bf16",
+        Operands::F32 => kernels.f32,
+        Operands::Tf32 => kernels.tf32,
+        Operands::F16 => kernels.f16,
+        Operands::Bf16 => kernels.bf16,
     }
 }
 
 /// Appends the launch of one product, or of the gradients of the input and of the weights together.
 fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> Result<()> {
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
-    let shared = match lowering.operands {
-        Operands::F32 | Operands::Tf32 => SHARED_32,
-        Operands::F16 | Operands::Bf16 => SHARED_16,
+    // Both gradients are direct, or none.
+    let direct: Option<Vec<Tiling>> = jobs.iter().map(|job| job.direct(lowering)).collect();
+    let width = |job: &Job<'_>| direct.as_ref().map(|_| Tiling::width(job.kind, job.geom));
+    let tilings = match &direct {
+        Some(tilings) => tilings.clone(),
+        None => jobs.iter().map(|job| job.gathered(lowering)).collect(),
     };
+    let shared = tilings.iter().map(|t| t.shared).max().unwrap_or(0);
     let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
     let (mut params, mut blocks) = (ConvBackwardParams::zeroed(), 0);
-    for job in jobs {
+    for (job, tiling) in jobs.iter().zip(&tilings) {
         let beside = match dgrad {
             Some(dgrad) if job.kind == ConvKind::Wgrad => {
                 if dgrad.segments(0, lowering.branches()) > 1 {
@@ -328,13 +386,13 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
             }
             _ => Beside::Nothing,
         };
-        let (product, own) = job.lower(lowering, beside)?;
+        let (product, own) = job.lower(lowering, tiling, beside)?;
         blocks += own;
         let count = lowering.narrow("blocks", own)?;
         match job.kind {
             ConvKind::Fprop => {
                 if own > 0 {
-                    let kernel = fprop_kernel(lowering.operands);
+                    let kernel = kernel(lowering.operands, true, width(job));
                     lowering.push(kernel, &ConvParams { product }, [own, 1, 1], THREADS, shared);
                 }
                 return Ok(());
@@ -344,7 +402,8 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
         }
     }
     if blocks > 0 {
-        lowering.push(backward_kernel(lowering.operands), &params, [blocks, 1, 1], THREADS, shared);
+        let kernel = kernel(lowering.operands, false, width(dgrad.unwrap_or(&jobs[0])));
+        lowering.push(kernel, &params, [blocks, 1, 1], THREADS, shared);
     }
     Ok(())
 }

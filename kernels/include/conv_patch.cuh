@@ -1,0 +1,196 @@
+// Patches: the pixels of a tile of a direct convolution, and the part of the image that their taps reach, the halo.
+//
+// A direct kernel loads the halo of 32 channels into shared memory once, with batch norm and rounding, and takes the
+// operands of all taps from there: tap (u, v) of a pixel is a fixed step away from its tap (0, 0). In dgrad with a stride
+// the pixels fall into stride² phases, each with taps of its own; a patch has pixels of one phase.
+#pragma once
+
+#include "conv_finish.cuh"
+#include "tile_product.cuh"
+
+constexpr int PATCH = 128;        // pixels, some of which the result may not have
+constexpr int SLICE = 32;         // channels
+constexpr int PIXEL = SLICE + 8;  // elements from a pixel to the next in shared memory: a matrix's rows meet no bank twice
+constexpr int DIRECT_THREADS = 128;
+constexpr int CHUNKS = SLICE / 8;  // of eight channels, of a pixel
+constexpr int IN_FLIGHT = 4;  // chunks that a thread loads at a time where it has nothing else to do
+constexpr int ABREAST = DIRECT_THREADS / CHUNKS;  // pixels that the threads load at a time
+
+struct Patch {
+    int32_t taps_down, taps_across;
+    int32_t image;                   // the first
+    int32_t down, across;            // its first pixel in the grid of its phase
+    int32_t grid_height, grid_width;
+    int32_t first_down, first_across;  // where that grid's first pixel lies in the result
+    int32_t grid_step;                 // from a pixel of the grid to the next
+    int32_t phase_down, phase_across;  // the filter's first pixel of those that the phase has
+    int32_t halo_down, halo_across;    // the halo's first pixel in the image
+    int32_t halo_step;                 // pixels of the image from one of the halo to the next
+    int32_t pixel_step;                // pixels of the halo from one of the patch to the next
+};
+
+// Filter pixels in steps of the stride from `phase` on.
+DEVICE int32_t taps_from(int32_t phase, int32_t filter, int32_t stride) {
+    return phase < filter ? (filter - phase + stride - 1) / stride : 0;
+}
+
+// Patch number `number`: neighbours in an image run fastest, phases slowest.
+template <Form FORM>
+DEVICE Patch patch_of(const ConvProduct& p, uint32_t number) {
+    Patch patch;
+    patch.across = int32_t(number % p.patches_across) * p.patch_width;
+    number /= p.patches_across;
+    patch.down = int32_t(number % p.patches_down) * p.patch_height;
+    number /= p.patches_down;
+    const uint32_t groups = uint32_t(p.images + p.patch_images - 1) / p.patch_images;
+    patch.image = int32_t(number % groups) * p.patch_images;
+    if constexpr (FORM == Form::DGRAD) {
+        const int32_t phase = int32_t(number / groups), stride = p.stride;
+        patch.phase_down = phase / stride;
+        patch.phase_across = phase - patch.phase_down * stride;
+        patch.taps_down = taps_from(patch.phase_down, p.kernel_height, stride);
+        patch.taps_across = taps_from(patch.phase_across, p.kernel_width, stride);
+        patch.first_down = (patch.phase_down + (stride - 1) * p.pad) % stride;
+        patch.first_across = (patch.phase_across + (stride - 1) * p.pad) % stride;
+        patch.grid_height = taps_from(patch.first_down, p.grid_height, stride);
+        patch.grid_width = taps_from(patch.first_across, p.grid_width, stride);
+        patch.grid_step = stride;
+        patch.halo_down = (patch.first_down + p.pad) / stride + patch.down - (patch.taps_down - 1);
+        patch.halo_across = (patch.first_across + p.pad) / stride + patch.across - (patch.taps_across - 1);
+        patch.halo_step = patch.pixel_step = 1;
+    } else {
+        // A single tap leaves out what lies between the pixels.
+        const bool single = p.kernel_height == 1 && p.kernel_width == 1;
+        patch.taps_down = p.kernel_height;
+        patch.taps_across = p.kernel_width;
+        patch.phase_down = patch.phase_across = patch.first_down = patch.first_across = 0;
+        patch.grid_height = p.grid_height;
+        patch.grid_width = p.grid_width;
+        patch.grid_step = 1;
+        patch.halo_down = patch.down * p.stride - p.pad;
+        patch.halo_across = patch.across * p.stride - p.pad;
+        patch.halo_step = single ? p.stride : 1;
+        patch.pixel_step = single ? 1 : p.stride;
+    }
+    return patch;
+}
+
+// Pixel `i` of every patch, counted from its first; `image` is negative for those beyond the patch.
+struct Pixel {
+    int32_t image, down, across;
+};
+DEVICE Pixel pixel_of(const ConvProduct& p, int i) {
+    const int32_t line = i / p.patch_width, image = line / p.patch_height;
+    if (image >= p.patch_images) return {-1, 0, 0};
+    return {image, line - image * p.patch_height, i - line * p.patch_width};
+}
+
+// The row of the result, or of dy in wgrad, that is a patch's pixel.
+DEVICE uint32_t row_of(const ConvProduct& p, const Patch& patch, const Pixel& pixel) {
+    const int32_t image = patch.image + pixel.image;
+    const int32_t down = patch.down + pixel.down, across = patch.across + pixel.across;
+    const bool inside = pixel.image >= 0 && image < p.images && down < patch.grid_height && across < patch.grid_width;
+    if (!inside) return NO_ROW;
+    const uint32_t line = uint32_t(image) * uint32_t(p.grid_height) + uint32_t(patch.first_down + down * patch.grid_step);
+    return line * uint32_t(p.grid_width) + uint32_t(patch.first_across + across * patch.grid_step);
+}
+
+// Where the halo holds a patch's pixel with tap (0, 0), in elements.
+DEVICE uint32_t place_of(const ConvProduct& p, const Pixel& pixel, int32_t pixel_step) {
+    if (pixel.image < 0) return 0;
+    const int32_t line = pixel.image * p.halo_height + pixel.down * pixel_step;
+    return uint32_t(line * p.halo_width + pixel.across * pixel_step) * PIXEL;
+}
+
+// A tensor as an iteration sees it.
+struct Source {
+    const void* at;
+    int64_t branch;  // first element
+    int32_t half;
+};
+
+// What the threads load of the image, ABREAST pixels of the halo at a time, each thread eight channels of one.
+struct Halo {
+    int32_t image, down, across;  // the next pixel
+    uint32_t at, pixels;          // its number, and how many there are
+
+    DEVICE void begin(const ConvProduct& p) {
+        at = threadIdx.x / CHUNKS;
+        pixels = uint32_t(p.patch_images) * uint32_t(p.halo_height) * uint32_t(p.halo_width);
+        image = down = 0;
+        across = int32_t(at);
+        settle(p);
+    }
+    DEVICE void settle(const ConvProduct& p) {
+        while (across >= p.halo_width) {
+            across -= p.halo_width;
+            ++down;
+        }
+        while (down >= p.halo_height) {
+            down -= p.halo_height;
+            ++image;
+        }
+    }
+    // Whether any thread of the block has a pixel left.
+    DEVICE bool more() const { return at - threadIdx.x / CHUNKS < pixels; }
+    DEVICE void next(const ConvProduct& p) {
+        at += ABREAST;
+        across += ABREAST;
+        settle(p);
+    }
+    // Whether the image has the pixel, and channels from `channel` on.
+    DEVICE bool inside(const ConvProduct& p, const Patch& patch, int32_t channel, uint32_t& offset) const {
+        const int32_t n = patch.image + image;
+        const int32_t h = patch.halo_down + down * patch.halo_step, w = patch.halo_across + across * patch.halo_step;
+        offset = ((uint32_t(n) * uint32_t(p.image_height) + uint32_t(h)) * uint32_t(p.image_width) + uint32_t(w)) *
+                     uint32_t(p.image_channels) + uint32_t(channel);
+        return at < pixels && n < p.images && uint32_t(h) < uint32_t(p.image_height) &&
+               uint32_t(w) < uint32_t(p.image_width) && channel < p.image_channels;
+    }
+    DEVICE void put(uint16_t* slot, const uint4& coded) const {
+        if (at < pixels) *reinterpret_cast<uint4*>(place(slot)) = coded;
+    }
+    DEVICE void copy(uint16_t* slot, const uint16_t* from, bool inside) const {
+        if (at < pixels) copy_async(place(slot), from, inside);
+    }
+    DEVICE uint16_t* place(uint16_t* slot) const { return slot + at * PIXEL + threadIdx.x % CHUNKS * 8; }
+};
+
+// Rounds eight elements, after batch norm and ReLU if `norm` is theirs; zeros stay for what is not inside.
+template <class Operand>
+DEVICE uint4 chunk_round(const Chunk& chunk, int half, bool inside, const BnScaleShift* norm) {
+    if (!inside) return {};
+    if (half && !norm) return chunk.low;
+    float v[8];
+    chunk_decode<Operand>(v, chunk, half);
+    if (norm) {
+        for (int i = 0; i < 8; ++i) v[i] = norm[i].relu(v[i]);
+    }
+    return chunk_encode<Operand>(v);
+}
+
+// The beginning of a block's shared memory.
+struct DirectTables {
+    uint32_t places[PATCH];       // `place_of`
+    uint32_t pixels[PATCH];       // coordinates in the patch, or NO_ROW
+    BnScaleShift norm[2][SLICE];  // of the present iteration and the next
+
+    // `pixels` packs images and lines of at most PATCH each.
+    DEVICE void describe(const ConvProduct& p, int32_t pixel_step) {
+        const Pixel pixel = pixel_of(p, int(threadIdx.x));
+        places[threadIdx.x] = place_of(p, pixel, pixel_step);
+        pixels[threadIdx.x] =
+            pixel.image < 0 ? NO_ROW : uint32_t(pixel.image) << 16 | uint32_t(pixel.down) << 8 | uint32_t(pixel.across);
+    }
+    DEVICE Pixel pixel(int i) const {
+        const uint32_t packed = pixels[i];
+        if (packed == NO_ROW) return {-1, 0, 0};
+        return {int32_t(packed >> 16), int32_t(packed >> 8 & 0xff), int32_t(packed & 0xff)};
+    }
+    DEVICE void describe_norm(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
+        if (threadIdx.x >= SLICE) return;
+        const uint32_t channel = first + threadIdx.x;
+        norm[slot][threadIdx.x] = p.norm.of(branch, channel < uint32_t(p.image_channels) ? channel : 0);
+    }
+};
+static_assert(sizeof(DirectTables) == 1536);

@@ -1,0 +1,137 @@
+//! How the products of convolutions are divided into tiles: those whose operands are gathered one element at a time, and those
+//! that work on patches of pixels (`kernels/include/conv_patch.cuh`).
+
+use crate::ops::{ConvGeom, ConvKind};
+
+/// Lines of a gathered tile, both of rows and of columns.
+const TILE: usize = 64;
+/// Inner indices of a gathered tile.
+const DEPTH: usize = 32;
+/// `PATCH`: pixels of a patch.
+const PATCH: usize = 128;
+/// `SLICE`: channels of a halo.
+const SLICE: usize = 32;
+/// `MOST_TAPS`: taps of a tile of a weight gradient.
+const MOST_TAPS: usize = 9;
+/// Bytes of `DirectTables`.
+const TABLES: usize = 1536;
+/// Bytes of a pixel of a halo.
+const PIXEL: usize = 80;
+/// Most bytes of shared memory of a direct kernel: what every card has.
+const MOST_SHARED: usize = 99 << 10;
+/// The direct kernels add up small numbers without a thought of overflow.
+const MOST_PADDING: usize = 1 << 10;
+
+/// The patches of a direct kernel.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Patches {
+    /// Neighbouring images of a patch.
+    pub images: usize,
+    /// Pixels of each of them, down and across.
+    pub size: [usize; 2],
+    /// Patches of an image, down and across.
+    pub count: [usize; 2],
+    /// Pixels of the halo of each image, down and across.
+    pub halo: [usize; 2],
+}
+
+/// How a product is divided.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tiling {
+    /// Of the direct kernels.
+    pub patches: Patches,
+    /// Tiles along the rows, the columns and the inner dimension of one segment.
+    pub tiles: [usize; 3],
+    /// Rows and columns of a tile.
+    pub size: [usize; 2],
+    /// Iterations that a split has at least: below that, adding up the splits costs more than they gain.
+    pub least: usize,
+    /// Iterations of a split of a weight gradient that runs beside the gradient of the input: so few that both are about the same
+    /// part of dy, so many that the partial sums are small beside what is read.
+    pub joint: usize,
+    /// Bytes of shared memory.
+    pub shared: usize,
+}
+
+impl Tiling {
+    /// That of the kernels that gather; `shape`: rows, columns and inner dimension of the product.
+    pub fn gathered(shape: [usize; 3], shared: usize) -> Self {
+        let [rows, columns, inner] = shape;
+        let tiles = [rows.div_ceil(TILE), columns.div_ceil(TILE), inner.div_ceil(DEPTH)];
+        Tiling { patches: Patches::default(), tiles, size: [TILE; 2], least: 8, joint: 128, shared }
+    }
+
+    /// That of the direct kernels, if they can take the sizes.
+    ///
+    /// `segments`: those of the sum that the result is.
+    pub fn direct(kind: ConvKind, g: &ConvGeom, segments: usize) -> Option<Self> {
+        if g.c % 8 != 0 || g.k % 8 != 0 || g.pad.max(g.r).max(g.s).max(g.stride) > MOST_PADDING {
+            return None;
+        }
+        let width = Self::width(kind, g);
+        let finish = |rows: usize, columns: usize| 4 * rows * (columns + 8) + 16 * PATCH + 4 * rows;
+        let (patches, shared) = Patches::choose(kind, g, |halo| match kind {
+            ConvKind::Wgrad => (TABLES + 2 * PIXEL * (halo + PATCH)).max(finish(SLICE, MOST_TAPS * SLICE)),
+            _ => {
+                let channels = if kind == ConvKind::Fprop { g.c } else { g.k };
+                let slots = if channels.div_ceil(SLICE) * segments > 1 { 2 } else { 1 };
+                (TABLES + 2 * PIXEL * width + slots * PIXEL * halo).max(finish(PATCH, width))
+            }
+        })?;
+        let number = patches.number(kind, g);
+        let (taps, slices) = ((g.r * g.s).div_ceil(MOST_TAPS), |channels: usize| channels.div_ceil(SLICE));
+        Some(match kind {
+            ConvKind::Fprop | ConvKind::Dgrad => {
+                let (inner, columns) = if kind == ConvKind::Fprop { (g.c, g.k) } else { (g.k, g.c) };
+                let tiles = [number, columns.div_ceil(width), slices(inner)];
+                Tiling { patches, tiles, size: [PATCH, width], least: 1, joint: usize::MAX, shared }
+            }
+            ConvKind::Wgrad => {
+                let tiles = [slices(g.k), slices(g.c) * taps, number];
+                Tiling { patches, tiles, size: [SLICE, MOST_TAPS * SLICE], least: 4, joint: 32, shared }
+            }
+        })
+    }
+
+    /// Columns of a tile of a direct kernel of fprop or dgrad.
+    pub fn width(kind: ConvKind, g: &ConvGeom) -> usize {
+        let columns = if kind == ConvKind::Fprop { g.k } else { g.c };
+        if columns > 32 { 64 } else { 32 }
+    }
+}
+
+impl Patches {
+    /// The patches with the least to compute and to load, and the bytes of shared memory that `shared` gives for their halo.
+    fn choose(kind: ConvKind, g: &ConvGeom, shared: impl Fn(usize) -> usize) -> Option<(Self, usize)> {
+        let single = g.r == 1 && g.s == 1;
+        // The grid of pixels, taps, and pixels of the halo from a pixel to the next.
+        let (grid, taps, step) = match kind {
+            ConvKind::Dgrad => ([g.h, g.w].map(|v| v.div_ceil(g.stride)), [g.r, g.s].map(|v| v.div_ceil(g.stride)), 1),
+            _ => ([g.p, g.q], [g.r, g.s], if single { 1 } else { g.stride }),
+        };
+        if g.n == 0 || grid.contains(&0) {
+            return None;
+        }
+        let with_width = |width: usize| {
+            let most = (PATCH / width).min(grid[0]);
+            let size = [grid[0].div_ceil(grid[0].div_ceil(most)), width];
+            let count = [grid[0].div_ceil(size[0]), grid[1].div_ceil(width)];
+            let images = if count == [1, 1] { (PATCH / (size[0] * width)).min(g.n) } else { 1 };
+            let halo = [0, 1].map(|i| (size[i] - 1) * step + taps[i]);
+            Patches { images, size, count, halo }
+        };
+        let all = (1..=grid[1].min(PATCH)).map(with_width).filter_map(|patches| {
+            let halo = patches.images * patches.halo[0] * patches.halo[1];
+            let bytes = shared(halo);
+            let tiles = g.n.div_ceil(patches.images) * patches.count[0] * patches.count[1];
+            (bytes <= MOST_SHARED).then_some((tiles * (2 * PATCH + halo), patches, bytes))
+        });
+        all.min_by_key(|(cost, ..)| *cost).map(|(_, patches, bytes)| (patches, bytes))
+    }
+
+    /// Patches in all.
+    fn number(&self, kind: ConvKind, g: &ConvGeom) -> usize {
+        let phases = if kind == ConvKind::Dgrad { g.stride * g.stride } else { 1 };
+        phases * g.n.div_ceil(self.images) * self.count[0] * self.count[1]
+    }
+}
