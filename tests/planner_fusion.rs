@@ -6,6 +6,8 @@ mod expand;
 use common::{LoadedStep, deviation, load_plan_on, step_spec};
 use expand::expand;
 use mlnt::device::cpu::Cpu;
+use mlnt::device::cuda::driver::simt::Simt;
+use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::ops::{BnReluBackward, ConvForm, ConvGeom, ConvKind, FusedConv, LinComb, Op, Operation};
@@ -126,8 +128,8 @@ fn what_remains_of_a_bottleneck_step() {
 /// Multiplications and additions of all convolutions.
 fn products(plan: &Plan) -> u64 {
     let branched = |b: &usize| plan.buffers[*b].meta.per_branch;
-    let times = |ids: &[usize]| if ids.iter().any(branched) { plan.branches as u64 } else { 1 };
     let of = |launch: &Launch| -> u64 {
+        let times = |ids: &[usize]| if ids.iter().any(branched) { launch.branches.len() as u64 } else { 1 };
         let sets = launch.args.iter().map(|args| {
             let (i, o) = (&args.inputs, &args.outputs);
             match launch.op {
@@ -211,9 +213,32 @@ fn worst(have: &[(String, Vec<f64>)], want: &[(String, Vec<f64>)]) -> (f64, Stri
 fn fused_operations_stand_for_the_plain_ones() {
     for (name, spec) in [specs(1), specs(3)].concat() {
         let want = states(&spec, plan(&spec, PLAIN));
-        let (off, state) = worst(&states(&spec, expand(&plan(&spec, KERNELS))), &want);
-        println!("{name}: {off:.1e}");
-        assert!(off <= 1e-12, "{name}: {state} is off by {off:.1e}");
+        for group in [None, Some(2)] {
+            let kernels = plan(&spec, PlanOptions { group, ..KERNELS });
+            let (off, state) = worst(&states(&spec, expand(&kernels)), &want);
+            println!("{name}, groups of {group:?}: {off:.1e}");
+            assert!(off <= 1e-12, "{name}, groups of {group:?}: {state} is off by {off:.1e}");
+        }
+    }
+}
+
+/// The kernels' own plan on the SIMT host machine, in f32. How far rounding carries a step from the exact one depends on the network, so
+/// the measure is the same step without these fusions on the same machine.
+#[test]
+fn the_kernels_run_the_fused_step() {
+    for (arch, recipe) in [(Arch::PreactResnet, Recipe::Joint), (Arch::ResnetBottleneck, Recipe::Sequential)] {
+        let spec = step_spec(model(arch), 4, 2, recipe, false);
+        let want = states(&spec, plan(&spec, PLAIN));
+        let [unfused, fused] = [FUSED, KERNELS].map(|options| {
+            let device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F32, Mode::Eager);
+            let mut step = load_plan_on(device, &spec, plan(&spec, options));
+            step.run();
+            let have: Vec<_> = step.states().into_iter().map(|(name, values)| (name, values.to_f64())).collect();
+            worst(&have, &want)
+        });
+        println!("{arch:?} {recipe:?} on the kernels: {:.1e}, without fusions for them {:.1e}", fused.0, unfused.0);
+        let bound = (3.0 * unfused.0).max(1e-5);
+        assert!(fused.0 <= bound && bound < 1e-2, "{arch:?} {recipe:?}: {} is off by {:.1e}", fused.1, fused.0);
     }
 }
 

@@ -10,13 +10,24 @@ use std::collections::{HashMap, HashSet};
 ///
 /// What is written straight into a state stays behind all that reads the state.
 pub(in crate::plan) fn gather(graph: &mut Graph) {
-    let (uses, producers) = (graph.uses(), graph.producers());
-    let mut needs: Vec<Vec<usize>> =
-        graph.nodes.iter().map(|node| node.inputs.iter().filter_map(|t| producers[t.index()]).collect()).collect();
+    let uses = graph.uses();
+    // By memory: of what several nodes make in parts, a reader waits for all that came before it.
+    let mut makers: Vec<Vec<usize>> = vec![Vec::new(); graph.metas.len()];
+    for (n, node) in graph.nodes.iter().enumerate() {
+        node.outputs.iter().for_each(|t| makers[graph.root(*t).index()].push(n));
+    }
+    let before = |n: usize, t: &Tensor| makers[graph.root(*t).index()].iter().copied().filter(move |maker| *maker < n);
+    let mut needs: Vec<Vec<usize>> = graph
+        .nodes
+        .iter()
+        .enumerate()
+        .map(|(n, node)| node.inputs.iter().flat_map(|t| before(n, t)).collect())
+        .collect();
     for (state, value) in &graph.assigns {
-        let Some(n) = producers[value.index()] else { continue };
         let old = graph.states[*state as usize].tensor;
-        needs[n].extend(uses[old.index()].iter().map(|u| u.0).filter(|&reader| reader != n));
+        for &n in &makers[graph.root(*value).index()] {
+            needs[n].extend(uses[old.index()].iter().map(|u| u.0).filter(|&reader| reader != n));
+        }
     }
     let waits = |node: &Node| {
         let small = |t: &Tensor| graph.metas[t.index()].kind != Kind::Activation;

@@ -106,9 +106,7 @@ impl Patches {
         let single = g.r == 1 && g.s == 1;
         // The grid of pixels, taps, and pixels of the halo from a pixel to the next.
         let (grid, taps, step) = match kind {
-            ConvKind::Dgrad => {
-                ([g.h, g.w].map(|v| v.div_ceil(g.stride)), [g.r, g.s].map(|v| v.div_ceil(g.stride)), 1)
-            }
+            ConvKind::Dgrad => ([g.h, g.w].map(|v| v.div_ceil(g.stride)), [g.r, g.s].map(|v| v.div_ceil(g.stride)), 1),
             _ => ([g.p, g.q], [g.r, g.s], if single { 1 } else { g.stride }),
         };
         if g.n == 0 || grid.contains(&0) {
