@@ -4,6 +4,8 @@
 //
 // Loads for the next step begin before a step's products and end behind them; what they bring goes to the other of two
 // places in shared memory, so that there is one barrier per step.
+// Twelve warps hide each other's loads.
+#define KERNEL_BLOCKS 3
 #include "conv_patch.cuh"
 
 // ---- fprop and dgrad: 128 pixels by COLUMNS channels ----
@@ -40,44 +42,43 @@ template <Form FORM, class Operand, int WIDTH>
 struct Weights {
     static constexpr int LINE = FORM == Form::FPROP ? SLICE : WIDTH, PITCH = LINE + 8;
     static constexpr int ELEMENTS = WIDTH * PIXEL;  // of a place for them
-    static constexpr int HELD = WIDTH * SLICE / 8 / DIRECT_THREADS;
+    static constexpr int HELD = WIDTH * SLICE / 8 / DIRECT_THREADS;  // parts, of eight elements for each thread
+    static_assert(HELD <= SLICE / 16);
     static_assert(WIDTH * SLICE / LINE * PITCH <= ELEMENTS);
-    Chunk held[HELD];
+    Chunk held;
     const void* from;
-    int64_t at[HELD];  // of tap (0, 0)
-    bool there[HELD];
+    int64_t branch;
+    uint32_t at[HELD];  // of tap (0, 0), or NO_ROW
     int32_t half;
 
     // Turns to the weights of a slice.
     DEVICE void begin(const ConvProduct& p, const Source& w, uint32_t column, uint32_t slice) {
         from = w.at;
+        branch = w.branch;
         half = w.half;
         for (int i = 0; i < HELD; ++i) {
             const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
             const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
             const uint32_t k = FORM == Form::FPROP ? column + line : slice + line;
             const uint32_t c = FORM == Form::FPROP ? slice + along : column + along;
-            there[i] = c < channels(p) && k < uint32_t(FORM == Form::FPROP ? p.columns : p.image_channels);
-            at[i] = w.branch + k * uint32_t(p.filter) + c;
+            const bool there = c < channels(p) && k < uint32_t(FORM == Form::FPROP ? p.columns : p.image_channels);
+            at[i] = there ? k * uint32_t(p.filter) + c : NO_ROW;
         }
     }
     // C
     static DEVICE uint32_t channels(const ConvProduct& p) {
         return uint32_t(FORM == Form::FPROP ? p.image_channels : p.columns);
     }
-    DEVICE void load(const ConvProduct& p, uint32_t filter_pixel) {
-        const uint32_t step = filter_pixel * channels(p);
-        for (int i = 0; i < HELD; ++i) {
-            held[i] = there[i] ? chunk_load<Operand>(from, at[i] + step, half) : Chunk{};
-        }
+    // Loads and stores part `i` of HELD.
+    DEVICE void load(const ConvProduct& p, uint32_t filter_pixel, int i) {
+        const int64_t element = branch + (at[i] + filter_pixel * channels(p));
+        held = at[i] != NO_ROW ? chunk_load<Operand>(from, element, half) : Chunk{};
     }
-    DEVICE void store(uint16_t* to) const {
-        for (int i = 0; i < HELD; ++i) {
-            const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
-            const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
-            *reinterpret_cast<uint4*>(to + line * PITCH + along) =
-                chunk_round<Operand>(held[i], half, there[i], nullptr);
-        }
+    DEVICE void store(uint16_t* to, int i) const {
+        const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
+        const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
+        *reinterpret_cast<uint4*>(to + line * PITCH + along) =
+            chunk_round<Operand>(held, half, at[i] != NO_ROW, nullptr);
     }
 };
 
@@ -108,12 +109,13 @@ struct Slice {
     bool norm;
 };
 
+template <Form FORM>
 DEVICE Slice slice_of(const ConvProduct& p, uint32_t branch, uint32_t iteration) {
     const ConvStep step = conv_step(p, branch, iteration);
-    const ConvTerm& term = step.second ? p.terms[1] : p.terms[0];
+    const ConvTerm& term = FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
     return {{term.image, step.branch * term.image_branch, term.image_half},
             {term.matrix, step.branch * term.matrix_branch, term.matrix_half},
-            step.branch, step.inner_tile * SLICE, term.norm != 0};
+            step.branch, step.inner_tile * SLICE, FORM == Form::FPROP && term.norm != 0};
 }
 
 // The present place in a walk over the taps of a patch.
@@ -158,11 +160,9 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
     const uint32_t column = place.column_tile * WIDTH;
 
-    DirectTile<Operand, WIDTH> tile;
-    tile.clear();
     tables.describe(p, patch.pixel_step);
     for (uint32_t i = 0; i < 2 && i < count; ++i) {
-        const Slice slice = slice_of(p, place.branch, first + i);
+        const Slice slice = slice_of<FORM>(p, place.branch, first + i);
         if (slice.norm) tables.describe_norm(p, slice.branch, slice.first, i);
     }
     sync_threads();
@@ -205,12 +205,14 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     };
     Slice next = {};
     if (count > 0) {
-        next = slice_of(p, place.branch, first);
+        next = slice_of<FORM>(p, place.branch, first);
         copy(next, 0);
         matrix.begin(p, next.matrix, column, next.first);
-        matrix.load(p, Tap{0, 0}.filter_pixel<FORM>(p, patch));
+        for (int part = 0; part < Matrix::HELD; ++part) {
+            matrix.load(p, Tap{0, 0}.filter_pixel<FORM>(p, patch), part);
+            matrix.store(weights, part);
+        }
         load_rest(next, 0);
-        matrix.store(weights);
         copies_done();
     }
     sync_threads();
@@ -223,13 +225,15 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
                                     : (lane / 8 % 2 * 8 + lane % 8) * Matrix::PITCH + lane / 16 * 8;
     constexpr int WEIGHT_STEP = FORM == Form::FPROP ? 16 : 16 * Matrix::PITCH;
     uint32_t weight_slot = 0;
+    DirectTile<Operand, WIDTH> tile;
+    tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
         const bool more = i + 1 < count;
-        if (more) next = slice_of(p, place.branch, first + i + 1);
+        if (more) next = slice_of<FORM>(p, place.branch, first + i + 1);
         if (i + 2 < count) {
             // Its slot served this iteration's halo, which is loaded.
-            const Slice after = slice_of(p, place.branch, first + i + 2);
+            const Slice after = slice_of<FORM>(p, place.branch, first + i + 2);
             if (after.norm) tables.describe_norm(p, after.branch, after.first, slot);
         }
         halo.begin(p);
@@ -243,23 +247,28 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
                 tap = {0, 0};
                 matrix.begin(p, next.matrix, column, next.first);
             }
-            if (!last || more) matrix.load(p, tap.filter_pixel<FORM>(p, patch));
+            const uint32_t filter_pixel = tap.filter_pixel<FORM>(p, patch);
             const bool loads = more && halo.more();
             bool inside = false;
             Chunk chunk = {};
             if (loads) chunk = load(halo, next, inside);
             for (int k = 0; k < SLICE / 16; ++k) {
+                const bool part = k < Matrix::HELD && (!last || more);
+                if (part) matrix.load(p, filter_pixel, k);
                 const uint16_t* rows[2] = {image_rows[0] + offset + 16 * k, image_rows[1] + offset + 16 * k};
                 const uint16_t* row = weights + weight_slot * Matrix::ELEMENTS + weight_row + k * WEIGHT_STEP;
                 direct_add<FORM, Operand, WIDTH>(tile, rows, row);
+                if (part) matrix.store(weights + (1 - weight_slot) * Matrix::ELEMENTS, k);
             }
             if (loads) store(next, 1 - slot, chunk, inside);
             if (last && more) {
-                load_rest(next, 1 - slot);
+                while (halo.more()) {
+                    chunk = load(halo, next, inside);
+                    store(next, 1 - slot, chunk, inside);
+                }
                 copies_done();
             }
             weight_slot = 1 - weight_slot;
-            if (!last || more) matrix.store(weights + weight_slot * Matrix::ELEMENTS);
             sync_threads();
         }
     }
@@ -318,8 +327,6 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
 
-    WgradTile<Operand> tile;
-    tile.clear();
     const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
     tables.describe(p, patch_of<Form::WGRAD>(p, 0).pixel_step);
     for (uint32_t i = 0; i < 2 && i < count; ++i) {
@@ -418,6 +425,8 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const int32_t r = tap / p.kernel_width, s = tap - r * p.kernel_width;
         tap_offsets[pair] = uint32_t(r * p.halo_width + s) * PIXEL + warp * 8;
     }
+    WgradTile<Operand> tile;
+    tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
         const bool more = i + 1 < count;
