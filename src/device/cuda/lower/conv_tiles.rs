@@ -106,9 +106,7 @@ impl Patches {
         let single = g.r == 1 && g.s == 1;
         // The grid of pixels, taps, and pixels of the halo from a pixel to the next.
         let (grid, taps, step) = match kind {
-            ConvKind::Dgrad => {
-                ([g.h, g.w].map(|v| v.div_ceil(g.stride)), [g.r, g.s].map(|v| v.div_ceil(g.stride)), 1)
-            }
+            ConvKind::Dgrad => ([g.h, g.w].map(|v| v.div_ceil(g.stride)), [g.r, g.s].map(|v| v.div_ceil(g.stride)), 1),
             _ => ([g.p, g.q], [g.r, g.s], if single { 1 } else { g.stride }),
         };
         if g.n == 0 || grid.contains(&0) {
@@ -122,7 +120,8 @@ impl Patches {
             let halo = [0, 1].map(|i| (size[i] - 1) * step + taps[i]);
             Patches { images, size, count, halo }
         };
-        let all = (1..=grid[1].min(PATCH)).map(with_width).filter_map(|patches| {
+        // Of equals the widest: it reads the longest runs of memory.
+        let all = (1..=grid[1].min(PATCH)).rev().map(with_width).filter_map(|patches| {
             let halo = patches.images * patches.halo[0] * patches.halo[1];
             let bytes = shared(halo);
             let tiles = g.n.div_ceil(patches.images) * patches.count[0] * patches.count[1];
