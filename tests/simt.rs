@@ -49,7 +49,8 @@ fn compile(sources: &[&str], flags: &[&str], out: &str) -> Option<(PathBuf, Outp
 
 /// Loads the tests' kernels, compiled with `flags`.
 fn load(flags: &[&str], out: &str) -> Option<libloading::Library> {
-    let sources = ["waiting", "bounds", "tensor_cores", "conversions"].map(|s| format!("tests/simt/{s}.cu"));
+    let sources =
+        ["waiting", "bounds", "tensor_cores", "conversions", "matrices"].map(|s| format!("tests/simt/{s}.cu"));
     let flags = [&["-shared", "-fPIC"], flags].concat();
     let (path, output) = compile(&sources.each_ref().map(String::as_str), &flags, out)?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -60,7 +61,7 @@ fn load(flags: &[&str], out: &str) -> Option<libloading::Library> {
 /// The kernels that the tests' sources define.
 fn kernel_names() -> Vec<String> {
     let read = |file: &str| std::fs::read_to_string(root().join("tests/simt").join(file)).unwrap();
-    let text = ["waiting.cu", "bounds.cu", "tensor_cores.cu", "conversions.cu"].map(read).concat();
+    let text = ["waiting.cu", "bounds.cu", "tensor_cores.cu", "conversions.cu", "matrices.cu"].map(read).concat();
     let names = text.lines().filter_map(|line| line.strip_prefix("KERNEL(")?.split(',').next());
     names.map(str::to_string).collect()
 }
@@ -206,6 +207,25 @@ fn shuffles_exchange_values_of_the_warp() {
     all_give("sum_right_f32", &[256.0 * 257.0 / 2.0; 256]);
     let want: Vec<f32> = (0..256).map(|i| -(((i % 32) ^ 31) as f32)).collect();
     all_give("shuffle_types_f32", &want);
+}
+
+#[test]
+fn matrices_come_from_shared_memory_in_the_documented_order() {
+    let x = ramp(256);
+    all_give("matrices_right_f32", &x);
+    let transposed: Vec<f32> = (0..256).map(|i| x[i / 64 * 64 + i % 8 * 8 + i % 64 / 8]).collect();
+    all_give("matrices_transposed_f32", &transposed);
+    all_fail("matrices_unaligned_f32", &["not 16 aligned bytes", "matrices.cu"]);
+}
+
+#[test]
+fn copies_to_shared_memory_are_poison_until_they_are_done() {
+    let at = |i: usize| (i + 37) % 256;
+    let want: Vec<f32> = (0..256).map(|i| if at(i) / 4 % 3 == 0 { 0.0 } else { (at(i) + 1) as f32 }).collect();
+    all_give("copies_right_f32", &want);
+    for result in over_seeds("copies_read_too_early_f32").into_iter().flatten() {
+        assert!(result.unwrap().iter().all(|v| v.is_nan()));
+    }
 }
 
 #[test]

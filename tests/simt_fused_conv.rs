@@ -375,13 +375,16 @@ fn fused_convolutions_bf16() {
 /// Deviations of 1 around a mean of 10,000: single precision has the digits for the variance, if they are not thrown away.
 #[test]
 fn statistics_keep_their_digits() {
-    let geom = geom([16, 3, 18, 18, 5, 1, 1, 1, 0]);
-    let op = FusedConv { form: ConvForm::Fprop, geom, norm: false, start: true, stats: true };
-    let case = Case { op, branches: 2, branched: 1, norm_branched: false, summed: [false; 2], half: 0 };
-    let mut values = case.operands(Operands::F32);
-    values.iter_mut().filter(|o| o.name == "start").for_each(|o| o.values.iter_mut().for_each(|v| *v = 1e4));
-    let have = on_simt(&case, &values, Operands::F32, 1);
-    let [mean, var] = statistics(&case.results()[0], &have[0]);
-    assert!(deviation(&have[1], &mean) < 1e-7);
-    assert!(deviation(&have[2], &var) < 1e-6, "{:.1e}", deviation(&have[2], &var));
+    // More tiles than are combined at a time, of the kernels that gather and of the direct ones.
+    let tries = [(Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0]), (Operands::F16, [40, 8, 18, 18, 16, 1, 1, 1, 0])];
+    for (operands, size) in tries {
+        let op = FusedConv { form: ConvForm::Fprop, geom: geom(size), norm: false, start: true, stats: true };
+        let case = Case { op, branches: 2, branched: 1, norm_branched: false, summed: [false; 2], half: 0 };
+        let mut values = case.operands(operands);
+        values.iter_mut().filter(|o| o.name == "start").for_each(|o| o.values.iter_mut().for_each(|v| *v = 1e4));
+        let have = on_simt(&case, &values, operands, 1);
+        let [mean, var] = statistics(&case.results()[0], &have[0]);
+        assert!(deviation(&have[1], &mean) < 1e-7);
+        assert!(deviation(&have[2], &var) < 1e-6, "{:.1e}", deviation(&have[2], &var));
+    }
 }

@@ -146,8 +146,9 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
         *values = conv_store<Operand>(p.out, out, p.out_half, *values);
     } else {
         static_assert(Tile::RUN == 8);
-        float v[8];
-        __builtin_memcpy(v, values, 32);
+        float4* quads = reinterpret_cast<float4*>(values);
+        const float4 low = quads[0], high = quads[1];
+        float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         if (p.start) {
             float added[8];
             chunk_decode<Operand>(added, chunk_load<Operand>(p.start, start, p.start_half), p.start_half);
@@ -162,7 +163,10 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
             *reinterpret_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
             *reinterpret_cast<float4*>(to + 4) = {v[4], v[5], v[6], v[7]};
         }
-        if (p.mean) __builtin_memcpy(values, v, 32);
+        if (p.mean) {
+            quads[0] = {v[0], v[1], v[2], v[3]};
+            quads[1] = {v[4], v[5], v[6], v[7]};
+        }
     }
 }
 

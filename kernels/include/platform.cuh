@@ -11,9 +11,14 @@
 
 #define DEVICE __device__ __forceinline__
 
+// Blocks that should fit a multiprocessor at least by their registers; a file may define it before it includes this.
+#ifndef KERNEL_BLOCKS
+#define KERNEL_BLOCKS 1
+#endif
+
 // Defines a kernel: `p` is its parameter struct, `threads` the most threads a block may have.
 #define KERNEL(name, Params, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+    extern "C" __global__ void __launch_bounds__(threads, KERNEL_BLOCKS) name(const __grid_constant__ Params p)
 
 // Start of the block's dynamic shared memory, 16-byte aligned.
 template <class T>

@@ -120,7 +120,8 @@ impl Patches {
             let halo = [0, 1].map(|i| (size[i] - 1) * step + taps[i]);
             Patches { images, size, count, halo }
         };
-        let all = (1..=grid[1].min(PATCH)).map(with_width).filter_map(|patches| {
+        // Of equals the widest: it reads the longest runs of memory.
+        let all = (1..=grid[1].min(PATCH)).rev().map(with_width).filter_map(|patches| {
             let halo = patches.images * patches.halo[0] * patches.halo[1];
             let bytes = shared(halo);
             let tiles = g.n.div_ceil(patches.images) * patches.count[0] * patches.count[1];

@@ -1,0 +1,203 @@
+// The gradient of the weights from patches: 32 output channels by 9 taps of 32 input channels. See `conv_direct.cu`.
+#pragma once
+
+#include "conv_patch.cuh"
+
+constexpr int MOST_TAPS = 9;
+
+// A thread's part of the result. The four warps have 8 input channels each, with all taps.
+template <class Operand>
+struct WgradTile {
+    static constexpr int ROWS = SLICE, COLUMNS = MOST_TAPS * SLICE, THREADS = DIRECT_THREADS, RUN = 8;
+    float d[MOST_TAPS][2][4];
+
+    DEVICE void clear() {
+        for (int t = 0; t < MOST_TAPS; ++t) {
+            for (int m = 0; m < 2; ++m) {
+                for (int i = 0; i < 4; ++i) d[t][m][i] = 0.0f;
+            }
+        }
+    }
+
+    template <class F>
+    DEVICE void each(F f) {
+        const int lane = int(threadIdx.x) % 32, row = lane / 4, column = int(threadIdx.x) / 32 * 8 + lane % 4 * 2;
+        for (int t = 0; t < MOST_TAPS; ++t) {
+            for (int m = 0; m < 2; ++m) {
+                for (int i = 0; i < 4; ++i) {
+                    f((2 * t + m) * 4 + i, row + 16 * m + 8 * (i / 2), column + SLICE * t + i % 2, d[t][m][i]);
+                }
+            }
+        }
+    }
+};
+
+template <class Operand>
+DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
+    const ConvPlace place = conv_place(p, block);
+    const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
+    const uint32_t first = uint32_t(iterations * place.split / p.splits);
+    const uint32_t count = uint32_t(iterations * (place.split + 1) / p.splits) - first;
+    const ConvTerm& term = p.terms[0];
+    const int32_t k = int32_t(place.row_tile) * SLICE;
+    const uint32_t slices = uint32_t(p.image_channels + SLICE - 1) / SLICE;
+    const int32_t c = int32_t(place.column_tile % slices) * SLICE;
+    const int32_t all_taps = p.kernel_height * p.kernel_width;
+    const int32_t first_tap = int32_t(place.column_tile / slices) * MOST_TAPS;
+    const int32_t taps = all_taps - first_tap < MOST_TAPS ? all_taps - first_tap : MOST_TAPS;
+
+    auto& tables = *shared_memory<DirectTables>();
+    uint16_t* slots = reinterpret_cast<uint16_t*>(&tables + 1);
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
+
+    const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
+    tables.describe(p, patch_of<Form::WGRAD>(p, 0).pixel_step);
+    for (uint32_t i = 0; i < 2 && i < count; ++i) {
+        if (term.norm) tables.describe_norm(p, step_of(i).branch, c, i);
+    }
+    sync_threads();
+
+    // What an iteration reads: the halo of x, then the pixels of dy.
+    Halo halo;
+    halo.begin(p);
+    const uint32_t halo_elements = halo.pixels * PIXEL, slot_elements = halo_elements + PATCH * PIXEL;
+    Patch patch = {};
+    Source x = {}, dy = {};
+    uint32_t dy_at = 0;
+    const auto begin = [&](uint32_t i) {
+        const ConvStep step = step_of(i);
+        patch = patch_of<Form::WGRAD>(p, step.inner_tile);
+        x = {term.image, step.branch * term.image_branch, term.image_half};
+        dy = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
+        halo.begin(p);
+        dy_at = threadIdx.x / CHUNKS;
+    };
+    const auto load_x = [&](const Halo& from, bool& inside) {
+        uint32_t offset;
+        inside = from.inside(p, patch, c + channel, offset);
+        return inside ? chunk_load<Operand>(x.at, x.branch + offset, x.half) : Chunk{};
+    };
+    const auto store_x = [&](uint32_t slot, const Chunk& chunk, bool inside) {
+        const BnScaleShift* norm = term.norm ? tables.norm[slot] + channel : nullptr;
+        halo.put(slots + slot * slot_elements, chunk_round<Operand>(chunk, x.half, inside, norm));
+        halo.next(p);
+    };
+    const auto dy_inside = [&](uint32_t at, uint32_t& offset) {
+        const uint32_t row = row_of(p, patch, tables.pixel(int(at)));
+        offset = row * uint32_t(p.rows) + uint32_t(k + channel);
+        return row != NO_ROW && k + channel < p.rows;
+    };
+    const auto load_dy = [&](uint32_t at, bool& inside) {
+        uint32_t offset;
+        inside = dy_inside(at, offset);
+        return inside ? chunk_load<Operand>(dy.at, dy.branch + offset, dy.half) : Chunk{};
+    };
+    const auto store_dy = [&](uint32_t slot, const Chunk& chunk, bool inside) {
+        uint16_t* to = slots + slot * slot_elements + halo_elements + dy_at * PIXEL + channel;
+        *reinterpret_cast<uint4*>(to) = chunk_round<Operand>(chunk, dy.half, inside, nullptr);
+        dy_at += ABREAST;
+    };
+    // Begins to copy what needs nothing done to it.
+    const auto copy = [&](uint32_t slot) {
+        uint16_t* to = slots + slot * slot_elements;
+        uint32_t offset;
+        if (x.half && !term.norm) {
+            for (; halo.more(); halo.next(p)) {
+                const bool inside = halo.inside(p, patch, c + channel, offset);
+                const uint16_t* image = static_cast<const uint16_t*>(x.at);
+                halo.copy(to, inside ? image + x.branch + offset : image, inside);
+            }
+        }
+        if (dy.half) {
+            for (; dy_at < PATCH; dy_at += ABREAST) {
+                const bool inside = dy_inside(dy_at, offset);
+                const uint16_t* from = static_cast<const uint16_t*>(dy.at) + (inside ? dy.branch + offset : 0);
+                copy_async(to + halo_elements + dy_at * PIXEL + channel, from, inside);
+            }
+        }
+    };
+    const auto load_rest = [&](uint32_t slot) {
+        Chunk chunks[IN_FLIGHT];
+        bool inside[IN_FLIGHT];
+        while (halo.more()) {
+            Halo ahead = halo;
+            for (int i = 0; i < IN_FLIGHT; ++i) {
+                chunks[i] = load_x(ahead, inside[i]);
+                ahead.next(p);
+            }
+            for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, chunks[i], inside[i]);
+        }
+        static_assert(PATCH % (ABREAST * IN_FLIGHT) == 0);
+        while (dy_at + (IN_FLIGHT - 1) * ABREAST < PATCH) {
+            for (int i = 0; i < IN_FLIGHT; ++i) chunks[i] = load_dy(dy_at + i * ABREAST, inside[i]);
+            for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, chunks[i], inside[i]);
+        }
+    };
+    if (count > 0) {
+        begin(0);
+        copy(0);
+        load_rest(0);
+        copies_done();
+    }
+    sync_threads();
+
+    // Two taps share a load of matrices: this lane's, in each pair.
+    uint32_t tap_offsets[(MOST_TAPS + 1) / 2];
+    for (int pair = 0; pair < (MOST_TAPS + 1) / 2; ++pair) {
+        const int32_t mine = 2 * pair + lane / 16, tap = first_tap + (mine < taps ? mine : taps - 1);
+        const int32_t r = tap / p.kernel_width, s = tap - r * p.kernel_width;
+        tap_offsets[pair] = uint32_t(r * p.halo_width + s) * PIXEL + warp * 8;
+    }
+    WgradTile<Operand> tile;
+    tile.clear();
+    for (uint32_t i = 0; i < count; ++i) {
+        const uint32_t slot = i % 2;
+        const bool more = i + 1 < count;
+        if (more) {
+            begin(i + 1);
+            copy(1 - slot);
+        }
+        // Its slot served this iteration's halo, which is loaded.
+        if (term.norm && i + 2 < count) tables.describe_norm(p, step_of(i + 2).branch, c, slot);
+        const uint16_t* halo_slot = slots + slot * slot_elements;
+        const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
+        for (int pixel = 0; pixel < PATCH; pixel += 16) {
+            const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
+            bool x_inside = false, dy_inside_ = false;
+            Chunk x_chunk = {}, dy_chunk = {};
+            if (loads_x) x_chunk = load_x(halo, x_inside);
+            if (loads_dy) dy_chunk = load_dy(dy_at, dy_inside_);
+            const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
+            uint32_t a[2][4];
+            for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
+            for (int pair = 0; pair < (MOST_TAPS + 1) / 2; ++pair) {
+                if (2 * pair >= taps) continue;
+                uint32_t b[4];
+                load_matrices_transposed(b, x_row + tap_offsets[pair]);
+                for (int m = 0; m < 2; ++m) {
+                    Operand::mma(tile.d[2 * pair][m], a[m], b);
+                    if (2 * pair + 1 < MOST_TAPS) Operand::mma(tile.d[2 * pair + 1][m], a[m], b + 2);
+                }
+            }
+            if (loads_x) store_x(1 - slot, x_chunk, x_inside);
+            if (loads_dy) store_dy(1 - slot, dy_chunk, dy_inside_);
+        }
+        if (more) {
+            while (halo.more()) {
+                bool inside;
+                const Chunk chunk = load_x(halo, inside);
+                store_x(1 - slot, chunk, inside);
+            }
+            copies_done();
+        }
+        sync_threads();
+    }
+    const auto row = [&](int r) { return k + r < p.rows ? uint32_t(k + r) : NO_ROW; };
+    const auto column_of = [&](int at) {
+        const int32_t tap = at / SLICE, in_slice = c + at % SLICE;
+        const bool there = tap < taps && in_slice < p.image_channels;
+        return there ? uint32_t((first_tap + tap) * p.image_channels + in_slice) : NO_ROW;
+    };
+    conv_finish<Operand, WgradTile<Operand>, false>(p, place, tile, row, column_of);
+}
