@@ -222,7 +222,7 @@ fn values_out_of_range_name_the_flag_and_what_it_takes() {
         ("--joint-beta inf", "--joint-beta inf: takes a number of at least 0"),
         ("--joint-lr 0", "--joint-lr 0: takes a number greater than 0"),
         ("--joint-warmup 1.1", "--joint-warmup 1.1: takes a number from 0 to 1"),
-        ("--joint-memory 0", "--joint-memory 0: takes a whole number from 1 to 1000"),
+        ("--joint-memory 0", "--joint-memory 0: takes a whole number from 1 to 100"),
         ("--elr-beta 1", "--elr-beta 1: takes a number of at least 0 and less than 1"),
         ("--elr-lambda -3", "--elr-lambda -3: takes a number of at least 0"),
         ("--forget-rate 1.5", "--forget-rate 1.5: takes a number from 0 to 1"),

@@ -115,8 +115,8 @@ fn every_method_trains_is_audited_and_reported() {
     }
 }
 
-/// Without their own part all methods are cross entropy, and its engine gives the same networks up to rounding: weights,
-/// and running statistics, which a second update per step would show in.
+/// Without their own part all methods are cross entropy and give its networks up to rounding: weights, and running
+/// statistics, in which a second update per step would show.
 #[test]
 fn without_its_own_part_a_method_is_cross_entropy() {
     let folder = Folder::new();
@@ -228,7 +228,7 @@ fn a_checkpoint_without_its_memory_is_refused() {
 #[test]
 fn on_the_simt_machine_a_run_follows_the_one_on_the_cpu() {
     let folder = Folder::new();
-    let data = folder.idx_sized("small", 60);
+    let data = folder.idx_sized("small", 120);
     for method in METHODS {
         let [cpu, simt] = ["cpu", "simt"].map(|device| {
             let flags = format!("--method {method} --no-baseline --epochs 2 --device {device} --precision f32");
