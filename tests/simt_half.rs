@@ -339,7 +339,7 @@ fn operands_of_mixed_width() {
     let coefs = vec![Coef::ONE, Coef::constant(-0.5), Coef::constant(2.0)];
     let case = |sum: bool| Case {
         name: format!("sum of three, summed {sum}"),
-        op: LinComb { coefs: coefs.clone() }.into(),
+        op: LinComb::new(coefs.clone()).into(),
         branches: 3,
         operands: operands.clone(),
         sum: vec![sum],

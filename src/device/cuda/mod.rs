@@ -292,7 +292,7 @@ impl Device for Cuda {
     }
 
     fn plan_options(&self) -> PlanOptions {
-        PlanOptions { half: false, ..PlanOptions::default() }
+        Self::plan_options_for(self.operands)
     }
 
     fn arena_budget(&self) -> Option<usize> {
