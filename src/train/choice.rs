@@ -18,6 +18,13 @@ pub enum Method {
     IterativeCe,
 }
 
+impl Method {
+    /// Whether it has iterations, each led by the best network of the one before.
+    pub fn iterates(self) -> bool {
+        self != Method::Ce
+    }
+}
+
 /// How the meta gradient and the classification gradient share a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]

@@ -2,7 +2,6 @@
 
 use std::fmt::Display;
 
-use super::choice::Method;
 use super::config::Config;
 use crate::data::NoiseKind;
 use crate::error::{Error, Result};
@@ -123,8 +122,8 @@ impl Config {
 
     fn validate_method(&self) -> Result<()> {
         count("iterations", self.iterations, 1, MAX_ITERATIONS)?;
-        let takes = "1 with --method ce, which has no mentor";
-        check(self.method != Method::Ce || self.iterations == 1, "iterations", self.iterations, takes)?;
+        let takes = format_args!("1 with --method {}, which has no mentor", self.method);
+        check(self.method.iterates() || self.iterations == 1, "iterations", self.iterations, takes)?;
         share("tau", self.tau)?;
         share("lambda", self.lambda)?;
         not_negative("lambda-ramp", self.lambda_ramp)?;
