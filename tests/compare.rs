@@ -222,3 +222,28 @@ fn help_has_the_settings_of_train_but_those_that_it_chooses() {
         assert!(!help.contains(&format!("      {flag}")), "{flag}: {help}");
     }
 }
+
+#[test]
+fn every_method_has_its_lines() {
+    let folder = Folder::new();
+    let data = folder.idx();
+    let out = folder.path("out");
+    let methods = "mlnt,mlnt-first-order,ce,iterative-ce,joint-opt,elr,co-teaching";
+    let said = mlnt(&line(&folder, &data, &out, &format!("--methods {methods} --seeds 3")));
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    let table: Value = serde_json::from_slice(&fs::read(out.join("compare.json")).unwrap()).unwrap();
+    let lines = |method: &str| -> Vec<&str> {
+        let networks = table["networks"].as_array().unwrap().iter().filter(|n| n["method"] == method);
+        networks.map(|n| n["network"].as_str().unwrap()).collect()
+    };
+    assert_eq!(lines("mlnt-first-order"), ["MLNT student", "MLNT teacher"]);
+    assert_eq!(lines("iterative-ce"), ["iterative CE student", "iterative CE teacher"]);
+    assert_eq!(lines("ce"), ["cross entropy"]);
+    assert_eq!(lines("elr"), ["ELR"]);
+    assert_eq!(lines("joint-opt").last(), Some(&"joint-opt"));
+    assert_eq!(lines("co-teaching"), ["co-teaching network 1", "co-teaching network 2"]);
+    for network in table["networks"].as_array().unwrap() {
+        assert_eq!(network["test_at_best_val"]["values"].as_array().unwrap().len(), 1, "{network}");
+        assert!(network["test_at_best_val"]["std"].is_null(), "{network}");
+    }
+}

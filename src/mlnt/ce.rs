@@ -2,7 +2,7 @@
 
 use super::names::{Inertia, StateKind, Tensors, complete, sgd, update_buffers};
 use crate::error::Result;
-use crate::model::{ModelSpec, Scope};
+use crate::model::{BnUpdate, ModelSpec, Scope};
 use crate::tape::{Coef, Fan, Meta, Tape, Tensor};
 
 /// A cross-entropy step: what decides its plan.
@@ -37,8 +37,7 @@ pub fn record_ce_step(spec: &CeSpec, owner: &str) -> Result<Tape> {
     let y = tape.input("y", Meta::labels(spec.batch))?;
     tape.set_phase("forward");
     let weights = tape.fill(Meta::vector(spec.batch), Coef::constant(1.0 / spec.batch as f64))?;
-    let inertia = Inertia { momentum: Coef::constant(spec.momentum), weight_decay: Coef::constant(spec.weight_decay) };
-    descend(&mut tape, &spec.model, owner, [x, y, weights], inertia)?;
+    descend(&mut tape, &spec.model, owner, [x, y, weights], Inertia::constant(spec))?;
     Ok(tape)
 }
 
@@ -79,28 +78,48 @@ fn descend(
     [x, y, weights]: [Tensor; 3],
     inertia: Inertia,
 ) -> Result<Tensors> {
-    let params = Tensors::states(tape, model, owner, StateKind::Param)?;
-    let velocity = Tensors::states(tape, model, owner, StateKind::Momentum)?;
-    let buffers = Tensors::states(tape, model, owner, StateKind::Buffer)?;
-
-    tape.set_phase("forward");
-    let mut scope = Scope::train(&params.by_name);
-    let out = model.forward(tape, &mut scope, x)?;
-    let updates = scope.bn_updates;
-    let loss = tape.ce_loss(out.logits, y, weights)?;
+    let descent = Descent::forward(tape, model, owner, x)?;
+    let loss = tape.ce_loss(descent.logits, y, weights)?;
     tape.output("class_loss", loss);
-    tape.output("class_logits", out.logits);
-
+    tape.output("class_logits", descent.logits);
     tape.set_phase("backward");
     let one = tape.fill(Meta::vector(1), Coef::ONE)?;
-    let grads = complete(tape.vjp(&[(loss, one)], &params.list(), Fan::Sum)?)?;
+    descent.update(tape, (loss, one), inertia)
+}
 
-    tape.set_phase("update");
-    update_buffers(tape, &buffers, &updates)?;
-    let grads = params.with(grads);
-    let new = sgd(tape, &params, &velocity, &grads, inertia)?;
-    params.assign(tape, &new)?;
-    Ok(new)
+/// A network between the forward and the backward pass of an SGD step.
+pub(super) struct Descent {
+    params: Tensors,
+    velocity: Tensors,
+    buffers: Tensors,
+    updates: Vec<BnUpdate>,
+    pub logits: Tensor,
+}
+
+impl Descent {
+    /// The training-mode forward of the network of `owner` on images x.
+    pub fn forward(tape: &mut Tape, model: &ModelSpec, owner: &str, x: Tensor) -> Result<Self> {
+        let params = Tensors::states(tape, model, owner, StateKind::Param)?;
+        let velocity = Tensors::states(tape, model, owner, StateKind::Momentum)?;
+        let buffers = Tensors::states(tape, model, owner, StateKind::Buffer)?;
+        tape.set_phase("forward");
+        let mut scope = Scope::train(&params.by_name);
+        let out = model.forward(tape, &mut scope, x)?;
+        let updates = scope.bn_updates;
+        Ok(Descent { params, velocity, buffers, updates, logits: out.logits })
+    }
+
+    /// The step for a cotangent of a tensor that depends on the logits; returns the new parameters.
+    pub fn update(self, tape: &mut Tape, seed: (Tensor, Tensor), inertia: Inertia) -> Result<Tensors> {
+        tape.set_phase("backward");
+        let grads = complete(tape.vjp(&[seed], &self.params.list(), Fan::Sum)?)?;
+        tape.set_phase("update");
+        update_buffers(tape, &self.buffers, &self.updates)?;
+        let grads = self.params.with(grads);
+        let new = sgd(tape, &self.params, &self.velocity, &grads, inertia)?;
+        self.params.assign(tape, &new)?;
+        Ok(new)
+    }
 }
 
 /// Records an evaluation of the network of `owner` with its running statistics.

@@ -1,5 +1,6 @@
 //! Names of the device's states, and the tensors of a network by parameter name.
 
+use super::ce::CeSpec;
 use crate::error::Result;
 use crate::model::{BnUpdate, ModelSpec};
 use crate::tape::{Coef, Meta, Tape, Tensor};
@@ -120,6 +121,11 @@ pub(super) struct Inertia {
 }
 
 impl Inertia {
+    /// Those of `spec`, part of the plan.
+    pub fn constant(spec: &CeSpec) -> Self {
+        Inertia { momentum: Coef::constant(spec.momentum), weight_decay: Coef::constant(spec.weight_decay) }
+    }
+
     /// The runtime scalars `momentum` and `weight_decay`, so that a step may leave both out.
     pub fn scalars(tape: &mut Tape) -> Self {
         Inertia { momentum: tape.scalar("momentum"), weight_decay: tape.scalar("weight_decay") }

@@ -114,17 +114,32 @@ pub enum Network {
     IterativeTeacher,
     /// The network whose features define neighbours.
     Features,
+    /// The network with early-learning regularisation.
+    Elr,
+    /// The network of joint optimisation whose predictions become the labels.
+    JointLabels,
+    /// The network that joint optimisation trains on those labels.
+    JointOpt,
+    /// The first network of co-teaching.
+    CoTeachingFirst,
+    /// The second network of co-teaching.
+    CoTeachingSecond,
 }
 
 impl Network {
     /// All, in the order of tables and legends.
-    pub const ALL: [Network; 6] = [
+    pub const ALL: [Network; 11] = [
         Network::CrossEntropy,
         Network::Student,
         Network::Teacher,
         Network::IterativeStudent,
         Network::IterativeTeacher,
         Network::Features,
+        Network::Elr,
+        Network::JointLabels,
+        Network::JointOpt,
+        Network::CoTeachingFirst,
+        Network::CoTeachingSecond,
     ];
 
     /// Its name in text.
@@ -136,6 +151,11 @@ impl Network {
             Network::IterativeStudent => "iterative CE student",
             Network::IterativeTeacher => "iterative CE teacher",
             Network::Features => "feature network",
+            Network::Elr => "ELR",
+            Network::JointLabels => "joint-opt labels",
+            Network::JointOpt => "joint-opt",
+            Network::CoTeachingFirst => "co-teaching network 1",
+            Network::CoTeachingSecond => "co-teaching network 2",
         }
     }
 
@@ -146,6 +166,10 @@ impl Network {
             Network::Student | Network::Teacher => "mlnt",
             Network::IterativeStudent | Network::IterativeTeacher => "iterative-ce",
             Network::Features => "features",
+            Network::Elr => "elr",
+            Network::JointLabels => "joint-labels",
+            Network::JointOpt => "joint-opt",
+            Network::CoTeachingFirst | Network::CoTeachingSecond => "co-teaching",
         }
     }
 
@@ -154,7 +178,7 @@ impl Network {
         let point = |(i, e): (usize, &Epoch)| {
             let (x, iteration, epoch) = (i + 1, e.iteration.unwrap_or(1), e.epoch);
             match self {
-                Network::Teacher | Network::IterativeTeacher => {
+                Network::Teacher | Network::IterativeTeacher | Network::CoTeachingSecond => {
                     let (test, val) = (e.teacher_test_accuracy, e.teacher_val_accuracy);
                     Point { x, iteration, epoch, test, val, fit: None, loss: None, meta: None }
                 }
@@ -177,6 +201,8 @@ pub fn phase_name(phase: &str) -> &str {
         "features" => "feature network",
         "mlnt" => "MLNT",
         "iterative-ce" => "iterative CE",
+        "elr" => "ELR",
+        "joint-labels" => "joint-opt labels",
         other => other,
     }
 }

@@ -203,13 +203,14 @@ fn line(method: &Method, colour: usize, dashed: bool, label: String, scale: f64,
     (!points.is_empty()).then_some(Line { label, colour, dashed, points })
 }
 
-/// Methods with a colour each: the first of a network has the network's own, further ones get what is left.
+/// Methods with a colour each: the first of a network has the network's own, if there are colours enough; further ones
+/// get what is left.
 fn coloured(group: &Group) -> Vec<(usize, &Method)> {
     let own = |m: &Method| Network::ALL.iter().position(|n| *n == m.network).unwrap_or(0);
     let kept: Vec<usize> = group.methods.iter().map(own).collect();
     let count = super::svg::PALETTE.len();
     let mut free = (0..count).filter(|i| !kept.contains(i)).collect::<Vec<_>>().into_iter().chain((0..count).cycle());
-    let colour = |(i, m): (usize, &Method)| match kept[..i].contains(&own(m)) {
+    let colour = |(i, m): (usize, &Method)| match own(m) >= count || kept[..i].contains(&own(m)) {
         true => free.next().unwrap_or(0),
         false => own(m),
     };

@@ -16,12 +16,18 @@ pub enum Method {
     Ce,
     /// Iterations of cross entropy with a teacher, without the meta loss: filter and mentor as in MLNT.
     IterativeCe,
+    /// Joint optimisation of network and labels (Tanaka et al., CVPR 2018): predictions become the labels.
+    JointOpt,
+    /// Early-learning regularisation (Liu et al., NeurIPS 2020): a pull towards each sample's earlier predictions.
+    Elr,
+    /// Co-teaching (Han et al., NeurIPS 2018): two networks choose the samples of small loss for each other.
+    CoTeaching,
 }
 
 impl Method {
-    /// Whether it has iterations, each led by the best network of the one before.
-    pub fn iterates(self) -> bool {
-        self != Method::Ce
+    /// Whether it may have several iterations, each led by the best network of the one before.
+    pub fn has_mentor(self) -> bool {
+        matches!(self, Method::Mlnt | Method::MlntFirstOrder | Method::IterativeCe)
     }
 }
 

@@ -48,7 +48,7 @@ pub fn cells(base: &Config, methods: &[Method], seeds: &[u64], out: &Path) -> Re
     for seed in seeds {
         for method in methods {
             let path = out.join(format!("{method}-s{seed}"));
-            let iterations = if method.iterates() { base.iterations } else { 1 };
+            let iterations = if method.has_mentor() { base.iterations } else { 1 };
             let config = Config {
                 method: *method,
                 seed: *seed,

@@ -82,7 +82,7 @@ settings! {
         [value_name = "NAME"] label_set: String,
     }
     "Method" {
-        /// What to train: MLNT, cross entropy alone, or iterations of cross entropy without the meta loss.
+        /// What to train: MLNT, or a method to compare it with.
         [value_name = "NAME"] method: Method,
         /// Trainings from scratch, each led by the best network of the one before: its mentor.
         [value_name = "N"] iterations: usize,
@@ -115,6 +115,25 @@ settings! {
         [value_name = "GAMMA"] gamma_late: f64,
         /// Epochs after which --gamma-late takes the place of --gamma; 0 = never.
         [value_name = "EPOCH"] gamma_switch_epoch: usize,
+        /// Weight of the mean prediction's divergence from uniform classes in --method joint-opt, the paper's α.
+        [value_name = "ALPHA"] joint_alpha: f64,
+        /// Weight of the predictions' entropy in --method joint-opt, the paper's β.
+        [value_name = "BETA"] joint_beta: f64,
+        /// Learning rate of --method joint-opt while it learns labels: constant, and high.
+        [value_name = "LR"] joint_lr: f64,
+        /// Part of the epochs before --method joint-opt replaces labels, in [0, 1].
+        [value_name = "F"] joint_warmup: f64,
+        /// Epochs whose predictions --method joint-opt averages to a label.
+        [value_name = "EPOCHS"] joint_memory: usize,
+        /// Share of the old target in the new one in --method elr, the paper's β, in [0, 1).
+        [value_name = "BETA"] elr_beta: f64,
+        /// Weight of the regulariser in --method elr, the paper's λ.
+        [value_name = "LAMBDA"] elr_lambda: f64,
+        /// Part of each batch that --method co-teaching forgets in the end, the paper's τ, in [0, 1]; unless given the
+        /// noise rate, or 0.2 where no noise is injected.
+        [value_name = "F"] forget_rate: f64,
+        /// Epochs over which co-teaching comes to forget that much, the paper's T_k; 0 = at once.
+        [value_name = "EPOCHS"] forget_ramp: f64,
     }
     "Optimisation" {
         /// Images per step, the paper's k.
@@ -156,6 +175,9 @@ settings! {
     }
 }
 
+/// What co-teaching forgets of labels whose noise rate nobody has said.
+const UNKNOWN_NOISE_RATE: f64 = 0.2;
+
 /// Settings that may differ when a run is continued: they change no result.
 const FREE_ON_RESUME: [&str; 1] = ["threads"];
 
@@ -176,6 +198,8 @@ impl Config {
     /// The settings of a run: the preset, changed by `file`, changed by `flags`.
     ///
     /// Labels from a file take the place of the preset's noise.
+    ///
+    /// Where neither gives `forget-rate`, it is the rate of the injected noise, or 0.2.
     ///
     /// Where neither gives `lr-drop-epochs`, the preset's drops keep their place relative to the number of epochs.
     ///
@@ -205,6 +229,10 @@ impl Config {
             if file.noise_rate.is_none() && flags.noise_rate.is_none() {
                 config.noise_rate = 0.0;
             }
+        }
+        if file.forget_rate.is_none() && flags.forget_rate.is_none() {
+            let injected = config.noise != NoiseKind::None;
+            config.forget_rate = if injected { config.noise_rate } else { UNKNOWN_NOISE_RATE };
         }
         if file.lr_drop_epochs.is_none() && flags.lr_drop_epochs.is_none() {
             config.move_lr_drops(preset_epochs);

@@ -1,5 +1,6 @@
 //! The networks of a run on a device: their plans and states.
 
+use super::by_logits::Descent;
 use super::choice::{self, Method};
 use super::config::Config;
 use super::feed::Images;
@@ -9,9 +10,13 @@ use super::prepare::LabelledSet;
 use crate::data::{Augment, Batcher, Normalise};
 use crate::device::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
-use crate::mlnt::{KlScale, Recipe, StateKind, StepScalars, StepSpec, Synthetic, record_eval, state_name};
+use crate::mlnt::losses::cross_entropy;
+use crate::mlnt::{
+    KlScale, Recipe, StateKind, StepScalars, StepSpec, Synthetic, gradient_name, logits_name, record_eval, state_name,
+};
 use crate::model::{ModelSpec, he_init};
 use crate::plan::{Plan, PlanOptions};
+use crate::tape::Tape;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 
@@ -32,6 +37,10 @@ pub enum Network {
     Teacher,
     /// The best network of the iteration before.
     Mentor,
+    /// The network of joint optimisation whose predictions become the labels.
+    Labeller,
+    /// The second network of co-teaching, in the teacher's place in all files; it starts from other weights.
+    Peer,
 }
 
 impl Network {
@@ -43,6 +52,8 @@ impl Network {
             Network::Student => "",
             Network::Teacher => "teacher.",
             Network::Mentor => "mentor.",
+            Network::Labeller => "labeller.",
+            Network::Peer => "peer.",
         }
     }
 }
@@ -50,8 +61,10 @@ impl Network {
 /// What a training step reports.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {
-    /// Cross entropy on the given labels, mean over the batch.
+    /// Cross entropy on the given labels, mean over those samples of the batch that are kept.
     pub loss: f64,
+    /// What the step goes down on, where the host computes it from the logits.
+    pub objective: Option<f64>,
     /// `L_meta = (1/M) Σ J_m`.
     pub meta_loss: Option<f64>,
     /// Samples whose given label the training-mode forward predicted.
@@ -93,15 +106,33 @@ struct Kept {
     scalars: Vec<f64>,
     output: Vec<f64>,
     losses: Vec<f32>,
+    logits: Vec<Vec<f64>>,
+    descent: Descent,
 }
 
-/// The plan of a kind of step.
+/// The plans of a kind of step.
 struct Step {
     phase: Phase,
     mentor: bool,
+    /// The forward whose logits the host computes the loss from, if it does.
+    look: Option<Loaded>,
+    learn: Loaded,
+}
+
+/// A plan on the device, and what it wants to be given.
+struct Loaded {
     id: PlanId,
     inputs: Vec<String>,
     scalars: Vec<String>,
+}
+
+impl Loaded {
+    fn new(device: &mut dyn Device, tape: &Tape) -> Result<Self> {
+        let plan = Plan::build(tape, &PlanOptions::default())?;
+        let inputs = plan.inputs.iter().map(|port| port.name.clone()).collect();
+        let scalars = plan.scalars.clone();
+        Ok(Loaded { id: device.load(plan)?, inputs, scalars })
+    }
 }
 
 /// What a step may read; each kind of step takes what it needs.
@@ -137,10 +168,10 @@ impl Engine {
             if steps.iter().any(|s| (s.phase, s.mentor) == (phase, mentor)) {
                 continue;
             }
-            let plan = Plan::build(&phase.record(config, &model, mentor)?, &PlanOptions::default())?;
-            let inputs = plan.inputs.iter().map(|port| port.name.clone()).collect();
-            let scalars = plan.scalars.clone();
-            steps.push(Step { phase, mentor, id: device.load(plan)?, inputs, scalars });
+            let look = phase.record_look(config, &model)?;
+            let look = look.map(|tape| Loaded::new(&mut *device, &tape)).transpose()?;
+            let learn = Loaded::new(&mut *device, &phase.record(config, &model, mentor)?)?;
+            steps.push(Step { phase, mentor, look, learn });
         }
         let trained = parts.iter().flat_map(|part| part.phase.networks()).copied();
         let mentor = parts.iter().any(|part| part.before().is_some()).then_some(Network::Mentor);
@@ -157,15 +188,15 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Starting values for `networks`, the same for each: He initialisation of this number of the `draw`, running
-    /// statistics of a unit normal, no velocity.
+    /// Starting values for `networks`, the same for each but co-teaching's second: He initialisation of this number of the
+    /// `draw`, running statistics of a unit normal, no velocity.
     ///
     /// # Errors
     /// When the device fails.
     pub fn start(&mut self, networks: &[Network], seed: u64, draw: u64) -> Result<()> {
-        let values = he_init(&self.model, seed, draw);
         let states: HashSet<String> = self.device.states().into_iter().map(|(name, _)| name).collect();
         for network in networks {
+            let values = he_init(&self.model, seed, draw + u64::from(*network == Network::Peer));
             for (param, value) in self.model.params().iter().zip(&values) {
                 let name = |kind| state_name(network.owner(), kind, &param.name);
                 self.device.write_state(&name(StateKind::Param), HostSlice::F32(value))?;
@@ -221,8 +252,9 @@ impl Engine {
     /// # Errors
     /// As [`Device::stage`].
     pub fn stage(&mut self, part: &Part, images: ImagesId, crops: &[Crop]) -> Result<()> {
-        let id = find(&self.steps, part)?.id;
-        self.device.stage(images, id, "x", crops)
+        let Step { look, learn, .. } = find(&self.steps, part)?;
+        let mut plans = look.iter().chain([learn]);
+        plans.try_for_each(|plan| self.device.stage(images, plan.id, "x", crops))
     }
 
     /// Begins a step of `part`; [`Engine::outcome`] waits for it.
@@ -231,7 +263,7 @@ impl Engine {
     /// When the device fails.
     pub fn begin(&mut self, part: &Part, inputs: StepInputs<'_>, scalars: StepScalars) -> Result<()> {
         let Engine { device, kept, steps, .. } = self;
-        let step = find(steps, part)?;
+        let step = &find(steps, part)?.learn;
         for name in &step.inputs {
             let values = match (name.as_str(), inputs.x) {
                 ("x", Images::Staged) => continue,
@@ -248,26 +280,69 @@ impl Engine {
         device.run(step.id, &kept.scalars)
     }
 
+    /// Begins a step of `part` whose loss the host computes: the logits `[k, classes]` of each of its networks, in
+    /// training mode, for the gradients that [`Engine::descend`] takes.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn look(&mut self, part: &Part, x: Images<'_>) -> Result<&[Vec<f64>]> {
+        let Engine { device, kept, steps, .. } = self;
+        let Step { look: Some(look), learn, .. } = find(steps, part)? else {
+            return Err(Error::shape("step", format_args!("{} is one plan", part.title())));
+        };
+        if let Images::Host(x) = x {
+            device.write_input(look.id, "x", HostSlice::F32(x))?;
+            device.write_input(learn.id, "x", HostSlice::F32(x))?;
+        }
+        device.run(look.id, &[])?;
+        kept.logits.resize_with(part.phase.networks().len(), Vec::new);
+        for (i, logits) in kept.logits.iter_mut().enumerate() {
+            device.read_output_into(look.id, &logits_name(i), logits)?;
+        }
+        Ok(&kept.logits)
+    }
+
+    /// Goes on with a step that [`Engine::look`] has begun; [`Engine::outcome`] ends it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn descend(&mut self, part: &Part, descent: Descent, scalars: StepScalars) -> Result<()> {
+        let Engine { device, kept, steps, .. } = self;
+        let learn = &find(steps, part)?.learn;
+        for (i, gradient) in descent.gradients.iter().enumerate() {
+            device.write_input(learn.id, &gradient_name(i), HostSlice::F64(gradient))?;
+        }
+        kept.descent = descent;
+        kept.scalars.clear();
+        kept.scalars.extend(scalars.in_order(&learn.scalars));
+        device.run(learn.id, &kept.scalars)
+    }
+
     /// What the step of `part` with labels `y` that was begun last has come to.
     ///
     /// # Errors
     /// When the device fails.
     pub fn outcome(&mut self, part: &Part, y: &[i32]) -> Result<StepOutcome> {
-        let id = find(&self.steps, part)?.id;
-        let Engine { device, kept: Kept { output, losses, .. }, .. } = self;
-        device.read_output_into(id, "class_loss", output)?;
-        let loss = output[0];
-        let mut meta_loss = None;
-        if part.phase == Phase::Mlnt {
-            device.read_output_into(id, "consistency", output)?;
-            meta_loss = Some(output.iter().sum::<f64>() / output.len() as f64);
+        let id = find(&self.steps, part)?.learn.id;
+        let Engine { device, kept: Kept { output, losses, logits, descent, .. }, .. } = self;
+        let (mut loss, mut meta_loss, mut objective) = (descent.loss, None, None);
+        if part.phase.by_logits() {
+            objective = Some(descent.objective);
+            output.clone_from(&logits[0]);
+        } else {
+            device.read_output_into(id, "class_loss", output)?;
+            loss = output[0];
+            if part.phase == Phase::Mlnt {
+                device.read_output_into(id, "consistency", output)?;
+                meta_loss = Some(output.iter().sum::<f64>() / output.len() as f64);
+            }
+            device.read_output_into(id, "class_logits", output)?;
         }
-        device.read_output_into(id, "class_logits", output)?;
         let rows = || output.chunks_exact(self.model.classes).zip(y);
         let correct = rows().filter(|(logits, y)| argmax(logits) == **y as usize).count();
         losses.clear();
         losses.extend(rows().map(|(logits, y)| cross_entropy(logits, *y as usize) as f32));
-        Ok(StepOutcome { loss, meta_loss, correct })
+        Ok(StepOutcome { loss, objective, meta_loss, correct })
     }
 
     /// Cross entropy of the given label of each sample of the step whose outcome was read last, nats.
@@ -349,12 +424,6 @@ pub fn for_each_batch(
         use_batch(from..to, &probabilities[..(to - from) * classes])?;
     }
     Ok(())
-}
-
-/// `−log softmax(logits)[label]`, nats.
-fn cross_entropy(logits: &[f64], label: usize) -> f64 {
-    let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    largest + logits.iter().map(|v| (v - largest).exp()).sum::<f64>().ln() - logits[label]
 }
 
 /// Position of the largest value, the first on ties.

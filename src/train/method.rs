@@ -9,7 +9,8 @@ use super::engine::{Network, step_spec};
 use super::metrics::Phase;
 use crate::error::Result;
 use crate::mlnt::{
-    CeSpec, Report, StepScalars, StepSpec, Synthetic, record_ce_step, record_filtered_ce_step, record_step,
+    CeSpec, Report, StepScalars, StepSpec, Synthetic, record_ce_step, record_descent, record_filtered_ce_step,
+    record_logits, record_step,
 };
 use crate::model::ModelSpec;
 use crate::tape::Tape;
@@ -41,6 +42,12 @@ pub fn parts(config: &Config) -> Vec<Part> {
         }
         Method::Ce => Phase::CrossEntropy,
         Method::IterativeCe => Phase::IterativeCe,
+        Method::JointOpt => {
+            list.push(part(Phase::JointLabels, config.epochs, None));
+            Phase::JointOpt
+        }
+        Method::Elr => Phase::Elr,
+        Method::CoTeaching => Phase::CoTeaching,
     };
     list.extend((1..=config.iterations).map(|i| part(phase, config.epochs, Some(i))));
     list
@@ -94,7 +101,24 @@ impl Phase {
             Phase::CrossEntropy => &[Network::Baseline],
             Phase::Features => &[Network::Features],
             Phase::Mlnt | Phase::IterativeCe => &[Network::Student, Network::Teacher],
+            Phase::JointLabels => &[Network::Labeller],
+            Phase::JointOpt | Phase::Elr => &[Network::Student],
+            Phase::CoTeaching => &[Network::Student, Network::Peer],
         }
+    }
+
+    /// What its networks are to each other, in their order; nothing to say of a single one.
+    pub fn roles(self) -> &'static [&'static str] {
+        match self {
+            Phase::Mlnt | Phase::IterativeCe => &["student", "teacher"],
+            Phase::CoTeaching => &["network 1", "network 2"],
+            _ => &[""],
+        }
+    }
+
+    /// Whether the host computes the loss of its steps from the logits, see [`by_logits`](super::by_logits).
+    pub fn by_logits(self) -> bool {
+        matches!(self, Phase::JointLabels | Phase::JointOpt | Phase::Elr | Phase::CoTeaching)
     }
 
     /// Its name in a sentence.
@@ -104,13 +128,19 @@ impl Phase {
             Phase::Features => "feature network",
             Phase::Mlnt => "MLNT",
             Phase::IterativeCe => "iterative CE",
+            Phase::JointLabels => "joint-opt labels",
+            Phase::JointOpt => "joint-opt",
+            Phase::Elr => "ELR",
+            Phase::CoTeaching => "co-teaching",
         }
     }
 
     /// The flags whose values make its steps smaller.
     pub fn step_sizes(self) -> &'static str {
         match self {
-            Phase::CrossEntropy | Phase::IterativeCe => "--lr",
+            Phase::CrossEntropy | Phase::IterativeCe | Phase::JointOpt | Phase::CoTeaching => "--lr",
+            Phase::JointLabels => "--joint-lr",
+            Phase::Elr => "--lr or --elr-lambda",
             Phase::Features => "--feature-lr",
             Phase::Mlnt => "--lr, --alpha or --eta",
         }
@@ -118,29 +148,49 @@ impl Phase {
 
     /// Learning rate β in epoch `epoch` (from 0).
     pub fn lr_at(self, config: &Config, epoch: usize) -> f64 {
-        if self == Phase::Features { config.feature_lr } else { config.lr_at(epoch) }
+        match self {
+            Phase::Features => config.feature_lr,
+            Phase::JointLabels => config.joint_lr,
+            _ => config.lr_at(epoch),
+        }
     }
 
     /// Records a step; with `mentor`, one that mixes the mentor into its target. Inputs are some of `x`, `y`,
-    /// `class_weight`, `ranks`, scalars those of [`StepScalars`], outputs at least `class_loss` and `class_logits`.
+    /// `class_weight`, `ranks`, scalars those of [`StepScalars`], outputs at least `class_loss` and `class_logits`. Of a
+    /// step [`by_logits`](Phase::by_logits) this is the second plan, with inputs `x` and [`gradient_name`](crate::mlnt::gradient_name) and no
+    /// outputs; [`Phase::record_look`] is the first.
     ///
     /// # Errors
     /// When the description is no network.
     pub fn record(self, config: &Config, model: &ModelSpec, mentor: bool) -> Result<Tape> {
-        let ce = |network: Network| {
-            let Config { batch, momentum, weight_decay, .. } = *config;
-            record_ce_step(&CeSpec { model: model.clone(), batch, momentum, weight_decay }, network.owner())
-        };
+        let Config { batch, momentum, weight_decay, .. } = *config;
+        let spec = CeSpec { model: model.clone(), batch, momentum, weight_decay };
+        let ce = |network: Network| record_ce_step(&spec, network.owner());
         match self {
             Phase::CrossEntropy => ce(Network::Baseline),
             Phase::Features => ce(Network::Features),
             Phase::IterativeCe => record_filtered_ce_step(model, config.batch),
+            Phase::JointLabels | Phase::JointOpt | Phase::Elr | Phase::CoTeaching => {
+                record_descent(&spec, &self.owners())
+            }
             Phase::Mlnt => {
                 let synthetic = Synthetic::Transfer { neighbours: config.neighbours };
                 let step = StepSpec { synthetic, mentor, ..step_spec(config, model.clone()) };
                 record_step(&step, Report::Losses)
             }
         }
+    }
+
+    /// Records the forward that a step [`by_logits`](Phase::by_logits) begins with; `None` for other steps.
+    ///
+    /// # Errors
+    /// As [`Phase::record`].
+    pub fn record_look(self, config: &Config, model: &ModelSpec) -> Result<Option<Tape>> {
+        self.by_logits().then(|| record_logits(model, config.batch, &self.owners())).transpose()
+    }
+
+    fn owners(self) -> Vec<&'static str> {
+        self.networks().iter().map(|network| network.owner()).collect()
     }
 
     /// The scalars of a step. Where nothing of the batch is kept, SGD has only the meta-gradient to go by: in the joint

@@ -15,6 +15,14 @@ pub enum Phase {
     Mlnt,
     /// An iteration of cross entropy with a teacher, without the meta loss.
     IterativeCe,
+    /// Joint optimisation: the network whose predictions become the labels.
+    JointLabels,
+    /// Joint optimisation: a fresh network, trained on those labels.
+    JointOpt,
+    /// Cross entropy with early-learning regularisation.
+    Elr,
+    /// Two networks that choose samples for each other.
+    CoTeaching,
 }
 
 /// One epoch, a line of `metrics.jsonl`. It holds no clock time: the same seed gives the same bytes.
@@ -33,7 +41,7 @@ pub struct EpochRecord {
     /// Weight of the meta gradient at the end of the epoch; 0 outside [`Phase::Mlnt`].
     pub eta: f64,
     /// Cross entropy on the noisy training labels that are kept, nats, mean over the batches in which any is; 0 if there
-    /// is none.
+    /// is none. In co-teaching on those that the first network learns from.
     pub train_loss: f64,
     /// Consistency loss `L_meta`; only in [`Phase::Mlnt`].
     pub meta_loss: Option<f64>,
@@ -43,9 +51,9 @@ pub struct EpochRecord {
     pub val_accuracy: Option<f64>,
     /// Accuracy of the (student) network on the test images.
     pub test_accuracy: Option<f64>,
-    /// Accuracy of the teacher on the validation images; only in [`Phase::Mlnt`].
+    /// Accuracy of the teacher, in co-teaching of the second network, on the validation images; `None` where there is none.
     pub teacher_val_accuracy: Option<f64>,
-    /// Accuracy of the teacher on the test images; only in [`Phase::Mlnt`].
+    /// The same on the test images.
     pub teacher_test_accuracy: Option<f64>,
     /// Training samples whose given label the filter keeps in this iteration; `None` without a filter.
     pub kept: Option<usize>,

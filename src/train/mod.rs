@@ -1,8 +1,9 @@
 //! Training: what a run is asked to do ([`config`]), the data it reads ([`prepare`]), the networks on their device
-//! ([`engine`]), what a method does ([`method`]), the loop ([`run`]), what iterations hand on ([`filter`],
+//! ([`engine`]), what a method does ([`method`], [`by_logits`]) and remembers ([`memory`]), the loop ([`run`]), what iterations hand on ([`filter`],
 //! [`snapshot`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`], [`event_file`]) and how it is summed
 //! up ([`summary`], [`table`]); and several runs side by side ([`compare`]).
 
+pub mod by_logits;
 pub mod checkpoint;
 pub mod choice;
 pub mod compare;
@@ -12,6 +13,7 @@ pub mod event_file;
 pub mod feed;
 pub mod filter;
 pub mod given;
+pub mod memory;
 pub mod method;
 pub mod metrics;
 pub mod open_device;

@@ -4,6 +4,7 @@ use super::checkpoint::{Checkpoint, NamedTensor, TensorData, TensorSpec, match_t
 use super::config::Config;
 use super::engine::{Engine, Network};
 use super::filter::Filter;
+use super::memory::Memory;
 use super::method::parts;
 use super::snapshot::{Best, Snapshot};
 use crate::device::{HostSlice, HostVec};
@@ -49,12 +50,20 @@ pub struct Progress {
     pub losses: Vec<f32>,
     /// The best network of this iteration so far.
     pub best: Option<Best>,
+    /// What the method remembers of the training samples.
+    pub memory: Memory,
 }
 
 impl Progress {
-    /// The first step of a run on `n` training samples.
-    pub fn start(n: usize) -> Self {
-        Progress { position: Position::default(), filter: Filter::all(n), losses: vec![f32::NAN; n], best: None }
+    /// The first step of a run on `n` training samples of `classes` classes.
+    pub fn start(config: &Config, n: usize, classes: usize) -> Self {
+        Progress {
+            position: Position::default(),
+            filter: Filter::all(n),
+            losses: vec![f32::NAN; n],
+            best: None,
+            memory: Memory::new(config, n, classes),
+        }
     }
 }
 
@@ -83,6 +92,10 @@ const SUMS: &str = "progress.sums";
 const KEEP: &str = "progress.keep";
 /// Name of the tensor that keeps the losses of an epoch that has begun.
 const LOSSES: &str = "progress.losses";
+/// Name of the tensor that keeps the distributions of a method's memory, where there is one.
+const MEMORY: &str = "progress.memory";
+/// Name of the tensor that keeps how many have gone into it of each sample.
+const VISITS: &str = "progress.visits";
 /// Name of the tensor that keeps the best network's accuracy exactly.
 const BEST_ACCURACY: &str = "progress.best_accuracy";
 /// Before the names of the best network's tensors.
@@ -106,7 +119,7 @@ pub struct LineLengths {
 /// # Errors
 /// [`Error::Io`]; errors of the device.
 pub fn save(path: &Path, engine: &Engine, config: &Config, progress: &Progress, lines: LineLengths) -> Result<()> {
-    let Progress { position, filter, losses, best } = progress;
+    let Progress { position, filter, losses, best, memory } = progress;
     let mut tensors = Vec::new();
     for (name, meta) in engine.device().states() {
         let data = match engine.device().read_state(&name)? {
@@ -128,6 +141,13 @@ pub fn save(path: &Path, engine: &Engine, config: &Config, progress: &Progress, 
     if let Some(best) = best {
         vector(BEST_ACCURACY, TensorData::F64(vec![best.val_accuracy]));
         tensors.extend(best.values.prefixed(BEST));
+    }
+    if let Some(shape) = memory.shape() {
+        let (visits, values) = (memory.visits().to_vec(), memory.values().to_vec());
+        let shapes = [vec![visits.len()], shape.to_vec()];
+        let data = [TensorData::I64(visits), TensorData::F32(values)];
+        let named = [VISITS, MEMORY].into_iter().zip(shapes).zip(data);
+        tensors.extend(named.map(|((name, shape), data)| NamedTensor { name: name.into(), shape, data }));
     }
     let meta = Meta {
         phase: position.part,
@@ -157,6 +177,11 @@ pub fn load(path: &Path, engine: &mut Engine, config: &Config, n: usize) -> Resu
     if meta.step > 0 {
         expected.push(vector(LOSSES, n, Dtype::F32));
     }
+    let mut progress = Progress::start(config, n, engine.model().classes);
+    if let Some(shape) = progress.memory.shape() {
+        expected.push(vector(VISITS, n, Dtype::I64));
+        expected.push(TensorSpec { name: MEMORY.into(), shape: shape.to_vec(), dtype: Dtype::F32 });
+    }
     if meta.best.is_some() {
         expected.push(vector(BEST_ACCURACY, 1, Dtype::F64));
         expected.extend(Snapshot::specs(engine.model(), BEST, dtype));
@@ -178,9 +203,8 @@ pub fn load(path: &Path, engine: &mut Engine, config: &Config, n: usize) -> Resu
             _ => return Err(Error::file(path, format!("tensor {} has an unexpected type", tensor.name))),
         }
     }
-    let mut progress = Progress::start(n);
     progress.position = Position { part: meta.phase, epoch: meta.epoch, step: meta.step, sums: EpochSums::default() };
-    let mut accuracy = 0.0;
+    let (mut accuracy, mut visits) = (0.0, Vec::new());
     let rest: Vec<NamedTensor> = tensors.collect();
     let (own, best): (Vec<NamedTensor>, Vec<NamedTensor>) = rest.into_iter().partition(|t| !t.name.starts_with(BEST));
     for tensor in own {
@@ -190,6 +214,8 @@ pub fn load(path: &Path, engine: &mut Engine, config: &Config, n: usize) -> Resu
             }
             (KEEP, TensorData::U8(v)) => progress.filter = Filter::of(v.into_iter().map(|keep| keep != 0).collect()),
             (LOSSES, TensorData::F32(v)) => progress.losses = v,
+            (VISITS, TensorData::I64(v)) => visits = v,
+            (MEMORY, TensorData::F32(v)) => progress.memory.set(v, std::mem::take(&mut visits)),
             (BEST_ACCURACY, TensorData::F64(v)) => accuracy = v[0],
             (name, _) => return Err(Error::file(path, format!("tensor {name} has an unexpected type"))),
         }

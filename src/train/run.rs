@@ -1,5 +1,6 @@
 //! The training loop, top to bottom.
 
+use super::by_logits;
 use super::config::Config;
 use super::engine::{Engine, Network, StepInputs, StepOutcome};
 use super::event_file::EventFile;
@@ -127,7 +128,7 @@ impl Run {
             write_atomic(dir.labels(), &data.label_file)?;
             let lines = Lines::create(&dir)?;
             let lock = lock(&dir)?;
-            let progress = Progress::start(data.train.len());
+            let progress = Progress::start(&config, data.train.len(), engine.model().classes);
             let kept = keep_images(&config, &data, &mut engine)?;
             let mut run = Run { config, data, engine, kept, dir, lines, progress, _lock: lock };
             run.save()?;
@@ -263,7 +264,13 @@ impl Run {
             let ranks = draw_ranks(k, config.neighbours, replaced, config.branches, &mut rng);
             let moment = Moment { epoch, progress: epoch as f64 + step as f64 / steps as f64, kept };
             let inputs = StepInputs { x: feed.images(), y: &y, class_weight: &class_weight, ranks: &ranks };
-            self.engine.begin(part, inputs, part.phase.scalars(&config, moment))?;
+            match part.phase.by_logits() {
+                true => {
+                    let memory = &mut self.progress.memory;
+                    by_logits::begin(&mut self.engine, memory, &config, part, moment, ids(step), inputs)?;
+                }
+                false => self.engine.begin(part, inputs, part.phase.scalars(&config, moment))?,
+            }
             if step + 1 < steps {
                 // While the device works.
                 feed.prepare(&mut self.engine, part, drawn, ids(step + 1))?;
@@ -310,7 +317,7 @@ impl Run {
         Ok(!observer.wants_stop())
     }
 
-    /// Keeps a copy of the student or the teacher, where it is better than the best so far.
+    /// Keeps a copy of the student or the teacher, or of what stands in their places, where it is better than the best so far.
     fn keep_best(&mut self, part: &Part, record: &EpochRecord) -> Result<()> {
         let roles = [(Network::Student, record.val_accuracy), (Network::Teacher, record.teacher_val_accuracy)];
         for (trained, (network, accuracy)) in part.phase.networks().iter().zip(roles) {
@@ -324,8 +331,8 @@ impl Run {
     }
 
     fn check_finite(&self, part: &Part, step: usize, outcome: &StepOutcome) -> Result<()> {
-        let meta = outcome.meta_loss.unwrap_or(0.0);
-        if outcome.loss.is_finite() && meta.is_finite() {
+        let (meta, objective) = (outcome.meta_loss.unwrap_or(0.0), outcome.objective.unwrap_or(0.0));
+        if outcome.loss.is_finite() && meta.is_finite() && objective.is_finite() {
             return Ok(());
         }
         let what = format!("the loss is not a number any more (loss {}, meta loss {meta})", outcome.loss);

@@ -33,12 +33,10 @@ pub fn rows(records: &[EpochRecord]) -> Vec<SummaryRow> {
     let mut rows = Vec::new();
     for (phase, iteration) in parts {
         let title = Part { phase, epochs: 0, iteration, iterations }.title();
-        let scores: [(&str, [Score; 2]); 2] = [
-            ("student", [|r| r.val_accuracy, |r| r.test_accuracy]),
-            ("teacher", [|r| r.teacher_val_accuracy, |r| r.teacher_test_accuracy]),
-        ];
-        for (network, [val, test]) in &scores[..phase.networks().len()] {
-            let name = if phase.networks().len() > 1 { format!("{title} {network}") } else { title.clone() };
+        let scores: [[Score; 2]; 2] =
+            [[|r| r.val_accuracy, |r| r.test_accuracy], [|r| r.teacher_val_accuracy, |r| r.teacher_test_accuracy]];
+        for (role, [val, test]) in phase.roles().iter().zip(&scores) {
+            let name = format!("{title} {role}").trim_end().to_string();
             rows.extend(SummaryRow::from_curve(&name, &curve((phase, iteration), *val, *test)));
         }
     }

@@ -14,6 +14,8 @@ const MAX_ITERATIONS: usize = 1000;
 const MAX_BATCH: usize = 1_000_000;
 /// Largest number of branches.
 const MAX_BRANCHES: usize = 10_000;
+/// Most predictions of a sample that are kept.
+const MAX_MEMORY: usize = 1000;
 /// Largest number of threads.
 const MAX_THREADS: usize = 1024;
 /// Largest padding, pixels.
@@ -123,7 +125,7 @@ impl Config {
     fn validate_method(&self) -> Result<()> {
         count("iterations", self.iterations, 1, MAX_ITERATIONS)?;
         let takes = format_args!("1 with --method {}, which has no mentor", self.method);
-        check(self.method.iterates() || self.iterations == 1, "iterations", self.iterations, takes)?;
+        check(self.method.has_mentor() || self.iterations == 1, "iterations", self.iterations, takes)?;
         share("tau", self.tau)?;
         share("lambda", self.lambda)?;
         not_negative("lambda-ramp", self.lambda_ramp)?;
@@ -134,7 +136,20 @@ impl Config {
         not_negative("eta-ramp", self.eta_ramp)?;
         decay("gamma", self.gamma)?;
         decay("gamma-late", self.gamma_late)?;
-        count("gamma-switch-epoch", self.gamma_switch_epoch, 0, MAX_EPOCHS)
+        count("gamma-switch-epoch", self.gamma_switch_epoch, 0, MAX_EPOCHS)?;
+        self.validate_other_methods()
+    }
+
+    fn validate_other_methods(&self) -> Result<()> {
+        not_negative("joint-alpha", self.joint_alpha)?;
+        not_negative("joint-beta", self.joint_beta)?;
+        positive("joint-lr", self.joint_lr)?;
+        share("joint-warmup", self.joint_warmup)?;
+        count("joint-memory", self.joint_memory, 1, MAX_MEMORY)?;
+        decay("elr-beta", self.elr_beta)?;
+        not_negative("elr-lambda", self.elr_lambda)?;
+        share("forget-rate", self.forget_rate)?;
+        not_negative("forget-ramp", self.forget_ramp)
     }
 
     fn validate_optimisation(&self) -> Result<()> {
