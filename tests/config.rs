@@ -85,6 +85,28 @@ fn settings_of_the_iterations_come_from_file_and_flags() {
 }
 
 #[test]
+fn co_teaching_forgets_the_noise_rate_unless_told() {
+    assert_eq!(train("--noise-rate 0.3").unwrap().forget_rate, 0.3);
+    assert_eq!(train("--noise none").unwrap().forget_rate, 0.2);
+    assert_eq!(train("--labels somebody.csv").unwrap().forget_rate, 0.2);
+    assert_eq!(train("--noise-rate 0.3 --forget-rate 0.45").unwrap().forget_rate, 0.45);
+    let (_folder, path) = toml("method = 'co-teaching'\nforget-rate = 0.1\n");
+    let config = train(&format!("--config {} --noise-rate 0.4", path.display())).unwrap();
+    assert_eq!((config.method, config.forget_rate), (Method::CoTeaching, 0.1));
+}
+
+#[test]
+fn the_other_methods_have_their_papers_values() {
+    let config = train("--preset cifar10 --method joint-opt").unwrap();
+    assert_eq!((config.method, config.joint_alpha, config.joint_beta), (Method::JointOpt, 1.2, 0.8));
+    assert_eq!((config.joint_lr, config.joint_memory), (0.08, 10));
+    assert_eq!(mlnt::train::by_logits::first_label_update(&Config { epochs: 200, ..config }), 70);
+    let config = train("--preset cifar10 --method elr").unwrap();
+    assert_eq!((config.method, config.elr_beta, config.elr_lambda), (Method::Elr, 0.7, 3.0));
+    assert_eq!((config.forget_rate, config.forget_ramp), (0.5, 10.0));
+}
+
+#[test]
 fn drops_of_the_preset_follow_the_number_of_epochs() {
     assert_eq!(train("--preset cifar10 --epochs 60").unwrap().lr_drop_epochs, [40]);
     assert_eq!(train("--epochs 1").unwrap().lr_drop_epochs, [0; 0]);
@@ -191,6 +213,20 @@ fn values_out_of_range_name_the_flag_and_what_it_takes() {
         ("--val-fraction 0", "--val-fraction 0: takes a number greater than 0 and at most 0.5"),
         ("--iterations 0", "--iterations 0: takes a whole number from 1 to 1000"),
         ("--method ce --iterations 2", "--iterations 2: takes 1 with --method ce, which has no mentor"),
+        ("--method elr --iterations 2", "--iterations 2: takes 1 with --method elr, which has no mentor"),
+        (
+            "--method co-teaching --iterations 3",
+            "--iterations 3: takes 1 with --method co-teaching, which has no mentor",
+        ),
+        ("--joint-alpha -1", "--joint-alpha -1: takes a number of at least 0"),
+        ("--joint-beta inf", "--joint-beta inf: takes a number of at least 0"),
+        ("--joint-lr 0", "--joint-lr 0: takes a number greater than 0"),
+        ("--joint-warmup 1.1", "--joint-warmup 1.1: takes a number from 0 to 1"),
+        ("--joint-memory 0", "--joint-memory 0: takes a whole number from 1 to 100"),
+        ("--elr-beta 1", "--elr-beta 1: takes a number of at least 0 and less than 1"),
+        ("--elr-lambda -3", "--elr-lambda -3: takes a number of at least 0"),
+        ("--forget-rate 1.5", "--forget-rate 1.5: takes a number from 0 to 1"),
+        ("--forget-ramp nan", "--forget-ramp NaN: takes a number of at least 0"),
         ("--tau 1.5", "--tau 1.5: takes a number from 0 to 1"),
         ("--tau -0.1", "--tau -0.1: takes a number from 0 to 1"),
         ("--tau nan", "--tau NaN: takes a number from 0 to 1"),

@@ -116,7 +116,7 @@ pub fn run(cli: &Cli) -> crate::Result<u8> {
 pub enum ModelKind {
     /// The network that SGD trains.
     Student,
-    /// Its moving average.
+    /// Its moving average; of co-teaching the second network.
     Teacher,
     /// The best of both by validation accuracy, over the epochs of the last iteration.
     Best,

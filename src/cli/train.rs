@@ -33,6 +33,7 @@ Examples:
   mlnt train --preset cifar10 --data DIR              the paper's setting (weeks on two cores)
   mlnt train --config mine.toml --epochs 10           flags before file before preset
   mlnt train --iterations 3                           then twice more, led by the best network so far
+  mlnt train --method co-teaching                     another method on the same labels; or elr, joint-opt
   mlnt train --resume runs/sample-symmetric-0.5-s1    go on where Ctrl-C stopped, bit for bit
 
 A TOML file has the flags' names as keys, e.g.

@@ -1,4 +1,4 @@
-//! A step in two plans, for losses that the host computes: the first gives it the logits of a training-mode forward, the
+//! A step in two plans, for losses that the host computes: the first gives the logits of a training-mode forward, the
 //! second takes the loss's gradient at them. The forward is done twice, 4F in place of 3F a network; in exchange a loss
 //! may be anything that a few lines of host code can differentiate, and may compare networks with each other.
 

@@ -188,8 +188,8 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Starting values for `networks`, the same for each but co-teaching's second: He initialisation of this number of the
-    /// `draw`, running statistics of a unit normal, no velocity.
+    /// Starting values for `networks`, the same for each but co-teaching's second: He initialisation of this number of
+    /// the `draw`, running statistics of a unit normal, no velocity.
     ///
     /// # Errors
     /// When the device fails.

@@ -156,9 +156,10 @@ impl Phase {
     }
 
     /// Records a step; with `mentor`, one that mixes the mentor into its target. Inputs are some of `x`, `y`,
-    /// `class_weight`, `ranks`, scalars those of [`StepScalars`], outputs at least `class_loss` and `class_logits`. Of a
-    /// step [`by_logits`](Phase::by_logits) this is the second plan, with inputs `x` and [`gradient_name`](crate::mlnt::gradient_name) and no
-    /// outputs; [`Phase::record_look`] is the first.
+    /// `class_weight`, `ranks`, scalars those of [`StepScalars`], outputs at least `class_loss` and `class_logits`.
+    ///
+    /// Of a step [`by_logits`](Phase::by_logits) this is the second plan, of [`record_descent`], without outputs;
+    /// [`Phase::record_look`] is the first.
     ///
     /// # Errors
     /// When the description is no network.

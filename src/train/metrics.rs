@@ -51,7 +51,7 @@ pub struct EpochRecord {
     pub val_accuracy: Option<f64>,
     /// Accuracy of the (student) network on the test images.
     pub test_accuracy: Option<f64>,
-    /// Accuracy of the teacher, in co-teaching of the second network, on the validation images; `None` where there is none.
+    /// Accuracy of the teacher, in co-teaching of the second network, on the validation images; `None` without one.
     pub teacher_val_accuracy: Option<f64>,
     /// The same on the test images.
     pub teacher_test_accuracy: Option<f64>,

@@ -15,7 +15,7 @@ const MAX_BATCH: usize = 1_000_000;
 /// Largest number of branches.
 const MAX_BRANCHES: usize = 10_000;
 /// Most predictions of a sample that are kept.
-const MAX_MEMORY: usize = 1000;
+const MAX_MEMORY: usize = 100;
 /// Largest number of threads.
 const MAX_THREADS: usize = 1024;
 /// Largest padding, pixels.
