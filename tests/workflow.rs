@@ -16,7 +16,7 @@ fn train_audit_and_report_on_the_embedded_sample_take_less_than_a_minute() {
     let folder = Folder::new();
     let run = folder.path("run");
     let begin = Instant::now();
-    let settings = "--train-size 200 --epochs 2 --feature-epochs 1 --widths 4,8 --blocks 1,1 --batch 20 --tau 0.05";
+    let settings = "--train-size 200 --epochs 1 --feature-epochs 1 --widths 4,8 --blocks 1,1 --batch 20 --tau 0.05";
     let lines = [
         format!("train --iterations 2 {settings} --no-baseline --device cpu --out {}", run.display()),
         format!("audit {} --device cpu", run.display()),
