@@ -221,7 +221,9 @@ fn labels_are_counted_against_suggested_ones_where_an_audit_is_there() {
     assert!(without.contains("bag &lt;b&gt;") && !without.contains("<b>bag"), "names are escaped");
 
     fs::create_dir(run.join("audit")).unwrap();
-    let lines = "rank,given_name,score,suggested_name\n1,coat,0.1,bag <b>\n2,coat,0.2,coat\n3,shoe & lace,0.3,coat\n";
+    // Of what is not flagged the given label stays, whatever the most probable other class is.
+    let lines = "rank,given_name,score,suggested_name,flagged\n1,coat,0.1,bag <b>,1\n2,coat,0.2,shoe & lace,0\n\
+                 3,shoe & lace,0.3,coat,1\n";
     fs::write(run.join("audit/audit.csv"), lines).unwrap();
     let runs = open_all(std::slice::from_ref(&run)).unwrap();
     let matrix = runs[0].audit.as_ref().unwrap();

@@ -6,6 +6,7 @@
 pub mod audit;
 pub mod bench_step;
 pub mod check;
+pub mod compare;
 mod console;
 pub mod eval;
 pub mod info;
@@ -54,6 +55,9 @@ pub enum Command {
     /// Train cross entropy, then MLNT on the same noisy labels, and compare them.
     #[command(long_about = train::LONG_ABOUT)]
     Train(Box<train::TrainArgs>),
+    /// Train several methods with several seeds on the same noisy labels: one table.
+    #[command(long_about = compare::LONG_ABOUT)]
+    Compare(Box<compare::CompareArgs>),
     /// Accuracy of a trained network on a data set.
     #[command(long_about = eval::LONG_ABOUT)]
     Eval(eval::EvalArgs),
@@ -93,6 +97,7 @@ pub enum Command {
 pub fn run(cli: &Cli) -> crate::Result<u8> {
     match &cli.command {
         Command::Train(args) => train::run(args),
+        Command::Compare(args) => compare::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Report(args) => report::run(args),
@@ -200,10 +205,10 @@ pub fn command() -> clap::Command {
         .map(|&preset| (preset, toml::Table::try_from(preset.config()).unwrap_or_default()))
         .collect();
     let mut command = Cli::command();
-    for name in ["train", "plan"] {
+    for name in ["train", "compare", "plan"] {
         command = command.mut_subcommand(name, |sub| sub.mut_args(|arg| with_preset_values(arg, &values)));
     }
-    command
+    command.mut_subcommand("compare", compare::without_its_own)
 }
 
 /// Adds what each preset gives to the help of a setting; an argument that is no setting stays as it is.
@@ -293,6 +298,8 @@ mod tests {
             "mlnt verify",
             "mlnt predict",
             "mlnt report",
+            "mlnt compare --methods mlnt,magic",
+            "mlnt compare --seeds 1,x",
             "mlnt eval a --batch 0",
             "mlnt plan --image-size 28",
             "mlnt plan --image-size 0x28",

@@ -88,26 +88,17 @@ impl TrainArgs {
 }
 
 /// Exit status of a run that was interrupted: 128 + SIGINT, as shells have it.
-const INTERRUPTED: u8 = 130;
+pub(super) const INTERRUPTED: u8 = 130;
 
 /// Runs `mlnt train`; returns the exit status.
 ///
 /// # Errors
 /// Everything that can be wrong with settings, data, files and device.
 pub(super) fn run(args: &TrainArgs) -> Result<u8> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let handler = Arc::clone(&stop);
-    let pressed = move || {
-        if handler.swap(true, Ordering::Relaxed) {
-            // A second Ctrl-C does not wait; the last checkpoint is whole, for files are renamed into place.
-            std::process::exit(i32::from(INTERRUPTED));
-        }
-    };
-    ctrlc::set_handler(pressed).map_err(|e| Error::usage(format_args!("cannot catch Ctrl-C: {e}")))?;
-
+    let stop = stop_on_ctrl_c()?;
     let mut run = match &args.resume {
         Some(path) => resume(args, path)?,
-        None => create(args)?,
+        None => create(args.config()?)?,
     };
     let ending = run.train(&mut Console::new(stop))?;
     let dir = run.dir().path().display();
@@ -123,18 +114,32 @@ pub(super) fn run(args: &TrainArgs) -> Result<u8> {
     }
 }
 
-fn create(args: &TrainArgs) -> Result<Run> {
-    let mut config = args.config()?;
+/// What Ctrl-C sets from now on; once per process. The second one ends it at once.
+///
+/// # Errors
+/// [`Error::Usage`] when the system refuses.
+pub(super) fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let handler = Arc::clone(&stop);
+    let pressed = move || {
+        if handler.swap(true, Ordering::Relaxed) {
+            // A second Ctrl-C does not wait; the last checkpoint is whole, for files are renamed into place.
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+    };
+    ctrlc::set_handler(pressed).map_err(|e| Error::usage(format_args!("cannot catch Ctrl-C: {e}")))?;
+    Ok(stop)
+}
+
+/// A new run of `config`.
+///
+/// # Errors
+/// Where its directory exists, and those of settings, data, files and device.
+pub(super) fn create(mut config: Config) -> Result<Run> {
     if let Some(out) = config.out.as_ref().filter(|out| out.exists()) {
         return Err(Error::file(out, "the run directory exists; choose another --out, or continue it with --resume"));
     }
-    // The run must find its data again from any folder; what cannot be found now is told when it is read.
-    if let Some(path) = Path::new(&config.data).canonicalize().ok().filter(|_| config.data != "sample") {
-        config.data = path.to_string_lossy().into_owned();
-    }
-    if let Some(path) = Path::new(&config.labels).canonicalize().ok().filter(|_| !config.labels.is_empty()) {
-        config.labels = path.to_string_lossy().into_owned();
-    }
+    find_from_anywhere(&mut config);
     let (data, engine, device) = start(&config)?;
     // Another machine may have another device: a run keeps to the one it began on, for the sake of its bytes.
     config.device = device;
@@ -143,9 +148,28 @@ fn create(args: &TrainArgs) -> Result<Run> {
     Ok(run)
 }
 
+/// Makes the paths among the settings absolute: a run must find its data again from any folder. What cannot be found now
+/// is told when it is read.
+pub(super) fn find_from_anywhere(config: &mut Config) {
+    if let Some(path) = Path::new(&config.data).canonicalize().ok().filter(|_| config.data != "sample") {
+        config.data = path.to_string_lossy().into_owned();
+    }
+    if let Some(path) = Path::new(&config.labels).canonicalize().ok().filter(|_| !config.labels.is_empty()) {
+        config.labels = path.to_string_lossy().into_owned();
+    }
+}
+
 fn resume(args: &TrainArgs, path: &Path) -> Result<Run> {
     let dir = RunDir::open(path)?;
     let config = args.resumed(&Config::load(&dir.config())?)?;
+    go_on(config, dir)
+}
+
+/// The run of `config` in `dir`, from its checkpoint.
+///
+/// # Errors
+/// Where the run is not one of these settings, and those of data, files and device.
+pub(super) fn go_on(config: Config, dir: RunDir) -> Result<Run> {
     let (data, engine, _) = start(&config)?;
     let run = Run::resume(config, data, engine, dir)?;
     if run.is_complete() {

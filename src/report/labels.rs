@@ -104,28 +104,30 @@ impl GivenLabels {
     }
 }
 
-/// Given against suggested labels of `audit.csv`; `None` if there is no such file. The classes are those of `names`
-/// where these have all names of the file, else those of the file in alphabetical order.
+/// Given against suggested labels of `audit.csv`; `None` if there is no such file. The audit names the most probable
+/// other class for every sample, and suggests it for those that it flags: of the others the given label stays. The
+/// classes are those of `names` where these have all names of the file, else those of the file in alphabetical order.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::File`] when a column is missing.
 pub fn read_audit(path: &Path, names: &[String]) -> Result<Option<Matrix>> {
-    let Some(rows) = columns(path, ["given_name", "suggested_name"])? else { return Ok(None) };
-    let found: BTreeSet<&String> = rows.iter().flatten().collect();
+    let Some(rows) = columns(path, ["given_name", "suggested_name", "flagged"])? else { return Ok(None) };
+    let found: BTreeSet<&String> = rows.iter().flat_map(|[given, suggested, _]| [given, suggested]).collect();
     let known = found.iter().all(|name| names.contains(name));
     let order: Vec<String> = if known { names.to_vec() } else { found.into_iter().cloned().collect() };
     let mut matrix = Matrix::new(order);
-    for [given, suggested] in &rows {
+    for [given, suggested, flagged] in &rows {
         let at = |name: &String| matrix.names.iter().position(|n| n == name);
-        if let (Some(i), Some(j)) = (at(given), at(suggested)) {
+        let stays = flagged == "0";
+        if let (Some(i), Some(j)) = (at(given), at(if stays { given } else { suggested })) {
             matrix.counts[i][j] += 1;
         }
     }
     Ok(Some(matrix))
 }
 
-/// Two columns of a CSV file with a header line, after comment lines that begin with `#`.
-fn columns(path: &Path, wanted: [&str; 2]) -> Result<Option<Vec<[String; 2]>>> {
+/// Columns of a CSV file with a header line, after comment lines that begin with `#`.
+fn columns<const N: usize>(path: &Path, wanted: [&str; N]) -> Result<Option<Vec<[String; N]>>> {
     if !path.exists() {
         return Ok(None);
     }
@@ -137,11 +139,11 @@ fn columns(path: &Path, wanted: [&str; 2]) -> Result<Option<Vec<[String; 2]>>> {
         let found = header.iter().position(|column| column == name);
         found.ok_or_else(|| Error::file(path, format_args!("has no column `{name}`")))
     };
-    let places = [place(wanted[0])?, place(wanted[1])?];
+    let places: Vec<usize> = wanted.into_iter().map(place).collect::<Result<_>>()?;
     let mut rows = Vec::new();
     for record in reader.records() {
         let record = record.map_err(fail)?;
-        rows.push(places.map(|place| record.get(place).unwrap_or_default().to_string()));
+        rows.push(std::array::from_fn(|i| record.get(places[i]).unwrap_or_default().to_string()));
     }
     Ok(Some(rows))
 }

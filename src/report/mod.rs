@@ -2,9 +2,10 @@
 //!
 //! [`read`] takes the files as they are, those of older and unfinished runs too; [`curves`] puts runs of the same
 //! setting together; [`labels`] counts given against suggested or true labels; [`chart`] and [`heat`] draw; `page`
-//! writes. The same files give the same page.
+//! writes. The same files give the same page. [`compare`] sums up a comparison of methods.
 
 pub mod chart;
+pub mod compare;
 pub mod curves;
 pub mod heat;
 pub mod labels;

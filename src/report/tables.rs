@@ -11,8 +11,8 @@ pub(super) fn percent(fraction: Option<f64>) -> String {
     fraction.map_or_else(|| "–".to_string(), |f| format!("{:.2}", 100.0 * f))
 }
 
-/// Fractions as mean ± standard deviation in per cent.
-fn percent_spread(values: &[f64]) -> String {
+/// Fractions as mean ± sample standard deviation in per cent.
+pub(super) fn percent_spread(values: &[f64]) -> String {
     match spread(values) {
         None => "–".to_string(),
         Some(s) => match s.std {

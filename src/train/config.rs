@@ -209,6 +209,16 @@ impl Config {
     /// # Errors
     /// Those of [`Overrides::load`] and of [`Config::validate`].
     pub fn resolve(file: Option<&Path>, flags: &Overrides) -> Result<Self> {
+        let config = Config::assemble(file, flags)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// [`Config::resolve`] without the check of the result, for settings that are not complete yet.
+    ///
+    /// # Errors
+    /// Those of [`Overrides::load`].
+    pub fn assemble(file: Option<&Path>, flags: &Overrides) -> Result<Self> {
         let file = file.map(Overrides::load).transpose()?.unwrap_or_default();
         let mut config = flags.preset.or(file.preset).unwrap_or_default().config();
         let preset_epochs = config.epochs;
@@ -230,7 +240,6 @@ impl Config {
         if file.lr_drop_epochs.is_none() && flags.lr_drop_epochs.is_none() {
             config.move_lr_drops(preset_epochs);
         }
-        config.validate()?;
         Ok(config)
     }
 

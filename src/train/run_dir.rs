@@ -122,8 +122,15 @@ impl RunDir {
     }
 }
 
-/// A name below `base` that no file has: `DATA-NOISE-RATE-sSEED` or `DATA-LABELS-SET-sSEED`, with `-2`, `-3` … when it is taken.
+/// A name below `base` that no file has: [`setting_name`] and `-sSEED`, with `-2`, `-3` … when it is taken.
 pub fn free_name(base: &Path, config: &Config) -> PathBuf {
+    let name = format!("{}-s{}", setting_name(config), config.seed);
+    let numbered = (2u64..).map(|number| base.join(format!("{name}-{number}")));
+    std::iter::once(base.join(&name)).chain(numbered).find(|path| !path.exists()).unwrap_or_else(|| base.join(&name))
+}
+
+/// What the labels of a run are, as part of a file's name: `DATA-NOISE-RATE` or `DATA-LABELS-SET`.
+pub fn setting_name(config: &Config) -> String {
     let data = Path::new(&config.data).file_name().map_or("data".into(), |name| name.to_string_lossy());
     let noise = match config.noise {
         NoiseKind::None if !config.labels.is_empty() => {
@@ -134,9 +141,7 @@ pub fn free_name(base: &Path, config: &Config) -> PathBuf {
         NoiseKind::None => "none".to_string(),
         kind => format!("{kind}-{}", config.noise_rate),
     };
-    let name = format!("{data}-{noise}-s{}", config.seed);
-    let numbered = (2u64..).map(|number| base.join(format!("{name}-{number}")));
-    std::iter::once(base.join(&name)).chain(numbered).find(|path| !path.exists()).unwrap_or_else(|| base.join(&name))
+    format!("{data}-{noise}")
 }
 
 /// A file that only grows, and that a checkpoint can be tied to by its length.
