@@ -12,6 +12,7 @@ use common::args::Common;
 use common::results::{Results, Samples};
 use common::roof::Roof;
 use common::step::{Loaded, Network, plan, spec};
+use mlnt::ops::Operation;
 use mlnt::plan::{Launch, Plan};
 use mlnt::train::choice::Recipe;
 use serde_json::{Value, json};
