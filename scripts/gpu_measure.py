@@ -237,7 +237,7 @@ class Measure:
 
 def card(args):
     """What the figures are of."""
-    found = {"card": "trial on the cpu", "driver": "none", "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")}
+    found = {"card": "trial on the cpu", "driver": "none", "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
     if args.device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0"]
         try:

@@ -53,7 +53,7 @@ SHAPES = {
 def quietly(command):
     """The first line that a command prints; None when it cannot run."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = result.stdout.strip().splitlines()
@@ -261,7 +261,7 @@ def main():
     warn_where_unsteady(orders)
     names = ("widths", "blocks", "in_channels", "size", "classes", "batch", "branches")
     result = found | {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": args.device,
         "shape": {name: getattr(args, name) for name in names},
         "recipe": args.recipe,
@@ -319,7 +319,7 @@ def self_test():
         programs["missing"] = Served([f"{folder}/nothing", "x"], 1.0)
         records, left_out = compare(programs, 3)
         turns = log.read_text().split()
-    expected = "verify bench right short bench right short bench right".split()
+    expected = ["verify", "bench", "right", "short", "bench", "right", "short", "bench", "right"]
     reasons = {
         "refused": "meta_grad is off by",
         "short": "out of memory",

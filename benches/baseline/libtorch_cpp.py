@@ -7,6 +7,7 @@ The program is told what to do through a pipe; it times itself.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -61,12 +62,7 @@ class Libtorch(Peer):
 
     @classmethod
     def versions(cls):
-        folder = installed_torch()
-        version = folder / "version.py" if folder else None
-        found = {}
-        if version and version.is_file():
-            exec(version.read_text(), found)
-        return {"libtorch": found.get("__version__")}
+        return {"libtorch": importlib.metadata.version("torch") if installed_torch() else "unknown"}
 
     def __init__(self, net, how, state, precision, args):
         settings = {
@@ -84,7 +80,7 @@ class Libtorch(Peer):
         # The program finds its libraries where it was compiled; elsewhere, in this Python's torch.
         folders = [str(installed_torch() / "lib")] if installed_torch() else []
         path = os.pathsep.join([*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the program
         self.program = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

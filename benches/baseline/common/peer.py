@@ -71,8 +71,7 @@ class Peer:
         return []
 
     def peak_device_bytes(self):
-        """Most memory taken on a card, where the framework tells."""
-        return None
+        """Most memory taken on a card; None where the framework does not tell."""
 
     def close(self):
         """Ends what the peer has started."""

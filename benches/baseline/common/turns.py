@@ -89,7 +89,7 @@ class Served:
         self.process, self.pending = None, b""
 
     def start(self):
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
         try:
             self.process = subprocess.Popen(
                 self.command,
