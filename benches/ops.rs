@@ -40,7 +40,7 @@ fn main() {
     let mut criterion = Criterion::default()
         .without_plots()
         .sample_size(10)
-        .nresamples(1000)
+        .nresamples(2000)
         .warm_up_time(Duration::from_millis(5))
         .measurement_time(Duration::from_millis(25));
     if let Some(filter) = &args.filter {

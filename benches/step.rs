@@ -45,7 +45,7 @@ fn main() {
     let mut criterion = Criterion::default()
         .without_plots()
         .sample_size(10)
-        .nresamples(1000)
+        .nresamples(2000)
         .warm_up_time(Duration::from_millis(100))
         .measurement_time(Duration::from_secs_f64(args.seconds.clamp(0.01, 600.0)));
     if let Some(filter) = &args.common.filter {
@@ -60,7 +60,9 @@ fn main() {
         let mut group = criterion.benchmark_group("step");
         group.sampling_mode(SamplingMode::Flat);
         for (&recipe, &batch) in args.recipe.iter().flat_map(|r| args.batch.iter().map(move |k| (r, k))) {
-            for (first_order, &branches) in [false, true].iter().flat_map(|o| args.branches.iter().map(move |m| (*o, m))) {
+            for (first_order, &branches) in
+                [false, true].iter().flat_map(|o| args.branches.iter().map(move |m| (*o, m)))
+            {
                 let spec = spec(args.network.model(), batch, branches, recipe, first_order);
                 let planned = plan(&spec);
                 let cost = planned.cost(4);

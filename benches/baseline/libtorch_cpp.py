@@ -49,6 +49,7 @@ def build(torch):
 class Libtorch(Peer):
     name = "libtorch C++"
     precisions = ("f32", "tf32", "f64")
+    own_process = True
 
     @classmethod
     def add_arguments(cls, parser):
@@ -125,6 +126,13 @@ class Libtorch(Peer):
 
     def peak_device_bytes(self):
         return int(self.peak) or None
+
+    def peak_rss_bytes(self):
+        try:
+            status = Path(f"/proc/{self.program.pid}/status").read_text()
+        except OSError:
+            return None
+        return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), None)
 
     def results(self):
         self.send("results")

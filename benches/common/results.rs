@@ -73,7 +73,11 @@ impl Results {
     /// From here on rows are of this device in this precision.
     pub fn begin(&mut self, device: String, precision: String, roof: Roof) {
         println!("{device}");
-        println!("measured roof: {:.3} TFLOP/s (a convolution), {:.1} GB/s (a copy)\n", roof.flops / 1e12, roof.bytes / 1e9);
+        println!(
+            "measured roof: {:.3} TFLOP/s (a convolution), {:.1} GB/s (a copy)\n",
+            roof.flops / 1e12,
+            roof.bytes / 1e9
+        );
         self.device = device;
         self.roofs.push((precision, roof));
     }
@@ -103,8 +107,9 @@ impl Results {
         &mut self.rows
     }
 
-    /// Prints the table and writes the file that was asked for, with `more` beside the rows.
+    /// Writes the file that was asked for, with `more` beside the rows, and prints the table.
     pub fn finish(&self, more: Value) {
+        self.write(more);
         let columns = ["ms", "quartiles", "TFLOP/s", "GB/s", "% of roof"];
         let [ms, quartiles, tflops, gbps, roof] = columns;
         println!("\n{ms:>10} {quartiles:>21} {tflops:>9} {gbps:>9} {roof:>9}  count  what");
@@ -121,10 +126,11 @@ impl Results {
                 r.precision
             );
         }
+    }
+
+    fn write(&self, more: Value) {
         let Some(out) = &self.common.out else { return };
-        let roof = |(precision, roof): &(String, Roof)| {
-            json!({ "precision": precision, "flop_per_second": roof.flops, "bytes_per_second": roof.bytes })
-        };
+        let roof = |(precision, roof): &(String, Roof)| json!({ "precision": precision, "flop_per_second": roof.flops, "bytes_per_second": roof.bytes });
         let mut report = json!({
             "bench": self.bench,
             "device": self.device,

@@ -39,6 +39,7 @@ class Peer:
     archs = ("preact_resnet",)
     mentor = False
     styles = ()
+    own_process = False  # the step is done by another process than this
     precisions = ("f32", "tf32", "f16", "bf16", "f64")
 
     @classmethod
@@ -72,6 +73,10 @@ class Peer:
 
     def peak_device_bytes(self):
         """Most memory taken on a card; None where the framework does not tell."""
+
+    def peak_rss_bytes(self):
+        """Largest resident set so far of the process that does the step."""
+        return peak_rss_bytes()
 
     def close(self):
         """Ends what the peer has started."""
@@ -177,8 +182,8 @@ class Bench:
             "device_min": min(device),
             "device_max": max(device),
             "steps": self.args.steps,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "rss_before_bytes": self.rss_before,
+            "peak_rss_bytes": self.peer.peak_rss_bytes(),
+            "rss_before_bytes": None if self.peer.own_process else self.rss_before,
             "peak_device_bytes": self.peer.peak_device_bytes(),
             "notes": self.peer.notes(),
         }

@@ -69,7 +69,7 @@ class TorchPeer(Peer):
         return self.report["class_loss"].item()
 
     def peak_device_bytes(self):
-        return torch.cuda.max_memory_reserved() if self.device.type == "cuda" else None
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
     def results(self):
         """The results of the last step as arrays by golden names."""

@@ -87,7 +87,7 @@ class Program {
     int64_t peak = 0;
     if (!device_.is_cpu()) {
       const auto total = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-      peak = c10::getDeviceAllocator(device_.type())->getDeviceStats(0).reserved_bytes[total].peak;
+      peak = c10::getDeviceAllocator(device_.type())->getDeviceStats(0).allocated_bytes[total].peak;
     }
     std::cout << std::setprecision(17) << seconds << ' ' << device_seconds << ' ' << loss << ' ' << peak << std::endl;
   }
