@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["check", "step", "kernels", "roof", "compare", "ops", "profile"]
 # The longest each part may take, seconds.
-LIMITS = {"check": 300, "step": 150, "kernels": 60, "roof": 60, "compare": 540, "ops": 120, "profile": 240}
+LIMITS = {"check": 300, "step": 200, "kernels": 60, "roof": 60, "compare": 720, "ops": 180, "profile": 240}
 # What each part writes, beside its log.
 WRITTEN = {"step": ["step.json", "step-batch.json"], "profile": ["profile-ncu.json", "profile-nsys.csv"]}
 ROWS = 12  # of the longest launches, in the summary
@@ -41,11 +41,11 @@ ROWS = 12  # of the longest launches, in the summary
 # What the benchmarks are run with.
 SIZES = {
     "cuda": {
-        "step": "--network resnet32 --precision f16,tf32,f32 --branches 1,4,10 --seconds 0.5",
-        "more steps": "--network resnet32 --precision f16,bf16 --branches 10 --batch 64,256 --recipe released --seconds 0.5",
+        "step": "--network resnet32 --precision f16,bf16,tf32,f32 --branches 1,4,10 --recipe released --seconds 0.5",
+        "more steps": "--network resnet32 --precision f16 --branches 10 --batch 64,128,256 --recipe paper --seconds 0.5",
         "kernels": "--network resnet32 --precision f16,tf32 --branches 10",
-        "ops": "--precision f16,tf32,f32",
-        "compare": "--recipe released --rounds 3 --steps 20 --peer-steps 5 --orders exact --limit 400",
+        "ops": "--precision f16",
+        "compare": "--recipe released --rounds 3 --steps 20 --peer-steps 5 --orders exact --budget 650",
         "roof": "",
     },
     "cpu": {

@@ -7,7 +7,7 @@
 ncu runs one step of `BENCH --profile`, launch by launch, on cold caches. NAME-ncu.json gets, for every kind of launch, the
 bytes of DRAM and the floating-point operations as measured and as counted; those more than 15 % apart are named. Of FLOPs
 only what convolutions do is compared: other operations are not counted by the instruction. nsys records `mlnt bench-step`
-and NAME-nsys.csv gets the time of each kernel in replayed graphs. A profiler that is not in the PATH is left out.
+and NAME-nsys.csv gets the time of each kernel in replayed graphs. A profiler that is not installed is left out.
 
 Exit status: 0 when something was recorded, 1 when nothing was.
 """
@@ -48,6 +48,16 @@ def run(command, limit):
         errors = [line for line in said if "ERR" in line or "rror" in line] or said
         raise NotRun(f"{command[0]}: {errors[-1] if errors else f'exit status {done.returncode}'}")
     return done.stdout
+
+
+def tool(name):
+    """The profiler's program: in the PATH or where NVIDIA installs it."""
+    places = [*Path("/opt/nvidia").glob(f"nsight-*/*/{name}"), *Path("/usr/local").glob(f"cuda*/bin/{name}")]
+    places += Path("/opt/nvidia").glob(f"nsight-systems/*/bin/{name}")
+    found = shutil.which(name) or next((str(path) for path in sorted(places, reverse=True)), None)
+    if not found:
+        raise NotRun(f"{name} is neither in the PATH nor where NVIDIA installs it")
+    return found
 
 
 def tensor_metrics(listing):
@@ -120,20 +130,18 @@ def ratio(have, want):
 
 
 def ncu(args):
-    tool = shutil.which("ncu")
-    if not tool:
-        raise NotRun("ncu is not in the PATH")
+    program = tool("ncu")
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "-i", "0"]
     capability = run(query, 30).strip().splitlines()[0]
     chip = CHIPS.get(capability)
-    tensor = tensor_metrics(run([tool, "--query-metrics", "--chip", chip], 60)) if chip else []
+    tensor = tensor_metrics(run([program, "--query-metrics", "--chip", chip], 60)) if chip else []
     metrics = ",".join([*BYTES, TIME, *SCALAR, *tensor])
     with tempfile.TemporaryDirectory() as folder:
         log, expected = Path(folder) / "log.csv", Path(folder) / "expected.json"
         step = ["--network", "resnet8", "--branches", str(args.branches), "--batch", str(args.batch)]
-        program = [str(args.kernels), "--profile", "--device", "cuda", "--precision", args.precision, *step]
-        watch = [tool, "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log), "--metrics", metrics]
-        run([*watch, *program, "--out", str(expected)], args.limit)
+        benchmark = [str(args.kernels), "--profile", "--device", "cuda", "--precision", args.precision, *step]
+        watch = [program, "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log), "--metrics", metrics]
+        run([*watch, *benchmark, "--out", str(expected)], args.limit)
         found = json.loads(expected.read_text())
         rows = beside(found["launches"], parse_ncu(log.read_text()), tensor)
     out = Path(f"{args.out}-ncu.json")
@@ -151,15 +159,13 @@ def ncu(args):
 
 
 def nsys(args):
-    tool = shutil.which("nsys")
-    if not tool:
-        raise NotRun("nsys is not in the PATH")
+    program = tool("nsys")
     with tempfile.TemporaryDirectory() as folder:
-        record = [tool, "profile", "--trace=cuda,nvtx", "--cuda-graph-trace=node", "-o", f"{folder}/step"]
+        record = [program, "profile", "--trace=cuda,nvtx", "--cuda-graph-trace=node", "-o", f"{folder}/step"]
         step = ["--device", "cuda", "--precision", args.precision, "--preset", "cifar10", "--recipe", "released"]
         size = ["--branches", str(args.branches), "--batch", str(args.batch), "--warmup", "3", "--steps", "5"]
         run([*record, str(args.mlnt), "bench-step", *step, *size], args.limit)
-        stats = [tool, "stats", "--report", "cuda_gpu_kern_sum", "--format", "csv", f"{folder}/step.nsys-rep"]
+        stats = [program, "stats", "--report", "cuda_gpu_kern_sum", "--format", "csv", f"{folder}/step.nsys-rep"]
         table = run(stats, args.limit)
     out = Path(f"{args.out}-nsys.csv")
     out.write_text(table)

@@ -145,9 +145,9 @@ def summary(about, rounds):
     }
 
 
-def compare(programs, rounds):
+def compare(programs, rounds, budget=float("inf")):
     """All rounds of one order: ({label: record}, {label: why not})."""
-    done, left_out = take_turns(programs, rounds, lambda text: print(text, flush=True))
+    done, left_out = take_turns(programs, rounds, lambda text: print(text, flush=True), budget)
     records = {label: summary(about, found) for label, (about, found) in done.items()}
     engine = next((r for label, r in records.items() if label.startswith("mlnt:")), None)
     for record in records.values() if engine else ():
@@ -224,6 +224,7 @@ def arguments():
     parser.add_argument("--orders", type=orders, default=["exact", "first"], help="of exact,first")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=900.0, help="most seconds for a start or a round of a program")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything; then fewer rounds")
     for name in ("widths", "blocks", "size"):
         parser.add_argument(f"--{name}", help=f"[default: {', '.join(s[name] for s in SHAPES.values())} by device]")
     for name in ("in-channels", "branches"):
@@ -256,7 +257,7 @@ def main():
     orders, left_out = {}, {}
     for order in args.orders:
         programs = {label: program(args, label, order == "first") for label in args.programs}
-        orders[order], left_out[order] = compare(programs, args.rounds)
+        orders[order], left_out[order] = compare(programs, args.rounds, args.budget / len(args.orders))
     print(table(orders, left_out))
     warn_where_unsteady(orders)
     names = ("widths", "blocks", "in_channels", "size", "classes", "batch", "branches")

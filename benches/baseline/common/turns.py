@@ -145,12 +145,17 @@ class Served:
             self.errors.close()
 
 
-def take_turns(programs, rounds, say):
+START_SHARE = 0.75  # of all the time, for starts; the rest is for rounds
+
+
+def take_turns(programs, rounds, say, budget=float("inf")):
     """Starts all programs, runs `rounds` rounds of each in turn and ends them.
 
-    programs: {label: Engine or Served}. Returns ({label: (what it said at the start, its rounds)}, {label: why not}).
+    programs: {label: Engine or Served}. After `budget` seconds no further round is begun. Returns ({label: (what it said
+    at the start, its rounds)}, {label: why not}).
     """
     done, left_out = {}, {}
+    begin = time.monotonic()
 
     def attempt(label, action):
         try:
@@ -164,11 +169,17 @@ def take_turns(programs, rounds, say):
     try:
         for label, program in programs.items():
             start = time.monotonic()
+            limit, left = program.limit, begin + START_SHARE * budget - start
+            program.limit = min(limit, max(left, 1.0))
             about = attempt(label, program.start)
+            program.limit = limit
             if about is not None:
                 done[label] = (about, [])
                 say(f"{label}: right by the golden steps, ready after {time.monotonic() - start:.0f} s")
-        for _ in range(rounds):
+        for round_ in range(rounds):
+            if round_ > 0 and time.monotonic() - begin > budget:
+                say(f"only {round_} rounds: the time is over")
+                break
             for label in list(done):
                 found = attempt(label, programs[label].round)
                 if found is not None:
