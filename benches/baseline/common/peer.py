@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -264,4 +265,10 @@ def main(peer_type):
     except Refused as why:
         print(f"{peer_type.name}: {why}", file=sys.stderr)
         return REFUSED
+    except Exception as error:  # noqa: BLE001, frameworks raise what they like
+        # The last line is what a comparison quotes.
+        traceback.print_exc()
+        said = str(error).strip().splitlines() or ["no reason given"]
+        print(f"{peer_type.name}: {type(error).__name__}: {said[0]}", file=sys.stderr)
+        return 1
     return 0
