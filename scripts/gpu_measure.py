@@ -4,8 +4,8 @@
     scripts/gpu_measure.py --mlnt MLNT --benches FOLDER --python PYTHON [--libtorch PROGRAM] [--profile]
     scripts/gpu_measure.py ... --device cpu --out /tmp/results      the same way through, on a small network without a card
 
-FOLDER holds the built benchmarks `step`, `kernels` and `ops` (cargo names them with a hash: `step-0123…`); PYTHON has torch
-and jax. Neither cargo nor network is needed. Parts, in this order; each has a limit of its own, and one that fails or is
+FOLDER holds the built benchmarks `step`, `kernels` and `ops` with the names that cargo gives them (`step-0123…`;
+`MLNT_COMMIT=$(git rev-parse HEAD) cargo bench --no-run` leaves them in target/release/deps); PYTHON has torch and jax. Neither cargo nor network is needed. Parts, in this order; each has a limit of its own, and one that fails or is
 not there stops no other:
 
     check     scripts/gpu_check.py: every operation, golden steps, training twice
@@ -45,7 +45,7 @@ SIZES = {
         "more steps": "--network resnet32 --precision f16 --branches 10 --batch 64,128,256 --recipe paper --seconds 0.5",
         "kernels": "--network resnet32 --precision f16,tf32 --branches 10",
         "ops": "--precision f16",
-        "compare": "--recipe released --rounds 3 --steps 20 --peer-steps 5 --orders exact --budget 650",
+        "compare": "--recipe released --rounds 3 --warmup 5 --steps 20 --peer-steps 5 --orders exact --budget 650",
         "roof": "",
     },
     "cpu": {

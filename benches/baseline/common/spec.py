@@ -7,7 +7,6 @@ import numpy as np
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1
-EXPANSION = 4  # of a bottleneck block
 
 # What a step changes. Each is a dictionary of arrays by name.
 STATES = ("param", "momentum", "buffer", "teacher.param", "teacher.buffer")
