@@ -5,8 +5,9 @@
     scripts/gpu_measure.py ... --device cpu --out /tmp/results      the same way through, on a small network without a card
 
 FOLDER holds the built benchmarks `step`, `kernels` and `ops` with the names that cargo gives them (`step-0123…`;
-`MLNT_COMMIT=$(git rev-parse HEAD) cargo bench --no-run` leaves them in target/release/deps); PYTHON has torch and jax. Neither cargo nor network is needed. Parts, in this order; each has a limit of its own, and one that fails or is
-not there stops no other:
+`MLNT_COMMIT=$(git rev-parse HEAD) cargo bench --no-run` leaves them in target/release/deps); PYTHON has torch and jax.
+Neither cargo nor network is needed. Parts, in this order; each has a limit of its own, and one that fails or is not
+there stops no other:
 
     check     scripts/gpu_check.py: every operation, golden steps, training twice
     step      the whole step by M, k, recipe, order and precision
