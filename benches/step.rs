@@ -1,60 +1,87 @@
-//! Time of a whole training step on the CPU in single precision: widths 8/16/32, one block per stage, images
-//! 1×28×28, k = 128, by recipe, order and M. Throughput is in floating-point operations of the plan.
+//! Time of a whole training step, by M, k, recipe, order and precision.
+//!
+//!     cargo bench --bench step
+//!     cargo bench --bench step -- --device cuda --network resnet32 --precision f16,f32 --branches 1,4,10 --out step.json
+//!
+//! Throughput is in floating-point operations of the plan. Every run has fresh random data, which are copied before
+//! the clock starts.
 
-#[path = "../tests/common/mod.rs"]
 mod common;
 
-use common::{load_step, step_spec};
-use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use mlnt::mlnt::{Recipe, Report, record_step};
-use mlnt::model::{Arch, ModelSpec};
-use mlnt::plan::{Plan, PlanOptions};
+use clap::Parser;
+use common::args::Common;
+use common::results::{Results, Samples};
+use common::roof::Roof;
+use common::step::{Loaded, Network, plan, spec};
+use criterion::{Criterion, SamplingMode, Throughput};
+use mlnt::train::choice::Recipe;
+use serde_json::json;
 use std::time::Duration;
 
-fn model() -> ModelSpec {
-    ModelSpec {
-        arch: Arch::PreactResnet,
-        in_channels: 1,
-        size: [28, 28],
-        classes: 10,
-        widths: vec![8, 16, 32],
-        blocks: vec![1, 1, 1],
-    }
+#[derive(Parser)]
+#[command(about = "Times whole training steps")]
+struct Args {
+    #[command(flatten)]
+    common: Common,
+    /// The network.
+    #[arg(long, value_enum, default_value = "small")]
+    network: Network,
+    /// Sets of synthetic labels, M.
+    #[arg(long, value_name = "M,…", value_delimiter = ',', default_value = "1,4,10")]
+    branches: Vec<usize>,
+    /// Images per step, k.
+    #[arg(long, value_name = "K,…", value_delimiter = ',', default_value = "128")]
+    batch: Vec<usize>,
+    /// Update rules.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = "paper,released")]
+    recipe: Vec<Recipe>,
+    /// Seconds of measurement per step.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
 }
 
-fn steps(c: &mut Criterion) {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut group = c.benchmark_group("step");
-    group.sampling_mode(SamplingMode::Flat);
-    for (recipe, first_order, branches) in [
-        (Recipe::Joint, false, 4),
-        (Recipe::Joint, true, 4),
-        (Recipe::Sequential, false, 4),
-        (Recipe::Sequential, true, 4),
-        (Recipe::Joint, false, 1),
-        (Recipe::Joint, false, 10),
-    ] {
-        let spec = step_spec(model(), 128, branches, recipe, first_order);
-        let plan = Plan::build(&record_step(&spec, Report::Losses).unwrap(), &PlanOptions::default()).unwrap();
-        group.throughput(Throughput::Elements(plan.cost(4).flops()));
-        let order = if first_order { "first order" } else { "exact" };
-        let name = format!("{recipe:?} {order} M={branches}").to_lowercase();
-        group.bench_function(name, |b| {
-            let mut step = load_step::<f32>(&spec, Report::Losses, true, threads);
-            b.iter(|| step.run());
-        });
-    }
-    group.finish();
-}
-
-criterion_group! {
-    name = benches;
-    config = Criterion::default()
+fn main() {
+    let args = Args::parse();
+    let mut criterion = Criterion::default()
         .without_plots()
         .sample_size(10)
-        .nresamples(1000)
+        .nresamples(2000)
         .warm_up_time(Duration::from_millis(100))
-        .measurement_time(Duration::from_secs(1));
-    targets = steps
+        .measurement_time(Duration::from_secs_f64(args.seconds.clamp(0.01, 600.0)));
+    if let Some(filter) = &args.common.filter {
+        criterion = criterion.with_filter(filter);
+    }
+    let mut results = Results::new("step", &args.common);
+    for &precision in &args.common.precision {
+        let mut device = args.common.open(precision);
+        let roof = Roof::measure(args.common.device, &mut *device);
+        results.begin(device.describe(), precision.to_string(), roof);
+        let mut group = criterion.benchmark_group("step");
+        group.sampling_mode(SamplingMode::Flat);
+        for (&recipe, &batch) in args.recipe.iter().flat_map(|r| args.batch.iter().map(move |k| (r, k))) {
+            for (first_order, &branches) in
+                [false, true].iter().flat_map(|o| args.branches.iter().map(move |m| (*o, m)))
+            {
+                let spec = spec(args.network.model(), [batch, branches], recipe, first_order, precision);
+                let planned = plan(&spec, &*device);
+                let cost = planned.cost(4);
+                let order = if first_order { "first order" } else { "exact" };
+                let name = format!("{recipe} {order} k={batch} M={branches}");
+                group.throughput(Throughput::Elements(cost.flops()));
+                // A device of its own, which gives its memory back.
+                let (samples, mut loaded) = (Samples::default(), None);
+                group.bench_function(format!("{name} {} {precision}", args.common.device), |b| {
+                    let (device, step) = loaded.get_or_insert_with(|| {
+                        let mut device = args.common.open(precision);
+                        let step = Loaded::new(&mut *device, spec.clone(), planned.clone());
+                        (device, step)
+                    });
+                    b.iter_custom(|times| samples.run(times, || step.run(&mut **device)));
+                });
+                results.add(name, 1, (cost.flops(), cost.bytes_moved()), &samples);
+            }
+        }
+        group.finish();
+    }
+    results.finish(json!({ "network": format!("{:?}", args.network).to_lowercase() }));
 }
-criterion_main!(benches);

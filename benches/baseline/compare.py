@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""Times the engine and the PyTorch baseline in turn on this machine's CPU, and writes the result to benches/results/.
-
-Every round runs each program once, one after the other (engine, authors, shared, engine, authors, …), so that a
-slow spell of the machine falls on all of them. Standard library only; the baseline runs under `--python`.
+"""Times the engine and its peers in turn on one machine, CPU or card, and writes a table and JSON.
 
     cargo build --release
-    python benches/baseline/compare.py --python .venv/bin/python --rounds 5
+    python benches/baseline/compare.py --python .venv/bin/python                     on the CPU
+    python benches/baseline/compare.py --python .venv/bin/python --device cuda       on the first card
+    python benches/baseline/compare.py --self-test                                   this script, with stand-ins
+
+Every program is first checked against the golden steps and left out where it differs. Then every round runs each of them
+once, one after the other, so that a slow spell of the machine falls on all. What is not installed, or fails, is listed
+with the reason. Standard library only; the peers run under --python.
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -16,11 +20,44 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-BASELINE = Path(__file__).resolve().parent / "torch_mlnt.py"
+from common.turns import Engine, Served, take_turns
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 UNSTEADY = 1.25  # rounds of one program further apart than this are not to be trusted
+
+# What a peer's name stands for.
+PEERS = {
+    "eager": ["torch_eager.py", "--style", "authors"],
+    "eager-shared": ["torch_eager.py", "--style", "shared"],
+    "graph": ["torch_graph.py"],
+    "compile": ["torch_compile.py"],
+    "libtorch": ["libtorch_cpp.py"],
+    "jax": ["jax_jit.py", "--style", "scan"],
+    "jax-vmap": ["jax_jit.py", "--style", "vmap"],
+}
+PROGRAMS = {
+    "cpu": "mlnt:f32,eager:f32,eager-shared:f32,libtorch:f32,jax:f32,compile:f32",
+    "cuda": "mlnt:f16,mlnt:tf32,eager:tf32,libtorch:tf32,graph:f16,jax:f16,compile:f16",
+}
+# The network of the comparison: on the CPU a small one, on a card PreAct ResNet-32 with CIFAR's images.
+SHAPES = {
+    "cpu": {"widths": "8,16,32", "blocks": "1,1,1", "in_channels": 1, "size": "28x28", "branches": 4},
+    "cuda": {"widths": "32,64,128", "blocks": "5,5,5", "in_channels": 3, "size": "32x32", "branches": 10},
+}
+
+
+def quietly(command):
+    """The first line that a command prints; None when it cannot run."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = result.stdout.strip().splitlines()
+    return lines[0].strip() if result.returncode == 0 and lines else None
 
 
 def cpu_model():
@@ -30,11 +67,8 @@ def cpu_model():
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    if sys.platform == "darwin":
-        brand = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-        if brand.returncode == 0:
-            return brand.stdout.strip()
-    return platform.processor() or platform.machine()
+    brand = quietly(["sysctl", "-n", "machdep.cpu.brand_string"]) if sys.platform == "darwin" else None
+    return brand or platform.processor() or platform.machine()
 
 
 def usable_cores():
@@ -44,161 +78,268 @@ def usable_cores():
         return os.cpu_count()
 
 
-def commit():
-    """The checked-out commit, with `-dirty` where tracked files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
-
-
-def run(command):
-    """Runs one benchmark; returns the JSON object it prints."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise SystemExit(f"{command[0]}: {error.strerror}")
-    if result.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}: exit status {result.returncode}\n{result.stderr.strip()}")
-    try:
-        return json.loads(result.stdout)
-    except json.JSONDecodeError:
-        raise SystemExit(f"{' '.join(command)}: printed no JSON object\n{result.stdout.strip()}")
-
-
-def engine_command(args, first_order):
-    command = [str(args.mlnt), "bench-step", *shape(args), "--image-size", args.size, *protocol(args, args.steps)]
-    return command + (["--first-order"] if first_order else [])
-
-
-def baseline_command(args, first_order, style):
-    command = [args.python, str(BASELINE), *shape(args), "--size", args.size, *protocol(args, args.baseline_steps)]
-    return command + ["--style", style] + (["--first-order"] if first_order else [])
-
-
-def shape(args):
-    names = ("widths", "blocks", "in_channels", "classes", "batch", "branches", "recipe")
-    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-
-
-def protocol(args, steps):
-    return ["--threads", str(args.threads), "--steps", str(steps), "--warmup", str(args.warmup), "--json"]
-
-
-def summary(runs):
-    """One program's rounds as one record: the median of the rounds' medians, the extremes of all steps."""
-    record = {
-        "seconds_per_step": statistics.median(r["seconds_per_step"] for r in runs),
-        "round_medians": [r["seconds_per_step"] for r in runs],
-        "min": min(r["min"] for r in runs),
-        "max": max(r["max"] for r in runs),
-        "peak_rss_bytes": max(r["peak_rss_bytes"] for r in runs),
+def machine(args):
+    """What the times were taken on."""
+    info = json.loads(quietly([str(args.mlnt), "info", "--json"]) or "{}")
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    card = {}
+    if args.device == "cuda":
+        query = "name,driver_version,memory.total,clocks.max.sm"
+        line = quietly(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"])
+        names = ("card", "driver", "memory", "most_clock")
+        card = dict(zip(names, (part.strip() for part in line.split(",")))) if line else {"card": "unknown card"}
+    return card | {
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "mlnt": {key: info.get(key) for key in ("version", "nvcc", "driver_cuda")},
+        "mlnt_commit": info.get("commit") or quietly(git) or "unknown",
     }
-    if all("rss_before_bytes" in r for r in runs):
-        record["rss_before_bytes"] = max(r["rss_before_bytes"] for r in runs)
-    return record
 
 
-def compare(args, first_order):
-    """Runs all rounds of one order; returns {program: record} and the version of torch."""
-    commands = {"mlnt": engine_command(args, first_order)}
-    commands |= {f"torch, {style}": baseline_command(args, first_order, style) for style in args.styles}
-    runs = {program: [] for program in commands}
-    for _ in range(args.rounds):
-        for program, command in commands.items():
-            runs[program].append(run(command))
-    torch = next((r[0]["torch"] for program, r in runs.items() if program != "mlnt"), None)
-    records = {program: summary(r) for program, r in runs.items()}
-    for record in records.values():
-        record["times_mlnt"] = record["seconds_per_step"] / records["mlnt"]["seconds_per_step"]
-    return records, torch
+def shape(args, size_flag):
+    names = ("widths", "blocks", "in_channels", "classes", "batch", "branches", "recipe")
+    flags = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    return [*flags, size_flag, args.size]
+
+
+def program(args, label, first_order):
+    """The program that a label, NAME:PRECISION, stands for."""
+    name, precision = label.split(":")
+    steps = args.steps if name == "mlnt" else args.peer_steps
+    where = ["--device", args.device, "--precision", precision, "--threads", str(args.threads)]
+    protocol = ["--steps", str(steps), "--warmup", str(args.warmup), *(["--first-order"] if first_order else [])]
+    if name == "mlnt":
+        golden = sorted(str(path) for path in args.golden.glob("*.safetensors"))
+        verify = [str(args.mlnt), "verify", *where[:4], "--json", *golden]
+        bench = [str(args.mlnt), "bench-step", *shape(args, "--image-size"), *where, *protocol, "--json"]
+        return Engine(verify, bench, args.limit)
+    script, *flags = PEERS[name]
+    if name == "libtorch" and args.libtorch:
+        flags = [*flags, "--binary", str(args.libtorch)]
+    command = [args.python, str(HERE / script), *flags, *shape(args, "--size"), *where, *protocol]
+    return Served([*command, "--golden", str(args.golden), "--serve"], args.limit)
+
+
+def summary(about, rounds):
+    """One program's rounds as one record: the median of the rounds' medians, the extremes of all steps."""
+
+    def most(key):
+        found = [r[key] for r in rounds if r.get(key) is not None]
+        return max(found) if found else None
+
+    record = {key: about[key] for key in ("versions", "check", "check_seconds", "start_seconds") if key in about}
+    notes = sorted({note for r in rounds for note in r.get("notes", [])})
+    return record | {
+        "seconds_per_step": statistics.median(r["seconds_per_step"] for r in rounds),
+        "min": min(r["min"] for r in rounds),
+        "max": max(r["max"] for r in rounds),
+        "device_seconds_per_step": statistics.median(r["device_seconds_per_step"] for r in rounds),
+        "device_min": min(r["device_min"] for r in rounds),
+        "device_max": max(r["device_max"] for r in rounds),
+        "round_medians": [r["device_seconds_per_step"] for r in rounds],
+        "peak_rss_bytes": most("peak_rss_bytes"),
+        "rss_before_bytes": most("rss_before_bytes"),
+        "peak_device_bytes": most("peak_device_bytes"),
+        "notes": notes,
+    }
+
+
+def compare(programs, rounds, budget=float("inf")):
+    """All rounds of one order: ({label: record}, {label: why not})."""
+    done, left_out = take_turns(programs, rounds, lambda text: print(text, flush=True), budget)
+    records = {label: summary(about, found) for label, (about, found) in done.items()}
+    engine = next((r for label, r in records.items() if label.startswith("mlnt:")), None)
+    for record in records.values() if engine else ():
+        record["times_mlnt"] = record["device_seconds_per_step"] / engine["device_seconds_per_step"]
+    return records, left_out
 
 
 def warn_where_unsteady(orders):
     for order, records in orders.items():
-        for program, record in records.items():
+        for label, record in records.items():
             slowest, quickest = max(record["round_medians"]), min(record["round_medians"])
             if slowest > UNSTEADY * quickest:
-                print(
-                    f"warning: {program}, {order} order: rounds from {quickest:.4f} to {slowest:.4f} s; is the machine idle?",
-                    file=sys.stderr,
-                )
+                spread = f"rounds from {1e3 * quickest:.2f} to {1e3 * slowest:.2f} ms"
+                print(f"warning: {label}, {order} order: {spread}; is the machine idle?", file=sys.stderr)
 
 
-def table(orders):
-    head = ("order", "program", "s/step", "spread", "x mlnt", "peak MB", "above start MB")
+def table(orders, left_out):
+    head = ("order", "program", "ms/step", "spread", "with copies", "x mlnt", "peak MB", "on card MB")
     rows = [head]
     for order, records in orders.items():
-        for program, r in records.items():
-            above = f"{(r['peak_rss_bytes'] - r['rss_before_bytes']) / 1e6:.0f}" if "rss_before_bytes" in r else "-"
-            spread = f"{r['min']:.4f}-{r['max']:.4f}"
-            times = f"{r['times_mlnt']:.2f}"
-            peak = f"{r['peak_rss_bytes'] / 1e6:.0f}"
-            rows.append((order, program, f"{r['seconds_per_step']:.4f}", spread, times, peak, above))
+        for label, r in records.items():
+            spread = f"{1e3 * r['device_min']:.2f}-{1e3 * r['device_max']:.2f}"
+            times = f"{r['times_mlnt']:.2f}" if "times_mlnt" in r else "-"
+            memory = [f"{r[k] / 1e6:.0f}" if r[k] else "-" for k in ("peak_rss_bytes", "peak_device_bytes")]
+            step = f"{1e3 * r['device_seconds_per_step']:.2f}"
+            rows.append((order, label, step, spread, f"{1e3 * r['seconds_per_step']:.2f}", times, *memory))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = []
     for row in rows:
         cells = (c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        print("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
+    for order, why in left_out.items():
+        lines += [f"{order}  {label}: not run: {text}" for label, text in why.items()]
+    for order, records in orders.items():
+        lines += [f"{order}  {label}: {note}" for label, r in records.items() for note in r["notes"]]
+    return "\n".join(lines)
+
+
+def slug(text):
+    text = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor)\b", " ", text.lower())
+    return "-".join(re.findall(r"[a-z0-9]+", text))
+
+
+def result_path(args, found):
+    if args.out:
+        return args.out
+    if args.device == "cuda":
+        name = f"{slug(found['card'])}-compare-{args.recipe}"
+    else:
+        name = f"cpu-{slug(found['cpu'])}-{args.threads}t-{args.recipe}"
+    return ROOT / "benches" / "results" / f"{name}.json"
+
+
+def arguments():
+    def labels(text):
+        for label in text.split(","):
+            name, colon, precision = label.partition(":")
+            if name not in PEERS and name != "mlnt" or not colon or not precision:
+                raise argparse.ArgumentTypeError(f"{label!r}: NAME:PRECISION with one of mlnt, {', '.join(PEERS)}")
+        return text.split(",")
+
+    def orders(text):
+        if not set(text.split(",")) <= {"exact", "first"}:
+            raise argparse.ArgumentTypeError("of exact,first")
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mlnt", type=Path, default=ROOT / "target" / "release" / "mlnt", help="the engine's program")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has torch and jax")
+    parser.add_argument("--libtorch", type=Path, help="the libtorch baseline's program [default: as it builds it]")
+    parser.add_argument("--golden", type=Path, default=ROOT / "golden", help="folder of golden steps")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--programs", type=labels, metavar="NAME:PRECISION,…", help=f"[default: {PROGRAMS}]")
+    parser.add_argument("--orders", type=orders, default=["exact", "first"], help="of exact,first")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=900.0, help="most seconds for a start or a round of a program")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything; then fewer rounds")
+    for name in ("widths", "blocks", "size"):
+        parser.add_argument(f"--{name}", help=f"[default: {', '.join(s[name] for s in SHAPES.values())} by device]")
+    for name in ("in-channels", "branches"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--recipe", choices=("paper", "released"), default="paper")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of the engine per round")
+    parser.add_argument("--peer-steps", type=int, default=5, help="timed steps of a peer per round")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="the JSON file [default: in benches/results/, named by card or CPU]")
+    parser.add_argument("--self-test", action="store_true", help="try this script with stand-ins for all programs")
+    args = parser.parse_args()
+    for name, value in SHAPES[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.programs = args.programs or PROGRAMS[args.device].split(",")
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The engine's training step beside PyTorch eager, on the CPU.")
-    parser.add_argument("--mlnt", type=Path, default=ROOT / "target" / "release" / "mlnt", help="the engine's program")
-    parser.add_argument("--python", default=sys.executable, help="the Python that has torch")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--styles", type=lambda text: text.split(","), default=["authors", "shared"])
-    parser.add_argument("--widths", default="8,16,32")
-    parser.add_argument("--blocks", default="1,1,1")
-    parser.add_argument("--in-channels", type=int, default=1)
-    parser.add_argument("--size", default="28x28", metavar="HxW")
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--branches", type=int, default=4)
-    parser.add_argument("--recipe", choices=("paper", "released"), default="paper")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of the engine per round")
-    parser.add_argument("--baseline-steps", type=int, default=5, help="timed steps of the baseline per round")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--name", help="result file is benches/results/cpu-NAME.json [default: CPU model, threads, recipe]")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
-
-    orders, torch = {}, None
-    for order in ("exact", "first"):
-        orders[order], torch = compare(args, order == "first")
-    table(orders)
+    args = arguments()
+    if args.self_test:
+        return self_test()
+    found = machine(args)
+    print(f"{found.get('card') or found['cpu']}, mlnt {found['mlnt_commit']}", flush=True)
+    orders, left_out = {}, {}
+    for order in args.orders:
+        programs = {label: program(args, label, order == "first") for label in args.programs}
+        orders[order], left_out[order] = compare(programs, args.rounds, args.budget / len(args.orders))
+    print(table(orders, left_out))
     warn_where_unsteady(orders)
-
-    cpu = cpu_model()
-    slug = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor)\b", " ", cpu.lower())
-    slug = "-".join(re.findall(r"[a-z0-9]+", slug))
-    name = args.name or f"{slug}-{args.threads}t-{args.recipe}"
-    result = {
-        "cpu": cpu,
-        "cores": usable_cores(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": torch,
-        "mlnt_commit": commit(),
-        "shape": {
-            "widths": args.widths,
-            "blocks": args.blocks,
-            "in_channels": args.in_channels,
-            "image_size": args.size,
-            "classes": args.classes,
-            "batch": args.batch,
-            "branches": args.branches,
-        },
+    names = ("widths", "blocks", "in_channels", "size", "classes", "batch", "branches")
+    result = found | {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "device": args.device,
+        "shape": {name: getattr(args, name) for name in names},
         "recipe": args.recipe,
         "threads": args.threads,
         "rounds": args.rounds,
-        "steps_per_round": {"mlnt": args.steps, "torch": args.baseline_steps},
+        "steps_per_round": {"mlnt": args.steps, "peers": args.peer_steps},
         "orders": orders,
+        "not_run": left_out,
     }
-    path = ROOT / "benches" / "results" / f"cpu-{name}.json"
+    path = result_path(args, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {path}")
+    return 0 if any(orders.values()) else 1
+
+
+# A program of the protocol that does as its name says, and notes when it was asked for a round.
+STAND_IN = """
+import json, sys, time
+name, log = sys.argv[1:3]
+def tell(value):
+    print("a library says hello")
+    print(json.dumps(value), flush=True)
+if name == "refused":
+    sys.exit("step.safetensors in f64: meta_grad is off by 2.0e+00")
+if name == "silent":
+    time.sleep(600)
+times = {key: 0.002 for key in ("seconds_per_step", "min", "max", "device_min", "device_max")}
+times["device_seconds_per_step"] = {"verify": 0.001, "bench": 0.001}.get(name, 0.003)
+if name in ("verify", "bench"):
+    open(log, "a").write(name + " ")
+    tell(times)
+    sys.exit()
+tell({"check": []})
+for count, _ in enumerate(sys.stdin):
+    open(log, "a").write(name + " ")
+    if name == "short" and count == 1:
+        sys.exit("out of memory")
+    tell(times | {"notes": ["a note"]})
+"""
+
+
+def self_test():
+    """Compares stand-ins: programs that are right, refused, silent, or die in their second round."""
+    with tempfile.TemporaryDirectory() as folder:
+        script, log = Path(folder) / "stand_in.py", Path(folder) / "log"
+        script.write_text(STAND_IN)
+
+        def command(name):
+            return [sys.executable, str(script), name, str(log)]
+
+        programs = {"mlnt:f32": Engine(command("verify"), command("bench"), 60.0)}
+        programs |= {name: Served(command(name), 60.0) for name in ("right", "refused", "short")}
+        programs["silent"] = Served(command("silent"), 1.0)
+        programs["missing"] = Served([f"{folder}/nothing", "x"], 1.0)
+        records, left_out = compare(programs, 3)
+        turns = log.read_text().split()
+    expected = ["verify", "bench", "right", "short", "bench", "right", "short", "bench", "right"]
+    reasons = {
+        "refused": "meta_grad is off by",
+        "short": "out of memory",
+        "silent": "no answer within 1 s",
+        "missing": "No such file",
+    }
+    text = table({"exact": records}, {"exact": left_out})
+    checks = {
+        "programs take turns": turns == expected,
+        "those that are right are timed": list(records) == ["mlnt:f32", "right"],
+        "the others are left out with the reason": all(why in left_out[name] for name, why in reasons.items()),
+        "ratio": abs(records["right"]["times_mlnt"] - 3.0) < 1e-12,
+        "rounds are counted": len(records["right"]["round_medians"]) == 3,
+        "the table says all": all(name in text for name in (*programs, "a note")),
+    }
+    for what, holds in checks.items():
+        print(f"{'pass' if holds else 'FAIL'}: {what}")
+    return 0 if all(checks.values()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 //! `mlnt bench-step`: one training step on random data, timed. The benchmarks in `benches/` call it.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use serde_json::json;
@@ -10,9 +11,13 @@ use crate::device::HostSlice;
 use crate::error::Result;
 use crate::mlnt::{Report, Scales, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
+use crate::ops::Operation;
+use crate::plan::Plan;
 use crate::rng::{Purpose, below, normal, stream};
+use crate::train::choice::DeviceKind;
+use crate::train::config::Config;
 use crate::train::engine::{grouped_plan, step_spec};
-use crate::train::open_device::open_device;
+use crate::train::open_device::{kernel_cost, open_device};
 
 /// The arguments of `mlnt bench-step`: those of `plan`, and how often to run.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
@@ -41,6 +46,34 @@ fn peak_rss() -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }
 
+/// Median, least and greatest of some times.
+fn spread(times: &mut [f64]) -> [f64; 3] {
+    times.sort_by(f64::total_cmp);
+    [times[times.len() / 2], times[0], times[times.len() - 1]]
+}
+
+/// Kernels and seconds of every operation, longest first, from those of a plan's launches.
+fn by_operation(launches: &[&'static str], times: &[(usize, f64)]) -> Vec<(&'static str, (usize, f64))> {
+    let mut sums: BTreeMap<&'static str, (usize, f64)> = BTreeMap::new();
+    for (name, (kernels, time)) in launches.iter().zip(times) {
+        let sum = sums.entry(name).or_default();
+        *sum = (sum.0 + kernels, sum.1 + time);
+    }
+    let mut list: Vec<_> = sums.into_iter().collect();
+    list.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
+    list
+}
+
+/// Bytes that the step takes on a device that runs the kernels: arena, states, inputs and scratch.
+fn device_bytes(args: &BenchStepArgs, config: &Config, plan: &Plan) -> Result<Option<usize>> {
+    if !matches!(args.plan.device, DeviceKind::Cuda(_) | DeviceKind::Simt) {
+        return Ok(None);
+    }
+    let inputs: usize = plan.inputs.iter().map(|p| 4 * p.meta.total(plan.branches)).sum();
+    let scratch = kernel_cost(plan, config.precision)?.scratch_bytes;
+    Ok(Some(plan.arena_bytes(4) + plan.state_bytes(4) + inputs + scratch))
+}
+
 /// Runs `mlnt bench-step`.
 ///
 /// # Errors
@@ -59,6 +92,8 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let scalars =
         StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0, scales };
     let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
+    let memory = device_bytes(args, &config, &plan)?;
+    let launches: Vec<&'static str> = plan.launches.iter().map(|l| l.op.name()).collect();
     let id = device.load(plan)?;
     for owner in ["", "teacher."] {
         for (p, values) in model.params().iter().zip(he_init(&model, 1, 0)) {
@@ -68,7 +103,7 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let k = config.batch;
     let weights = vec![1.0 / k as f32; k];
     let mut loss = Vec::new();
-    let mut seconds = Vec::with_capacity(args.steps);
+    let (mut seconds, mut own_seconds) = (Vec::with_capacity(args.steps), Vec::with_capacity(args.steps));
     for step in 0..args.warmup + args.steps.max(1) {
         let mut rng = stream(1, Purpose::Test, step as u64, 0);
         let x: Vec<f32> =
@@ -81,21 +116,22 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
         device.write_input(id, "y", HostSlice::I32(&y))?;
         device.write_input(id, "y_syn", HostSlice::I32(&y_syn))?;
         device.write_input(id, "class_weight", HostSlice::F32(&weights))?;
-        device.run(id, &scalars)?;
+        let own = device.run_timed(id, &scalars)?;
         device.read_output_into(id, "class_loss", &mut loss)?;
         if step >= args.warmup {
             seconds.push(start.elapsed().as_secs_f64());
+            own_seconds.push(own);
         }
     }
     if args.by_operation {
-        for (name, launches, time) in device.profile(id, &scalars)? {
-            say(format_args!("{:>10.3} ms {launches:>5} x {name}", 1e3 * time))?;
+        for (name, (kernels, time)) in by_operation(&launches, &device.time_launches(id, &scalars)?) {
+            say(format_args!("{:>10.3} ms {kernels:>5} x {name}", 1e3 * time))?;
         }
     }
-    seconds.sort_by(f64::total_cmp);
-    let (median, min, max) = (seconds[seconds.len() / 2], seconds[0], seconds[seconds.len() - 1]);
+    let ([median, min, max], [own, own_min, own_max]) = (spread(&mut seconds), spread(&mut own_seconds));
     match args.plan.json {
         true => say(json!({ "seconds_per_step": median, "min": min, "max": max, "steps": seconds.len(),
+                    "device_seconds_per_step": own, "device_min": own_min, "device_max": own_max, "peak_device_bytes": memory,
                     "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "device": device.describe() }))?,
         false => {
             let memory = peak_rss().map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6));

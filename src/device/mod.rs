@@ -12,6 +12,7 @@ mod states;
 use crate::error::Result;
 use crate::plan::{Plan, PlanOptions};
 use crate::tape::Meta;
+use std::time::Instant;
 
 /// Values on their way to a device. Reals are converted to the precision of the device.
 #[derive(Clone, Copy, Debug)]
@@ -145,12 +146,23 @@ pub trait Device {
     /// When a launch fails or the number of scalars is wrong.
     fn run(&mut self, plan: PlanId, scalars: &[f64]) -> Result<()>;
 
-    /// Runs a plan once and returns for every operation its name, its launches and the seconds they took, longest
-    /// first.
+    /// Runs a plan as [`Device::run`] and returns the seconds this took: on a card between two events around the work
+    /// queued, else by the host's clock.
     ///
     /// # Errors
     /// As [`Device::run`].
-    fn profile(&mut self, plan: PlanId, scalars: &[f64]) -> Result<Vec<(String, usize, f64)>>;
+    fn run_timed(&mut self, plan: PlanId, scalars: &[f64]) -> Result<f64> {
+        let start = Instant::now();
+        self.run(plan, scalars)?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    /// Runs a plan launch by launch. For each of its launches, in order: how many kernels it is, and the seconds they
+    /// took.
+    ///
+    /// # Errors
+    /// As [`Device::run`].
+    fn time_launches(&mut self, plan: PlanId, scalars: &[f64]) -> Result<Vec<(usize, f64)>>;
 
     /// Reads an output of the plan that ran last; per-branch outputs come branch by branch.
     ///

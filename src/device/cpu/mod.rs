@@ -28,7 +28,8 @@ use super::shortage::{host_memory, shortage};
 use super::states::{State, States};
 use super::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
-use crate::ops::{Conv, Op, Operation};
+use crate::ops::Conv;
+use crate::ops::Op;
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
 use border::{Data, Entry, Values};
@@ -115,7 +116,7 @@ impl<T: Real> Cpu<T> {
         &mut self,
         id: PlanId,
         scalars: &[f64],
-        mut each: impl FnMut(&Op, &mut dyn FnMut()) + Send,
+        mut each: impl FnMut(&mut dyn FnMut()) + Send,
     ) -> Result<()> {
         let loaded = self.plans.get(id.0).ok_or_else(|| Self::error("no such plan".into()))?;
         if scalars.len() != loaded.plan.scalars.len() {
@@ -133,7 +134,7 @@ impl<T: Real> Cpu<T> {
         let context = launch::Context { plan: &loaded.plan, memory, scalars, layouts: &loaded.layouts };
         self.pool.install(|| {
             for l in &context.plan.launches {
-                each(&l.op, &mut || launch::run(&context, l, work));
+                each(&mut || launch::run(&context, l, work));
             }
         });
         self.last_run = Some(id);
@@ -245,20 +246,17 @@ impl<T: Real + Default> Device for Cpu<T> {
     }
 
     fn run(&mut self, id: PlanId, scalars: &[f64]) -> Result<()> {
-        self.run_launches(id, scalars, |_, launch| launch())
+        self.run_launches(id, scalars, |launch| launch())
     }
 
-    fn profile(&mut self, id: PlanId, scalars: &[f64]) -> Result<Vec<(String, usize, f64)>> {
-        let mut times: HashMap<String, (usize, f64)> = HashMap::new();
-        self.run_launches(id, scalars, |op, launch| {
+    fn time_launches(&mut self, id: PlanId, scalars: &[f64]) -> Result<Vec<(usize, f64)>> {
+        let mut times = Vec::with_capacity(self.plan(id)?.plan.launches.len());
+        self.run_launches(id, scalars, |launch| {
             let start = std::time::Instant::now();
             launch();
-            let entry = times.entry(op.name().to_string()).or_default();
-            *entry = (entry.0 + 1, entry.1 + start.elapsed().as_secs_f64());
+            times.push((1, start.elapsed().as_secs_f64()));
         })?;
-        let mut list: Vec<_> = times.into_iter().map(|(name, (n, t))| (name, n, t)).collect();
-        list.sort_by(|a, b| b.2.total_cmp(&a.2).then_with(|| a.0.cmp(&b.0)));
-        Ok(list)
+        Ok(times)
     }
 
     fn read_output(&self, id: PlanId, name: &str) -> Result<HostVec> {

@@ -27,7 +27,6 @@ use layout::{Towards, permute};
 use lower::{Bases, Lowered, Lowering};
 use memory::{Arenas, allocate};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 
 /// How a plan's launches reach the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,6 +163,16 @@ impl Cuda {
             self.driver.range_pop();
         }
         Ok(())
+    }
+
+    /// Two events to measure with.
+    fn stopwatch(&self) -> Result<(Event, Event)> {
+        let pair = match self.stopwatch.get() {
+            Some(pair) => pair,
+            None => (self.driver.event()?, self.driver.event()?),
+        };
+        self.stopwatch.set(Some(pair));
+        Ok(pair)
     }
 
     fn upload(&self, meta: &Meta, branches: usize, to: Address, values: HostSlice<'_>, name: &str) -> Result<()> {
@@ -378,29 +387,28 @@ impl Device for Cuda {
         Ok(())
     }
 
-    fn profile(&mut self, id: PlanId, scalars: &[f64]) -> Result<Vec<(String, usize, f64)>> {
+    fn run_timed(&mut self, id: PlanId, scalars: &[f64]) -> Result<f64> {
+        let (start, stop) = self.stopwatch()?;
+        self.driver.record(Stream::Compute, start)?;
+        self.run(id, scalars)?;
+        self.driver.record(Stream::Compute, stop)?;
+        self.driver.seconds(start, stop)
+    }
+
+    fn time_launches(&mut self, id: PlanId, scalars: &[f64]) -> Result<Vec<(usize, f64)>> {
         self.prepare(id, scalars)?;
-        let loaded = self.plan(id)?;
-        let Some(lowered) = &loaded.lowered else { return Ok(Vec::new()) };
-        let (start, stop) = match self.stopwatch.get() {
-            Some(pair) => pair,
-            None => (self.driver.event()?, self.driver.event()?),
-        };
-        self.stopwatch.set(Some((start, stop)));
-        let mut times: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
-        let mut from = 0;
-        for (launch, end) in loaded.plan.launches.iter().zip(&lowered.ends) {
+        let (start, stop) = self.stopwatch()?;
+        let Some(lowered) = &self.plan(id)?.lowered else { return Ok(Vec::new()) };
+        let (mut times, mut from) = (Vec::with_capacity(lowered.ends.len()), 0);
+        for end in &lowered.ends {
             self.driver.record(Stream::Compute, start)?;
             lowered.launches[from..*end].iter().try_for_each(|l| self.driver.launch(Stream::Compute, l))?;
             self.driver.record(Stream::Compute, stop)?;
-            let entry = times.entry(launch.op.name()).or_default();
-            *entry = (entry.0 + end - from, entry.1 + self.driver.seconds(start, stop)?);
+            times.push((end - from, self.driver.seconds(start, stop)?));
             from = *end;
         }
-        let mut list: Vec<_> = times.into_iter().map(|(name, (n, t))| (name.to_string(), n, t)).collect();
-        list.sort_by(|a, b| b.2.total_cmp(&a.2));
         self.last_run = Some(id);
-        Ok(list)
+        Ok(times)
     }
 
     fn read_output(&self, id: PlanId, name: &str) -> Result<HostVec> {

@@ -1,0 +1,41 @@
+//! The command line of the benchmarks.
+
+use mlnt::device::Device;
+use mlnt::train::choice::{DeviceKind, Precision};
+use mlnt::train::open_device::open_device;
+use std::path::PathBuf;
+
+/// What every benchmark takes: `cargo bench --bench NAME -- [FILTER] --device cuda --precision f16 --out FILE`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Common {
+    /// Only benchmarks whose name matches this regular expression.
+    pub filter: Option<String>,
+    /// Where to compute: auto, cpu, cuda, cuda:N or simt.
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    pub device: DeviceKind,
+    /// Floating-point types of the computation.
+    #[arg(long, value_name = "TYPE,…", value_delimiter = ',', default_value = "f32")]
+    pub precision: Vec<Precision>,
+    /// Threads of the CPU; 0 = one per core.
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+    /// Write all results to this JSON file.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Passed by cargo bench.
+    #[arg(long, hide = true)]
+    pub bench: bool,
+}
+
+impl Common {
+    /// The device, or the end of the program with the reason why there is none.
+    pub fn open(&self, precision: Precision) -> Box<dyn Device> {
+        match open_device(self.device, precision, self.threads) {
+            Ok(opened) => opened.device,
+            Err(error) => {
+                eprintln!("error: {error}");
+                std::process::exit(1);
+            }
+        }
+    }
+}
