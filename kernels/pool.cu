@@ -124,33 +124,55 @@ KERNEL(pool_gather_bf16, PoolMoveParams, 256) { pool_gather<StoredBf16>(p); }
 
 // Adds each value at its position, seen from there: a pixel asks all windows that cover it, in order, whether they
 // chose it.
-template <class T>
-DEVICE void pool_scatter(const PoolMoveParams& p) {
+// The windows that cover a pixel: rows and columns, the last ones included.
+struct PoolCover {
+    int32_t rows_from, rows_to, columns_from, columns_to;
+};
+
+// What the windows that chose pixel `here` give it, for x stored as S.
+template <class S>
+DEVICE float pool_chosen(const PoolMoveParams& p, const PoolCover& cover, int32_t here, int32_t channel, int32_t image) {
     const PoolWindow& k = p.window;
-    const int32_t e = element_of_thread(), area = k.h * k.w * k.c, pooled = k.p * k.q * k.c;
+    const int64_t first = static_cast<int64_t>(image % p.samples) * k.p * k.q * k.c + channel;
+    const int32_t branch = image / p.samples;
+    const typename S::Element* x = static_cast<const typename S::Element*>(p.x);
+    float sum = 0.0f;
+    for (int32_t row = cover.rows_from; row <= cover.rows_to; row++) {
+        for (int32_t column = cover.columns_from; column <= cover.columns_to; column++) {
+            const int64_t window = first + (row * k.q + column) * k.c;
+            for (int32_t m = branch; m < branch + p.summed; m++) {
+                if (p.index[m * p.index_branch + window] == here) sum += S::widen(x[m * p.x_branch + window]);
+            }
+        }
+    }
+    return sum;
+}
+
+// x stored as S, y as T if it takes 16 bits.
+template <class T, class S>
+DEVICE void pool_scatter_from(const PoolMoveParams& p) {
+    const PoolWindow& k = p.window;
+    const int32_t e = element_of_thread(), area = k.h * k.w * k.c;
     if (e >= area) return;
     const Pixel at = pixel(e, k.w, k.c);
     const int32_t here = at.row * k.w + at.column;
     // Window o begins at o·stride - pad: the first that reaches a pixel, and the last that begins at or before it.
-    const int32_t rows_from = higher(at.row + k.pad - k.size + k.stride, 0) / k.stride;
-    const int32_t rows_to = lower((at.row + k.pad) / k.stride, k.p - 1);
-    const int32_t columns_from = higher(at.column + k.pad - k.size + k.stride, 0) / k.stride;
-    const int32_t columns_to = lower((at.column + k.pad) / k.stride, k.q - 1);
+    const PoolCover cover = {higher(at.row + k.pad - k.size + k.stride, 0) / k.stride,
+                             lower((at.row + k.pad) / k.stride, k.p - 1),
+                             higher(at.column + k.pad - k.size + k.stride, 0) / k.stride,
+                             lower((at.column + k.pad) / k.stride, k.q - 1)};
     for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y) {
-        const int32_t branch = static_cast<int32_t>(image) / p.samples;
-        const int64_t sample = static_cast<int32_t>(image) % p.samples;
-        float sum = 0.0f;
-        for (int64_t m = branch; m < branch + p.summed; m++) {
-            const int32_t* index = p.index + m * p.index_branch + sample * pooled;
-            const int64_t x = m * p.x_branch + sample * pooled;
-            for (int32_t row = rows_from; row <= rows_to; row++) {
-                for (int32_t column = columns_from; column <= columns_to; column++) {
-                    const int32_t window = (row * k.q + column) * k.c + at.channel;
-                    if (index[window] == here) sum += get<T>(p.x, p.half_x, x + window);
-                }
-            }
-        }
-        put<T>(p.y, p.half_y, image * area + e, sum);
+        const int32_t of = static_cast<int32_t>(image);
+        put<T>(p.y, p.half_y, image * area + e, pool_chosen<S>(p, cover, here, at.channel, of));
+    }
+}
+
+template <class T>
+DEVICE void pool_scatter(const PoolMoveParams& p) {
+    if (sizeof(typename T::Element) == 2 && !p.half_x) {
+        pool_scatter_from<T, StoredF32>(p);
+    } else {
+        pool_scatter_from<T, T>(p);
     }
 }
 
