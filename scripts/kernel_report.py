@@ -41,7 +41,7 @@ SYSTEM_SHARED, SHARED_UNIT = 1024, 128
 # What the end of a convolution's name promises about its operands. That of other kernels says how tensors lie in memory.
 PRECISIONS, CONVOLUTIONS = {"f16", "bf16", "tf32"}, "conv2d_"
 
-Kernel = namedtuple("Kernel", "registers stack local shared local_accesses tensor")
+Kernel = namedtuple("Kernel", "registers stack local shared local_accesses tensor loop")
 Fault = namedtuple("Fault", "kernel arch what")
 
 
@@ -69,18 +69,34 @@ def operands(instruction):
 
 
 def parse_sass(text):
-    """`cuobjdump -sass`: for each function the number of LDL and STL, and of tensor-core instructions by operand type."""
+    """`cuobjdump -sass`: for each function the number of LDL and STL, of tensor-core instructions by operand type, and its
+    densest loop."""
     functions, current = {}, None
     for line in text.splitlines():
         if found := re.match(r"\s*Function : (\S+)$", line):
-            current = functions.setdefault(found[1], (Counter(), Counter()))
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            local, tensor = current
-            if found[1].split(".")[0] in ("LDL", "STL"):
-                local[found[1].split(".")[0]] += 1
-            if kind := operands(found[1]):
-                tensor[kind] += 1
-    return functions
+            current = functions.setdefault(found[1], [])
+        elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
+            target = re.search(r"0x([0-9a-f]+)\s*$", found[3]) if found[2].startswith("BRA") else None
+            current.append((int(found[1], 16), found[2], int(target[1], 16) if target else None))
+    result = {}
+    for name, code in functions.items():
+        local = Counter(op.split(".")[0] for _, op, _ in code if op.split(".")[0] in ("LDL", "STL"))
+        tensor = Counter(kind for _, op, _ in code if (kind := operands(op)))
+        result[name] = local, tensor, densest_loop(code)
+    return result
+
+
+def densest_loop(code):
+    """Tensor-core and all instructions of the loop with the largest part of the first, (0, 0) where no loop has any.
+    `code` lists address, instruction and, of a branch, target."""
+    best = 0, 0
+    for end, _, start in code:
+        if start is not None and start <= end:
+            body = [op for at, op, _ in code if start <= at <= end]
+            count = sum(1 for op in body if operands(op))
+            if count * best[1] > best[0] * len(body) or (count and not best[1]):
+                best = count, len(body)
+    return best
 
 
 def inspect(cubin, arch, cuobjdump):
@@ -91,10 +107,10 @@ def inspect(cubin, arch, cuobjdump):
         raise Failure(f"{cubin}: resources of {sorted(resources)}, but instructions of {sorted(sass)}")
     kernels = {}
     for name, use in resources.items():
-        local, tensor = sass[name]
+        local, tensor, loop = sass[name]
         # For sm_90 the figure includes the system's share, where there is shared memory at all.
         shared = max(0, use["SHARED"] - (SYSTEM_SHARED if arch == "sm_90a" else 0))
-        kernels[name] = Kernel(use["REG"], use["STACK"], use["LOCAL"], shared, local.total(), tensor)
+        kernels[name] = Kernel(use["REG"], use["STACK"], use["LOCAL"], shared, local.total(), tensor, loop)
     return kernels
 
 
@@ -210,18 +226,21 @@ def render(version, threads, tables):
         "- *shared*: bytes of shared memory that a block may ask for at its launch without making the warps fewer.",
         "- *local*: bytes of stack and local memory / number of LDL and STL instructions; must be 0 / 0.",
         "- *tensor*: HMMA and HGMMA instructions in the code (not: executed), by the type of their operands.",
+        "- *loop*: those and all instructions of the loop that has the largest part of them, with branches that are seldom taken.",
         "",
     ]
     for arch, kernels in tables.items():
         lines += [f"## {arch}", ""]
-        lines += ["| kernel | threads | registers | warps | shared | static shared | local | tensor |"]
-        lines += ["|---|--:|--:|--:|--:|--:|--:|---|"]
+        lines += ["| kernel | threads | registers | warps | shared | static shared | local | tensor | loop |"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|---|--:|"]
         for name, kernel in kernels.items():
             warps, room = occupancy(arch, threads[name], kernel.registers, kernel.shared)
             share = round(100 * warps / ARCHITECTURES[arch].warps)
             tensor = ", ".join(f"{count} {kind}" for kind, count in sorted(kernel.tensor.items())) or "–"
             local = f"{kernel.stack + kernel.local} / {kernel.local_accesses}"
+            loop = f"{kernel.loop[0]} / {kernel.loop[1]}" if kernel.loop[0] else "–"
             cells = [f"`{name}`", threads[name], kernel.registers, f"{warps} ({share} %)", room, kernel.shared, local, tensor]
+            cells.append(loop)
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     return "\n".join(lines)
@@ -297,6 +316,9 @@ def self_test():
             wrong.append(f"occupancy{arguments}: {occupancy(*arguments)}, expected {expected}")
     if operands("HFMA2.MMA") or operands("HGMMA.64x64x16.F32.BF16") != "bf16":
         wrong.append("HFMA2.MMA is not a tensor-core instruction, HGMMA is")
+    code = [(0, "MOV", None), (16, "HMMA.F16", None), (32, "FADD", None), (48, "BRA", 16), (64, "BRA", 0), (80, "BRA", 96)]
+    if densest_loop(code) != (1, 3) or densest_loop(code[2:3]) != (0, 0):
+        wrong.append("the loop with the largest part of tensor-core instructions was not found")
     _, nvcc, cuobjdump = compiler(newest_build())
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "planted.cu"

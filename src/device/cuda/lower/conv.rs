@@ -198,7 +198,8 @@ impl Job<'_> {
     /// Its tiles, if the direct kernels can take it.
     fn direct(&self, lowering: &Lowering<'_>) -> Option<Tiling> {
         let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
-        let aligned = self.terms.iter().flatten().chain(&self.start).chain([&self.out]).all(|o| o.at.0 % ALIGN == 0);
+        let aligned =
+            self.terms.iter().flatten().chain(&self.start).chain([&self.out]).all(|o| o.at.0.is_multiple_of(ALIGN));
         let tiling = Tiling::direct(self.kind, self.geom, self.all_segments(lowering.branches()));
         if halves && aligned && self.out.len() > 0 { tiling } else { None }
     }

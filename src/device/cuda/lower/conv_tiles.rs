@@ -65,7 +65,7 @@ impl Tiling {
     ///
     /// `segments`: those of the sum that the result is.
     pub fn direct(kind: ConvKind, g: &ConvGeom, segments: usize) -> Option<Self> {
-        if g.c % 8 != 0 || g.k % 8 != 0 || g.pad.max(g.r).max(g.s).max(g.stride) > MOST_PADDING {
+        if !g.c.is_multiple_of(8) || !g.k.is_multiple_of(8) || g.pad.max(g.r).max(g.s).max(g.stride) > MOST_PADDING {
             return None;
         }
         let width = Self::width(kind, g);
