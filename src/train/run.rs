@@ -21,7 +21,7 @@ use crate::fs::write_atomic;
 use crate::mlnt::draw_ranks;
 use crate::rng::{Purpose, stream};
 use std::fs::File;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Who watches a run.
 pub trait Observer {
@@ -100,15 +100,23 @@ impl Lines {
     }
 }
 
+/// How often a lock is tried, and how long it is waited for in between.
+const LOCK_TRIES: usize = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(25);
+
 /// Takes hold of a run's directory, so that no second process continues it at the same time.
 fn lock(dir: &RunDir) -> Result<File> {
     let path = dir.config();
     let file = File::open(&path).map_err(Error::io(&path))?;
-    match file.try_lock() {
-        Err(std::fs::TryLockError::WouldBlock) => Err(Error::file(dir.path(), "another process is training this run")),
-        // A file system without locks serves as well.
-        _ => Ok(file),
+    // A process that is just being started by the last owner of the lock holds it for an instant.
+    for _ in 0..LOCK_TRIES {
+        match file.try_lock() {
+            Err(std::fs::TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
+            // A file system without locks serves as well.
+            _ => return Ok(file),
+        }
     }
+    Err(Error::file(dir.path(), "another process is training this run"))
 }
 
 /// Gives the training images to a device that makes batches itself.
