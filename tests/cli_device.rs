@@ -187,6 +187,6 @@ fn what_the_kernels_cannot_take_is_refused_with_the_flag_that_helps() {
     let line = "train --device simt --no-baseline --branches 10000 --group all";
     refused(folder.root(), line, &["device simt: ", " GB of memory: ", " GB are free; --batch, --branches"]);
     let line = "train --device simt --no-baseline --widths 65536 --blocks 1";
-    let words = ["conv2d_fprop: ", "weight[65536, 65536, 3, 3]", "elements of a branch", "32 bits; --batch, "];
+    let words = ["fprop: ", "weight[65536, 65536, 3, 3]", "elements of a branch", "32 bits; --batch, "];
     refused(folder.root(), line, &words);
 }

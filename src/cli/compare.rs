@@ -99,6 +99,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<u8> {
     let (mut cells, out) = args.cells()?;
     let states = survey(&mut cells)?;
     let stop = stop_on_ctrl_c()?;
+    let mut diverged = Vec::new();
     for (number, (cell, state)) in (1..).zip(cells.iter().zip(states)) {
         let what = match state {
             State::New => "begins",
@@ -112,11 +113,22 @@ pub(super) fn run(args: &CompareArgs) -> Result<u8> {
             State::Begun => go_on(config.clone(), RunDir::open(path)?)?,
             State::Complete => continue,
         };
-        let ending = run.train(&mut Console::new(Arc::clone(&stop)))?;
+        let ending = match run.train(&mut Console::new(Arc::clone(&stop))) {
+            Err(Error::Diverged(why)) => {
+                say(format_args!("{}: {why}", path.display()))?;
+                diverged.push(format!("{method} with seed {seed}"));
+                continue;
+            }
+            ending => ending?,
+        };
         if ending == Ending::Stopped || stop.load(Ordering::Relaxed) {
             say("\nstopped and saved; the same command goes on from here")?;
             return Ok(INTERRUPTED);
         }
+    }
+    if !diverged.is_empty() {
+        let (which, rest) = (diverged.join(", "), "the other runs are complete; leave these methods out of --methods");
+        return Err(Error::Diverged(format!("{which} diverged, {rest}, or take other settings and another --out")));
     }
     check_labels(&cells)?;
     let read = |cell: &Cell| Finished::read(cell.method.to_string(), cell.seed, &cell.path);

@@ -99,8 +99,9 @@ impl Observer for Console {
         let several = part.iteration.filter(|_| part.iterations > 1);
         let iteration = several.map_or_else(String::new, |i| format!("iteration {i}"));
         let skipped = r.skipped.filter(|n| *n > 0).map_or_else(String::new, |n| format!("  {n} batches skipped"));
+        let overflows = r.overflows.filter(|n| *n > 0).map_or_else(String::new, |n| format!("  {n} steps overflowed"));
         self.line(&format!(
-            "{iteration:<15} {:>3}/{:<3} {:>6.4} {meta}  {} | {} {} |      {} {}{skipped}",
+            "{iteration:<15} {:>3}/{:<3} {:>6.4} {meta}  {} | {} {} |      {} {}{skipped}{overflows}",
             r.epoch,
             part.epochs,
             r.train_loss,

@@ -55,7 +55,8 @@ pub struct PlanArgs {
     /// Branches that the step works on at a time: auto (what the device likes), all, or a number.
     #[arg(long, value_name = "auto|all|N")]
     pub group: Option<Group>,
-    /// The device the plan is for: cuda and simt fuse more and add the launches of the kernels and their scratch memory.
+    /// The device the plan is for: cuda and simt fuse more and add the launches of the kernels and their scratch memory;
+    /// auto is the processor, or cuda in a precision that only the kernels have.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub device: DeviceKind,
     /// Print one JSON object instead of a table.
@@ -137,6 +138,17 @@ impl PlanArgs {
     }
 }
 
+impl PlanArgs {
+    /// The device that the plan is for: where none is named, one that computes in `precision`.
+    fn planned_device(&self, precision: Precision) -> DeviceKind {
+        match (self.device, precision) {
+            (DeviceKind::Auto, Precision::Tf32 | Precision::F16 | Precision::Bf16) => DeviceKind::Cuda(0),
+            (DeviceKind::Auto, _) => DeviceKind::Cpu,
+            (device, _) => device,
+        }
+    }
+}
+
 /// Runs `mlnt plan`.
 ///
 /// # Errors
@@ -145,7 +157,8 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let config = args.config()?;
     let (input, model) = (args.input(), args.model_spec(&config));
     let real_bytes = if config.precision == Precision::F64 { 8 } else { 4 };
-    let options = plan_options(args.device, config.precision)?;
+    let device = args.planned_device(config.precision);
+    let options = plan_options(device, config.precision)?;
     let ce = CeSpec {
         model: model.clone(),
         batch: config.batch,
@@ -157,13 +170,13 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &PlanOptions::default())?.cost(real_bytes);
     let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);
     let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
-    let fit = (real_bytes, arena_budget(args.device, config.precision)?);
+    let fit = (real_bytes, arena_budget(device, config.precision)?);
     let plan = grouped_plan(&tape, &options, config.group, fit)?;
     let cost = plan.cost(real_bytes);
     let ratio = cost.flops() as f64 / forward as f64;
     let (arena, states) = (plan.arena_bytes(real_bytes), plan.state_bytes(real_bytes));
     // The kernels of a plan are known without a card.
-    let kernels = match args.device {
+    let kernels = match device {
         DeviceKind::Cuda(_) | DeviceKind::Simt => Some(kernel_cost(&plan, config.precision)?),
         DeviceKind::Auto | DeviceKind::Cpu => None,
     };

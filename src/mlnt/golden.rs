@@ -12,6 +12,9 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+/// Scales of cotangents in 16 bits, far from overflow in a step as small as a golden one.
+const HALF_SCALES: Scales = Scales { inner: 256.0, outer: 64.0, second: 128.0, apply: true };
+
 /// Output groups in the order in which they are reported.
 pub const GROUPS: [&str; 13] = [
     "logits",
@@ -226,9 +229,13 @@ impl Golden {
         forced: Option<&Decisions>,
     ) -> Result<(PlanId, Groups, Vec<String>)> {
         let report = if forced.is_some() { Report::Replay } else { Report::Everything };
-        let plan = Plan::build(&record_step(&self.spec, report)?, options)?;
+        // What a run of training has where cotangents lie in 16 bits.
+        let spec = StepSpec { scaled: options.half, ..self.spec.clone() };
+        let plan = Plan::build(&record_step(&spec, report)?, options)?;
         forced.map_or(Ok(()), |decisions| decisions.check(&plan))?;
-        let scalars: Vec<f64> = self.scalars.in_order(&plan.scalars).collect();
+        let scales = if options.half { HALF_SCALES } else { Scales::NONE };
+        let scalars = StepScalars { scales, ..self.scalars };
+        let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
         let outputs: Vec<String> = plan.outputs.iter().map(|o| o.name.clone()).collect();
         let id = device.load(plan)?;
         for (name, _) in self.state_list() {
@@ -244,6 +251,9 @@ impl Golden {
         device.write_input(id, "class_weight", HostSlice::F64(&weights))?;
         forced.map_or(Ok(()), |decisions| decisions.write(device, id))?;
         device.run(id, &scalars)?;
+        if options.half && device.read_output(id, "finite")?.to_f64() != [1.0] {
+            return Err(Error::shape("golden step", "a gradient is not finite"));
+        }
 
         let mut groups = Groups::new();
         for (group, name, _) in self.expected() {

@@ -122,6 +122,11 @@ impl Graph {
         node.inputs.iter().chain(&node.outputs).any(|t| self.metas[t.index()].per_branch)
     }
 
+    /// True when an operand of `node` is per-branch.
+    pub fn takes_branches(&self, node: &Node) -> bool {
+        node.inputs.iter().any(|t| self.metas[t.index()].per_branch)
+    }
+
     /// The branches that `node` works on; `None` if all it touches is shared.
     pub fn branches_of(&self, node: &Node) -> Option<Range<usize>> {
         let mut tensors = node.inputs.iter().chain(&node.outputs);

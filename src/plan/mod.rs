@@ -142,6 +142,9 @@ pub struct Plan {
     pub arena_indices: usize,
 }
 
+/// Branches of a group that [`Plan::within`] does not go below.
+pub const LEAST_GROUP: usize = 4;
+
 impl Plan {
     /// Builds the plan of everything that the tape's outputs and assignments need.
     ///
@@ -176,21 +179,31 @@ impl Plan {
         Ok(assemble(graph, launches))
     }
 
-    /// The plan with the fewest groups of branches whose arena takes at most `bytes` when a real takes `real_bytes`; one branch at a
-    /// time where every arena takes more. The group of `options` does not count.
+    /// The plan with few groups of branches whose arena takes at most `bytes` when a real takes `real_bytes`; groups of about
+    /// [`LEAST_GROUP`] where every arena takes more: launches grow with the groups, and the arena shrinks little below. The
+    /// group of `options` does not count.
     ///
     /// # Errors
     /// As [`Plan::build`].
     pub fn within(tape: &Tape, options: &PlanOptions, real_bytes: usize, bytes: usize) -> Result<Plan> {
-        let mut size = tape.branches().max(1);
+        let branches = tape.branches().max(1);
+        let most = branches.div_ceil(LEAST_GROUP);
+        let build =
+            |groups: usize| Plan::build(tape, &PlanOptions { group: Some(branches.div_ceil(groups)), ..*options });
+        let whole = build(1)?;
+        let arena = whole.arena_bytes(real_bytes);
+        if arena <= bytes || most == 1 {
+            return Ok(whole);
+        }
+        // The arena shrinks with the groups at best: fewer than this cannot do.
+        let mut groups = arena.div_ceil(bytes.max(1)).clamp(2, most);
         loop {
-            let plan = Plan::build(tape, &PlanOptions { group: Some(size), ..*options })?;
-            if size == 1 || plan.arena_bytes(real_bytes) <= bytes {
+            let plan = build(groups)?;
+            if groups == most || plan.arena_bytes(real_bytes) <= bytes {
                 return Ok(plan);
             }
-            // The largest group of a balanced division into more groups.
-            let groups = tape.branches().div_ceil(size - 1);
-            size = tape.branches().div_ceil(groups);
+            // One more, or a tenth where there are many, since each costs a plan.
+            groups = (groups + 1 + groups / 10).min(most);
         }
     }
 

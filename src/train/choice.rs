@@ -110,7 +110,7 @@ impl std::fmt::Display for DeviceKind {
 
 /// How many branches a step works on at a time: `auto`, `all` or a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "NumberOrText", into = "String")]
 pub enum Group {
     /// As many as keep the memory of a step within what the device sets aside for it: all of them on the processor.
     Auto,
@@ -133,10 +133,21 @@ impl std::str::FromStr for Group {
     }
 }
 
-impl TryFrom<String> for Group {
+/// A setting as a TOML file may have it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum NumberOrText {
+    Number(i64),
+    Text(String),
+}
+
+impl TryFrom<NumberOrText> for Group {
     type Error = String;
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
+    fn try_from(value: NumberOrText) -> Result<Self, String> {
+        match value {
+            NumberOrText::Number(n) => n.to_string().parse(),
+            NumberOrText::Text(text) => text.parse(),
+        }
     }
 }
 
@@ -166,9 +177,10 @@ pub enum Precision {
     F64,
     /// 32-bit floats; convolutions with operands of 10 bits of mantissa. CUDA only.
     Tf32,
-    /// 32-bit floats; convolutions with 16-bit operands, scaled by powers of two. CUDA only.
+    /// IEEE half precision for activations, their cotangents and operands of convolutions; cotangents scaled by powers of two.
+    /// CUDA only.
     F16,
-    /// 32-bit floats; convolutions with operands of 7 bits of mantissa. CUDA only.
+    /// bfloat16 for activations, their cotangents and operands of convolutions. CUDA only.
     Bf16,
 }
 

@@ -194,7 +194,7 @@ impl Engine {
     /// # Errors
     /// When the device refuses a plan.
     pub fn new(mut device: Box<dyn Device>, config: &Config, model: ModelSpec) -> Result<Self> {
-        let (parts, options) = (parts(config), device.plan_options());
+        let (parts, plan_options) = (parts(config), device.plan_options());
         let mut steps: Vec<Step> = Vec::new();
         let mut evals: Vec<(Network, PlanId)> = Vec::new();
         for part in &parts {
@@ -202,7 +202,7 @@ impl Engine {
             if steps.iter().any(|s| (s.phase, s.mentor) == (phase, mentor)) {
                 continue;
             }
-            let options = Options { plan: device.plan_options(), group: config.group, passes: phase.passes(config) };
+            let options = Options { plan: plan_options, group: config.group, passes: phase.passes(config) };
             let look = phase.record_look(config, &model)?;
             let look = look.map(|tape| Loaded::new(&mut *device, &tape, &options)).transpose()?;
             let learn = Loaded::new(&mut *device, &phase.record(config, &model, mentor)?, &options)?;
@@ -212,7 +212,7 @@ impl Engine {
         let mentor = parts.iter().any(|part| part.before().is_some()).then_some(Network::Mentor);
         for network in trained.filter(|n| *n != Network::Features).chain(mentor) {
             if evals.iter().all(|(n, _)| *n != network) {
-                let plan = Plan::build(&record_eval(&model, EVAL_BATCH, network.owner())?, &options)?;
+                let plan = Plan::build(&record_eval(&model, EVAL_BATCH, network.owner())?, &plan_options)?;
                 evals.push((network, device.load(plan)?));
             }
         }

@@ -16,13 +16,15 @@ const HEADROOM: i32 = 3;
 /// The scales of a part as exponents of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LossScale {
+    passes: Passes,
     inner: i32,
     outer: i32,
     second: i32,
 }
 
-/// Which scales a kind of step has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which scales a kind of step has; the others stay 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Passes {
     /// Cross entropy alone.
     Inner,
@@ -53,7 +55,7 @@ impl LossScale {
     /// Those of `finite`.
     pub fn find(passes: Passes, mut finite: impl FnMut(Scales) -> Result<bool>) -> Result<Self> {
         let mut try_scale = |scale: LossScale| finite(Scales { apply: false, ..scale.scales() });
-        let mut scale = LossScale { inner: 0, outer: 0, second: 0 };
+        let mut scale = LossScale { passes, inner: 0, outer: 0, second: 0 };
         let most_inner = largest(HIGHEST, |inner| try_scale(LossScale { inner, ..scale }))?;
         scale.inner = most_inner - HEADROOM;
         if passes == Passes::Inner {
@@ -81,14 +83,20 @@ impl LossScale {
     /// Smaller ones, after a step with these overflowed; `None` where smaller ones would not help: the step has diverged.
     ///
     /// `inner` says that the inner gradients had overflowed already, so that the other scales are not to blame; the ratio of the
-    /// second-order scale to the inner one stays.
+    /// second-order scale to the inner one then stays.
     #[must_use]
     pub fn lowered(&self, inner: bool) -> Option<Self> {
-        let lower = match inner {
-            true => LossScale { inner: self.inner - STRIDE, second: self.second - STRIDE, ..*self },
-            false => {
-                LossScale { inner: self.inner - STRIDE / 2, outer: self.outer - STRIDE, second: self.second - STRIDE }
-            }
+        let [by_inner, by_outer, by_second] = match (self.passes, inner) {
+            (Passes::Inner, _) | (Passes::FirstOrder, true) => [STRIDE, 0, 0],
+            (Passes::FirstOrder, false) => [STRIDE / 2, STRIDE, 0],
+            (Passes::Exact, true) => [STRIDE, 0, STRIDE],
+            (Passes::Exact, false) => [STRIDE / 2, STRIDE, STRIDE],
+        };
+        let lower = LossScale {
+            passes: self.passes,
+            inner: self.inner - by_inner,
+            outer: self.outer - by_outer,
+            second: self.second - by_second,
         };
         (lower.inner.min(lower.outer).min(lower.second) >= 2 * LOWEST).then_some(lower)
     }
@@ -126,19 +134,30 @@ mod tests {
             Ok(s.inner <= 1024.0)
         };
         let found = LossScale::find(Passes::Inner, &mut count).unwrap();
-        assert_eq!((found, tries), (LossScale { inner: 10 - HEADROOM, outer: 0, second: 0 }, 12));
+        assert_eq!(
+            (found, tries),
+            (LossScale { passes: Passes::Inner, inner: 10 - HEADROOM, outer: 0, second: 0 }, 12)
+        );
     }
 
     #[test]
     fn lowering_ends() {
-        for inner in [false, true] {
-            let mut scale = LossScale { inner: 12, outer: 14, second: 20 };
-            let mut steps = 0;
+        let of = |passes, [inner, outer, second]: [i32; 3]| LossScale { passes, inner, outer, second };
+        let starts =
+            [of(Passes::Inner, [29, 0, 0]), of(Passes::FirstOrder, [12, 14, 0]), of(Passes::Exact, [12, 14, 20])];
+        for (start, inner) in starts.into_iter().flat_map(|s| [(s, false), (s, true)]) {
+            let (mut scale, mut steps) = (start, 0);
             while let Some(lower) = scale.lowered(inner) {
-                assert!(lower.second < scale.second && lower.inner < scale.inner);
+                assert!(lower.inner < scale.inner);
                 (scale, steps) = (lower, steps + 1);
             }
-            assert!((8..=32).contains(&steps), "{steps}");
+            assert!((14..=32).contains(&steps), "{start:?}: {steps}");
+            // What a step does not have is neither lowered nor what ends the lowering.
+            match start.passes {
+                Passes::Inner => assert_eq!((scale.outer, scale.second), (0, 0)),
+                Passes::FirstOrder => assert_eq!(scale.second, 0),
+                Passes::Exact => assert!(scale.second < start.second),
+            }
         }
     }
 }

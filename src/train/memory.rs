@@ -63,8 +63,12 @@ impl Memory {
         (filled > 0).then(|| (0..self.classes).map(|j| column(j) / filled as f64).collect())
     }
 
-    /// Keeps a distribution of sample `id`, in the place of the oldest one if all are taken.
+    /// Keeps a distribution of sample `id`, in the place of the oldest one if all are taken. One that is no distribution, because
+    /// a forward pass has overflowed, is not kept.
     pub fn push(&mut self, id: usize, distribution: &[f64]) {
+        if !distribution.iter().all(|p| p.is_finite()) {
+            return;
+        }
         let row = self.row(id, self.seen(id) % self.slots);
         self.values[row].iter_mut().zip(distribution).for_each(|(kept, p)| *kept = *p as f32);
         self.visits[id] += 1;

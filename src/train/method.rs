@@ -96,7 +96,7 @@ pub struct Moment {
 }
 
 impl Phase {
-    /// The networks that it trains and evaluates; SGD moves the first.
+    /// The networks that it trains and evaluates. SGD moves the first, in co-teaching both; elsewhere a second one follows it.
     pub fn networks(self) -> &'static [Network] {
         match self {
             Phase::CrossEntropy => &[Network::Baseline],

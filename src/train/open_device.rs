@@ -54,9 +54,17 @@ fn working_gpu() -> std::result::Result<Gpu, String> {
 }
 
 fn cpu(precision: Precision, threads: usize) -> Result<Box<dyn Device>> {
+    cpu_computes(precision)?;
     match precision {
-        Precision::F32 => Ok(Box::new(Cpu::<f32>::new(threads)?)),
         Precision::F64 => Ok(Box::new(Cpu::<f64>::new(threads)?)),
+        _ => Ok(Box::new(Cpu::<f32>::new(threads)?)),
+    }
+}
+
+/// Refuses what the CPU does not compute in.
+fn cpu_computes(precision: Precision) -> Result<()> {
+    match precision {
+        Precision::F32 | Precision::F64 => Ok(()),
         Precision::Tf32 | Precision::F16 | Precision::Bf16 => Err(Error::usage(format_args!(
             "the CPU computes in f32 and f64; {precision} is for --device cuda, or --device simt to check kernels"
         ))),
@@ -120,6 +128,6 @@ pub fn kernel_cost(plan: &Plan, precision: Precision) -> Result<KernelCost> {
 pub fn plan_options(kind: DeviceKind, precision: Precision) -> Result<PlanOptions> {
     match kind {
         DeviceKind::Cuda(_) | DeviceKind::Simt => Ok(Cuda::plan_options_for(operands(precision)?)),
-        DeviceKind::Auto | DeviceKind::Cpu => Ok(PlanOptions::default()),
+        DeviceKind::Auto | DeviceKind::Cpu => cpu_computes(precision).map(|()| PlanOptions::default()),
     }
 }

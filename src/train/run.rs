@@ -18,7 +18,7 @@ use crate::data::{Batcher, epoch_order};
 use crate::device::ImagesId;
 use crate::error::{Error, Result};
 use crate::fs::write_atomic;
-use crate::mlnt::draw_ranks;
+use crate::mlnt::{StepScalars, draw_ranks};
 use crate::rng::{Purpose, stream};
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -280,8 +280,11 @@ impl Run {
                 self.engine.write(part, inputs)?;
             }
             let mut scalars = part.phase.scalars(&config, moment);
-            if config.scaled() {
-                let found = self.progress.loss_scale.map_or_else(|| self.engine.find_scale(part, scalars), Ok)?;
+            // A batch of which nothing is kept says nothing of the others' cotangents, but for those of the meta loss.
+            if config.scaled() && (kept || part.phase == Phase::Mlnt) {
+                // Where the seed carries η, it must leave room for the largest.
+                let widest = StepScalars { eta: config.eta, ..scalars };
+                let found = self.progress.loss_scale.map_or_else(|| self.engine.find_scale(part, widest), Ok)?;
                 self.progress.loss_scale = Some(found);
                 scalars.scales = found.scales();
             }
@@ -360,7 +363,9 @@ impl Run {
         if outcome.loss.is_finite() && meta.is_finite() && objective.is_finite() {
             return Ok(());
         }
-        let what = format!("the loss is not a number any more (loss {}, meta loss {meta})", outcome.loss);
+        let named = |name: &str, value: Option<f64>| value.map_or_else(String::new, |v| format!(", {name} {v}"));
+        let rest = named("meta loss", outcome.meta_loss) + &named("objective", outcome.objective);
+        let what = format!("the loss is not a number any more (loss {}{rest})", outcome.loss);
         Err(self.diverged(part, step + 1, &what))
     }
 

@@ -10,7 +10,11 @@ pub(super) fn join(graph: &mut Graph) {
     let mut n = 0;
     while n < graph.nodes.len() {
         let partner = plain(&graph.nodes[n]).and_then(|of| {
-            let pairs = |m: &usize| plain(&graph.nodes[*m]).is_some_and(|other| complement(of, other));
+            // Both run over the branches, or neither: a shared product would count once per branch in the joint one.
+            let branched = |m: usize| graph.takes_branches(&graph.nodes[m]);
+            let pairs = |m: &usize| {
+                plain(&graph.nodes[*m]).is_some_and(|other| complement(of, other)) && branched(n) == branched(*m)
+            };
             let after = (n + 1..graph.nodes.len()).filter(pairs);
             after.map(|m| (m, graph.needed_between(n, m))).find_map(|(m, needed)| needed.map(|needed| (m, needed)))
         });

@@ -22,7 +22,11 @@ pub(super) fn join(graph: &mut Graph) {
             // The two convolutions of a layer are recorded one after the other: the nearest earlier one is the partner.
             let later = fprop(graph, terms[i]);
             let partner = later.and_then(|(_, geom)| {
-                (0..i).rev().find_map(|j| fprop(graph, terms[j]).filter(|e| e.1 == geom).map(|e| (j, e.0)))
+                // Both run over the branches, or neither: a shared product would count once per branch in the joint one.
+                let branched = |t: Tensor| producers[t.index()].map(|p| graph.takes_branches(&graph.nodes[p]));
+                let fits = |j: usize| branched(terms[j]) == branched(terms[i]);
+                let early = |j: usize| fprop(graph, terms[j]).filter(|e| e.1 == geom && fits(j)).map(|e| (j, e.0));
+                (0..i).rev().find_map(early)
             });
             let (Some((late, geom)), Some((j, early))) = (later, partner) else {
                 i += 1;
