@@ -8,6 +8,8 @@
 // The first launch could be spared where a convolution's dgrad makes dy and recomputes relu(bn(x)) from the same x: its epilogue has
 // both at hand.
 
+// Two blocks on a multiprocessor: with one, too few loads are in flight.
+#define KERNEL_BLOCKS 2
 #include "batch_norm.cuh"
 
 struct BnBackwardSums {

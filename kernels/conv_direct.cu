@@ -215,11 +215,11 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         load_rest(next, 0);
         copies_done();
     }
-    sync_threads();
-
-    // This lane's rows of matrices.
+    // This lane's rows of matrices: read before the barrier, since what follows the product may write over the table.
     const uint16_t* image_rows[2];
     for (int m = 0; m < 2; ++m) image_rows[m] = halos + tables.places[32 * warp + 16 * m + lane % 16] + lane / 16 * 8;
+    sync_threads();
+
     const uint32_t weight_row = FORM == Form::FPROP
                                     ? (lane / 16 * 8 + lane % 8) * Matrix::PITCH + lane / 8 % 2 * 8
                                     : (lane / 8 % 2 * 8 + lane % 8) * Matrix::PITCH + lane / 16 * 8;

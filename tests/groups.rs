@@ -289,7 +289,7 @@ fn a_device_takes_as_many_branches_as_its_budget_lets() {
         let options = PlanOptions { kernels, half: kernels, ..PlanOptions::default() };
         let budget = arena_budget(operands);
         let plan = Plan::within(&tape, &options, 4, budget).unwrap();
-        assert!(plan.arena_bytes(4) <= budget);
+        assert!(plan.arena_bytes(4) <= budget || plan.largest_group() <= LEAST_GROUP);
         let fewer = 10usize.div_ceil(plan.largest_group()) - 1;
         if fewer > 0 {
             let larger = PlanOptions { group: Some(10usize.div_ceil(fewer)), ..options };

@@ -17,6 +17,6 @@ DEVICE bool last_to_arrive(uint32_t* counter, uint32_t blocks) {
     sync_threads();
     const bool mine = *last != 0;
     sync_threads();
-    thread_fence();
+    if (mine) thread_fence();
     return mine;
 }

@@ -124,7 +124,12 @@ impl Cuda {
         self.grow(|arenas| &mut arenas.indices, indices, "indices")?;
         self.grow(|arenas| &mut arenas.scratch, scratch, "scratch")?;
         if self.grow(|arenas| &mut arenas.counters, counters, "counters")? {
-            self.driver.zero(Stream::Compute, self.arenas.counters.at, counters)?;
+            let zeroed = self.driver.zero(Stream::Compute, self.arenas.counters.at, counters);
+            if zeroed.is_err() {
+                // What was not zeroed must not be taken for counters later.
+                self.driver.free(std::mem::take(&mut self.arenas.counters).at);
+            }
+            zeroed?;
         }
         Ok(())
     }

@@ -57,7 +57,8 @@ const _: () = assert!(size_of::<PoolMoveParams>() == 96);
 fn window(lowering: &Lowering<'_>, window: &Window) -> Result<PoolWindow> {
     let ([_, c, h, w], [_, _, p, q]) = (window.image.dims, window.pooled.dims);
     let int = |v: usize| lowering.narrow("elements in one image", v);
-    int(c * (h + 2 * window.pad) * (w + 2 * window.pad))?;
+    // The last block counts up to its threads further.
+    int(c * (h + 2 * window.pad) * (w + 2 * window.pad) + THREADS)?;
     let stride = int(window.stride)?;
     Ok(PoolWindow {
         h: int(h)?,
