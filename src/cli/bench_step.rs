@@ -102,7 +102,7 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     }
     let k = config.batch;
     let weights = vec![1.0 / k as f32; k];
-    let mut loss = Vec::new();
+    let (mut loss, mut finite) = (Vec::new(), vec![1.0]);
     let (mut seconds, mut own_seconds) = (Vec::with_capacity(args.steps), Vec::with_capacity(args.steps));
     for step in 0..args.warmup + args.steps.max(1) {
         let mut rng = stream(1, Purpose::Test, step as u64, 0);
@@ -118,6 +118,9 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
         device.write_input(id, "class_weight", HostSlice::F32(&weights))?;
         let own = device.run_timed(id, &scalars)?;
         device.read_output_into(id, "class_loss", &mut loss)?;
+        if config.scaled() {
+            device.read_output_into(id, "finite", &mut finite)?;
+        }
         if step >= args.warmup {
             seconds.push(start.elapsed().as_secs_f64());
             own_seconds.push(own);
@@ -128,11 +131,14 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
             say(format_args!("{:>10.3} ms {kernels:>5} x {name}", 1e3 * time))?;
         }
     }
+    if finite != [1.0] && !args.plan.json {
+        say("note: the last step overflowed f16 and was not taken; its time is that of a step all the same")?;
+    }
     let ([median, min, max], [own, own_min, own_max]) = (spread(&mut seconds), spread(&mut own_seconds));
     match args.plan.json {
         true => say(json!({ "seconds_per_step": median, "min": min, "max": max, "steps": seconds.len(),
                     "device_seconds_per_step": own, "device_min": own_min, "device_max": own_max, "peak_device_bytes": memory,
-                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "device": device.describe() }))?,
+                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "taken": finite == [1.0], "device": device.describe() }))?,
         false => {
             let memory = peak_rss().map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6));
             say(format_args!("{why}\n{median:.4} s per step (least {min:.4}, most {max:.4}), peak memory {memory}"))?;

@@ -58,7 +58,8 @@ pub struct Buffer {
     pub first: usize,
     /// Number of branches that it holds; 1 for a shared tensor.
     pub count: usize,
-    /// Where it lives: in the arena its own place, of a state or an input these branches. Two buffers alive at the same time share a place only where an operation works in place.
+    /// Where it lives: in the arena its own place, of a state or an input these branches. Two buffers alive at the same time
+    /// share a place only where an operation works in place.
     pub place: Place,
 }
 

@@ -41,7 +41,7 @@ pub struct EpochRecord {
     /// Weight of the meta gradient at the end of the epoch; 0 outside [`Phase::Mlnt`].
     pub eta: f64,
     /// Cross entropy on the noisy training labels that are kept, nats, mean over the batches in which any is; 0 if there
-    /// is none. In co-teaching on those that the first network learns from.
+    /// is none, or no step was taken. In co-teaching on those that the first network learns from.
     pub train_loss: f64,
     /// Consistency loss `L_meta`; only in [`Phase::Mlnt`].
     pub meta_loss: Option<f64>,
