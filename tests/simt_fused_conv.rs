@@ -8,7 +8,7 @@ use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{BnEval, Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Op};
+use mlnt::ops::{BnEval, Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Op};
 use mlnt::plan::{Args, Buffer, Launch, Place, Plan, PlanOptions, Port};
 use mlnt::rng::{Purpose, normal, stream, uniform};
 use mlnt::tape::{Kind, Meta, Tape, Tensor};
@@ -75,7 +75,7 @@ impl Case {
                 vec![x.with_branching(on(6) && !self.summed[0]), w.with_branching((on(5) || norm) && !self.summed[1])]
             }
         };
-        if self.op.stats {
+        if self.op.epilogue == Epilogue::Stats {
             metas.extend([Meta::vector(self.op.geom.k).with_branching(metas[0].per_branch); 2]);
         }
         metas
@@ -289,7 +289,7 @@ fn faults(case: &Case, operands: Operands) -> Vec<String> {
     for (i, want) in want.iter().enumerate() {
         compare(format!("result {i}"), &have[i], want, tolerance(operands));
     }
-    if case.op.stats {
+    if case.op.epilogue == Epilogue::Stats {
         // Of the numbers that later operations read.
         let [mean, var] = statistics(&case.results()[0], &have[0]);
         compare("mean".into(), &have[1], &mean, 1e-6);
@@ -378,7 +378,7 @@ fn statistics_keep_their_digits() {
     // More tiles than are combined at a time, of the kernels that gather and of the direct ones.
     let tries = [(Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0]), (Operands::F16, [40, 8, 18, 18, 16, 1, 1, 1, 0])];
     for (operands, size) in tries {
-        let op = FusedConv { form: ConvForm::Fprop, geom: geom(size), norm: false, start: true, stats: true };
+        let op = FusedConv { start: true, epilogue: Epilogue::Stats, ..FusedConv::plain(ConvForm::Fprop, geom(size)) };
         let case = Case { op, branches: 2, branched: 1, norm_branched: false, summed: [false; 2], half: 0 };
         let mut values = case.operands(operands);
         values.iter_mut().filter(|o| o.name == "start").for_each(|o| o.values.iter_mut().for_each(|v| *v = 1e4));

@@ -194,6 +194,8 @@ impl<'a> Lowering<'a> {
             Op::BnStats(_) => batch_norm::stats(self, args),
             Op::BnReluBackward(_) => batch_norm::backward(self, Mask::Recomputed, args),
             Op::BnReluDoubleBackward(_) => batch_norm::double_backward(self, Mask::Recomputed, args),
+            Op::BnReluBackwardApply(_) => batch_norm::backward_apply(self, args),
+            Op::BnReluDoubleBackwardApply(_) => batch_norm::double_backward_apply(self, args),
             Op::FusedConv(op) => conv::fused(self, op, args),
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),
