@@ -321,7 +321,8 @@ fn cases() -> Vec<Case> {
     for (number, size) in SIZES.into_iter().enumerate() {
         let geom = geom(size);
         let mut add = |form, norm, start, stats, branches, branched, norm_branched, summed| {
-            let op = FusedConv { form, geom, norm, start, stats };
+            let epilogue = if stats { Epilogue::Stats } else { Epilogue::None };
+            let op = FusedConv { norm, start, epilogue, ..FusedConv::plain(form, geom) };
             // A different mixture of widths in every case.
             let half = (cases.len() * 11 + number) as u32 % 64;
             cases.push(Case { op, branches, branched, norm_branched, summed, half });
