@@ -184,6 +184,18 @@ impl Op {
         )
     }
 
+    /// Operands that its kernels read twice: first for sums over samples and pixels, then element by element.
+    pub fn read_twice(&self) -> &'static [usize] {
+        match self {
+            Op::BnForward(_) => &[0],
+            Op::BnBackward(BnBackward { relu: false }) | Op::BnReluBackward(_) => &[0, 1],
+            Op::BnBackward(BnBackward { relu: true }) => &[0, 1, 5],
+            Op::BnDoubleBackward(BnDoubleBackward { relu: false }) | Op::BnReluDoubleBackward(_) => &[0, 3, 4],
+            Op::BnDoubleBackward(BnDoubleBackward { relu: true }) => &[0, 3, 4, 8],
+            _ => &[],
+        }
+    }
+
     /// Whether a result of the shape, width and branching of operand `i` may lie where that operand does; `summed`: the result is a
     /// sum over the branches.
     pub(crate) fn works_in_place(&self, i: usize, summed: bool) -> bool {

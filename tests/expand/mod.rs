@@ -18,17 +18,26 @@ pub fn expand(plan: &Plan) -> Plan {
             (Op::FusedConv(op), args) => expansion.fused_conv(op, args),
             (Op::BnStats(_), args) => expansion.stats(args.inputs[0], args.outputs[0], args.outputs[1]),
             (Op::BnReluBackward(op), args) => expansion.backward(op.start, args),
+            (Op::BnReluBackwardApply(op), args) => {
+                let dx = expansion.cotangent(args.inputs[0], [1, 2, 3, 4, 5].map(|i| args.inputs[i]), args.outputs[0]);
+                expansion.add(dx, op.start.then(|| args.inputs[8]), args.outputs[0]);
+            }
             (Op::BnReluDoubleBackward(_), args) => {
-                let y = expansion.recomputed([4, 5, 6, 7, 8].map(|i| args.inputs[i]));
-                let mut inputs = [0, 1, 2, 3, 4, 5, 7, 8].map(|i| args.inputs[i]).to_vec();
-                inputs.push(y);
-                // The results may lie where operands do.
-                let results: Vec<usize> = args.outputs.iter().map(|o| expansion.tensor(expansion.meta(*o))).collect();
-                expansion.push(BnDoubleBackward { relu: true }.into(), &inputs, &results);
-                for (from, to) in results.iter().zip(&args.outputs) {
-                    let copy = LinComb::new(vec![Coef::ONE]);
-                    expansion.push(copy.into(), &[*from], &[*to]);
-                }
+                let i = &args.inputs;
+                let norm = [4, 5, 6, 7, 8].map(|at| i[at]);
+                let results = expansion.double([i[0], i[1], i[2], i[3]], norm, args.outputs[..].try_into().unwrap());
+                results.iter().zip(&args.outputs).for_each(|(from, to)| expansion.add(*from, None, *to));
+            }
+            (Op::BnReluDoubleBackwardApply(op), args) => {
+                let i = &args.inputs;
+                let norm = [3, 4, 5, 6, 7].map(|at| i[at]);
+                let (x_bar, g_bar) = (args.outputs[0], args.outputs[1]);
+                // The tangent of the bias is no part of these results.
+                let b_dot = expansion.filled(expansion.meta(i[1]).shared(), 0.0);
+                let y_dot = expansion.like(i[0]);
+                let [_, bar, g] = expansion.double([i[0], i[1], b_dot, i[2]], norm, [y_dot, x_bar, g_bar]);
+                expansion.add(bar, op.start.then(|| i[13]), x_bar);
+                expansion.add(g, None, g_bar);
             }
             _ => expansion.plan.launches.push(launch.clone()),
         }
@@ -71,6 +80,80 @@ impl Expansion {
         y
     }
 
+    /// A tensor like another.
+    fn like(&mut self, buffer: usize) -> usize {
+        self.tensor(self.meta(buffer))
+    }
+
+    fn filled(&mut self, meta: Meta, value: f64) -> usize {
+        let to = self.tensor(meta);
+        self.push(Fill { meta, value: Coef::constant(value) }.into(), &[], &[to]);
+        to
+    }
+
+    /// `to = from + start`
+    fn add(&mut self, from: usize, start: Option<usize>, to: usize) {
+        let terms: Vec<usize> = [from].into_iter().chain(start).collect();
+        self.push(LinComb::new(vec![Coef::ONE; terms.len()]).into(), &terms, &[to]);
+    }
+
+    /// The cotangent of x from that of `relu(bn(x))`, of `x, g, b, mean, var`; of the shape of `like`.
+    fn cotangent(&mut self, dy: usize, norm: [usize; 5], like: usize) -> usize {
+        let channels = self.meta(norm[1]).with_branching(self.meta(like).per_branch);
+        let outputs = [self.like(like), self.tensor(channels), self.tensor(channels)];
+        self.bn_backward(dy, norm, outputs);
+        outputs[0]
+    }
+
+    fn bn_backward(&mut self, dy: usize, norm: [usize; 5], outputs: [usize; 3]) {
+        let y = self.recomputed(norm);
+        let [x, g, _, mean, var] = norm;
+        self.push(BnBackward { relu: true }.into(), &[dy, x, g, mean, var, y], &outputs);
+    }
+
+    /// Double backward of `ẋ, ġ, ḃ, dy` and `x, g, b, mean, var`; results of the shapes of `like`, which may lie where operands do.
+    fn double(&mut self, dots: [usize; 4], norm: [usize; 5], like: [usize; 3]) -> [usize; 3] {
+        let y = self.recomputed(norm);
+        let [x, g, _, mean, var] = norm;
+        let [x_dot, g_dot, b_dot, dy] = dots;
+        let results = like.map(|l| self.like(l));
+        let inputs = [x_dot, g_dot, b_dot, dy, x, g, mean, var, y];
+        self.push(BnDoubleBackward { relu: true }.into(), &inputs, &results);
+        results
+    }
+
+    /// The tangent of `relu(bn(x))` for tangents of x, of the gain and of the bias.
+    fn tangent(&mut self, dots: [usize; 3], norm: [usize; 5]) -> usize {
+        let [x_dot, g_dot, b_dot] = dots;
+        let vector = self.tensor(self.meta(norm[1]).with_branching(self.meta(x_dot).per_branch));
+        // The cotangent is no part of this result.
+        self.double([x_dot, g_dot, b_dot, x_dot], norm, [x_dot, x_dot, vector])[0]
+    }
+
+    /// Mean of ẏ, `⟨x̂ẏ⟩` and `⟨(m dy − ⟨m dy⟩) ẏ⟩` for `next, g, b, mean, var` and dy.
+    fn tangent_sums(&mut self, y_dot: usize, norm: [usize; 5], dy: usize, results: [usize; 3]) {
+        let [next, g, _, mean, var] = norm;
+        let meta = self.meta(next);
+        let count = (meta.len() / meta.dims[1]) as f64;
+        let channels = self.meta(results[0]);
+        let [scratch, other] = [self.tensor(channels), self.tensor(channels)];
+        self.stats(y_dot, results[0], scratch);
+        let dx = self.like(y_dot);
+        self.push(BnBackward { relu: false }.into(), &[y_dot, next, g, mean, var], &[dx, scratch, other]);
+        let per_pixel = LinComb::new(vec![Coef::constant(1.0 / count)]);
+        self.push(per_pixel.clone().into(), &[scratch], &[results[1]]);
+        // With x̂ = 0 and r = 1 the double backward's third result is `Σ m dy (ẏ − ⟨ẏ⟩)`.
+        let mask = self.recomputed(norm);
+        let vector = self.meta(g).shared();
+        let [zero, one] = [0.0, 1.0].map(|v| self.filled(vector, v));
+        let var = self.filled(vector, 1.0 - mlnt::ops::BN_EPS);
+        let nothing = self.filled(meta.shared(), 0.0);
+        let (y, x_bar) = (self.like(y_dot), self.like(y_dot));
+        let inputs = [y_dot, zero, zero, dy, nothing, one, zero, var, mask];
+        self.push(BnDoubleBackward { relu: true }.into(), &inputs, &[y, x_bar, scratch]);
+        self.push(per_pixel.into(), &[scratch], &[results[2]]);
+    }
+
     /// Mean and variance are those of a batch norm whose result nobody reads.
     fn stats(&mut self, x: usize, mean: usize, var: usize) {
         let channels = self.meta(mean).shared();
@@ -93,9 +176,22 @@ impl Expansion {
 
     fn fused_conv(&mut self, op: &FusedConv, args: &Args) {
         let mut i = args.inputs.clone();
-        if let Some(norm) = op.norm_operands() {
-            let [g, b, mean, var] = norm.map(|at| i[at]);
-            i[op.x_operand()] = self.recomputed([i[op.x_operand()], g, b, mean, var]);
+        let mut normed = None;
+        if let Some(operands) = op.norm_operands() {
+            let [g, b, mean, var] = operands.map(|at| i[at]);
+            let norm = [i[op.x_operand()], g, b, mean, var];
+            if let Some(tangents) = op.tangent_operands() {
+                let [g_dot, b_dot, ..] = tangents.map(|at| i[at]);
+                i[0] = self.tangent([i[0], g_dot, b_dot], norm);
+            }
+            if !op.tangent || op.form == ConvForm::Tangent {
+                i[op.x_operand()] = self.recomputed(norm);
+            }
+            normed = Some(norm);
+        }
+        if let (Some(at), Some(operands)) = (op.dy_operand(), op.delta_operands()) {
+            let [y, g, b, mean, var, ..] = operands.map(|at| i[at]);
+            i[at] = self.cotangent(i[at], [y, g, b, mean, var], i[at]);
         }
         let start = op.start_operand().map(|at| i[at]);
         let mut conv = |kind, a: usize, b: usize, start: Option<usize>, out: usize| {
@@ -121,8 +217,17 @@ impl Expansion {
                 conv(i[2], i[1], Some(first), out[0]);
             }
         }
-        if op.epilogue == Epilogue::Stats {
-            self.stats(out[0], out[1], out[2]);
+        match (op.epilogue, normed, op.epilogue_operands()) {
+            (Epilogue::Stats, ..) => self.stats(out[0], out[1], out[2]),
+            (Epilogue::BackwardSums, Some(norm), _) => {
+                let dx = self.like(out[0]);
+                self.bn_backward(out[0], norm, [dx, out[2], out[3]]);
+            }
+            (Epilogue::TangentSums, _, Some(operands)) => {
+                let [next, g, b, mean, var, dy, _] = operands.map(|at| i[at]);
+                self.tangent_sums(out[0], [next, g, b, mean, var], dy, [out[1], out[2], out[3]]);
+            }
+            _ => {}
         }
     }
 }
