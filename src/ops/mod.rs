@@ -19,8 +19,8 @@ pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
 pub use finite::AllFinite;
 pub use fused::{
-    BnReluBackward, BnReluBackwardApply, BnReluDoubleBackward, BnReluDoubleBackwardApply, BnStats, ConvForm, Epilogue,
-    FusedConv,
+    BnReluBackward, BnReluBackwardApply, BnReluDoubleBackward, BnReluDoubleBackwardApply, BnStats, ConvForm, Delta,
+    Epilogue, FusedConv,
 };
 pub use lin_comb::{Fill, LinComb};
 pub use neighbours::{NearestNeighbours, TransferLabels};
@@ -204,9 +204,9 @@ impl Op {
             Op::Conv(_) => i == 2,
             Op::FusedConv(op) => op.start_operand() == Some(i),
             Op::BnReluBackward(_) => i == 6 || (i == 0 && !summed),
-            Op::BnReluBackwardApply(_) => i == 8 || (i == 0 && !summed),
+            Op::BnReluBackwardApply(op) => i >= op.first_start() || (i == 0 && !summed),
             Op::BnReluDoubleBackward(_) => matches!(i, 0 | 3) && !summed,
-            Op::BnReluDoubleBackwardApply(_) => i == 13 || (matches!(i, 0 | 2) && !summed),
+            Op::BnReluDoubleBackwardApply(_) => i == 12 || (matches!(i, 0 | 2) && !summed),
             _ => false,
         }
     }

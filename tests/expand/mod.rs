@@ -19,8 +19,12 @@ pub fn expand(plan: &Plan) -> Plan {
             (Op::BnStats(_), args) => expansion.stats(args.inputs[0], args.outputs[0], args.outputs[1]),
             (Op::BnReluBackward(op), args) => expansion.backward(op.start, args),
             (Op::BnReluBackwardApply(op), args) => {
-                let dx = expansion.cotangent(args.inputs[0], [1, 2, 3, 4, 5].map(|i| args.inputs[i]), args.outputs[0]);
-                expansion.add(dx, op.start.then(|| args.inputs[8]), args.outputs[0]);
+                let norm = [1, 2, 3, 4, 5].map(|i| args.inputs[i]);
+                let dx = expansion.cotangent(args.inputs[0], norm, args.outputs[0]);
+                let mut terms = vec![(1.0, dx)];
+                terms.extend(op.second_order.then(|| (-1.0, expansion.last_term(norm, args.inputs[8]))));
+                terms.extend(args.inputs[op.first_start()..].iter().map(|start| (1.0, *start)));
+                expansion.combine(&terms, args.outputs[0]);
             }
             (Op::BnReluDoubleBackward(_), args) => {
                 let i = &args.inputs;
@@ -36,7 +40,9 @@ pub fn expand(plan: &Plan) -> Plan {
                 let b_dot = expansion.filled(expansion.meta(i[1]).shared(), 0.0);
                 let y_dot = expansion.like(i[0]);
                 let [_, bar, g] = expansion.double([i[0], i[1], b_dot, i[2]], norm, [y_dot, x_bar, g_bar]);
-                expansion.add(bar, op.start.then(|| i[13]), x_bar);
+                let mut terms = vec![(1.0, bar), (1.0, expansion.last_term(norm, g))];
+                terms.extend(op.start.then(|| (1.0, i[12])));
+                expansion.combine(&terms, x_bar);
                 expansion.add(g, None, g_bar);
             }
             _ => expansion.plan.launches.push(launch.clone()),
@@ -91,10 +97,43 @@ impl Expansion {
         to
     }
 
+    fn combine(&mut self, terms: &[(f64, usize)], to: usize) {
+        let (coefs, inputs): (Vec<Coef>, Vec<usize>) = terms.iter().map(|(c, t)| (Coef::constant(*c), *t)).unzip();
+        self.push(LinComb::new(coefs).into(), &inputs, &[to]);
+    }
+
     /// `to = from + start`
     fn add(&mut self, from: usize, start: Option<usize>, to: usize) {
-        let terms: Vec<usize> = [from].into_iter().chain(start).collect();
-        self.push(LinComb::new(vec![Coef::ONE; terms.len()]).into(), &terms, &[to]);
+        let terms: Vec<(f64, usize)> = [from].into_iter().chain(start).map(|t| (1.0, t)).collect();
+        self.combine(&terms, to);
+    }
+
+    /// `g r x̂ ḡ/n` for `x, g, b, mean, var` and ḡ.
+    fn last_term(&mut self, norm: [usize; 5], g_bar: usize) -> usize {
+        let [x, g, _, mean, var] = norm;
+        let (meta, vector) = (self.meta(x), self.meta(g_bar));
+        let channels = vector.dims[0];
+        // `g r ḡ`: the batch norm of ḡ, seen as an activation of one pixel.
+        let pixel = Meta::activation(1, channels, 1, 1).with_branching(vector.per_branch);
+        let as_pixel = self.tensor(pixel);
+        let (scaled, factor) = (self.tensor(pixel), self.tensor(vector));
+        let zero = self.filled(vector.shared(), 0.0);
+        self.copy_as(g_bar, as_pixel);
+        self.push(BnEval { relu: false }.into(), &[as_pixel, g, zero, zero, var], &[scaled]);
+        self.copy_as(scaled, factor);
+        let term = self.tensor(meta.with_branching(meta.per_branch || vector.per_branch));
+        self.push(BnEval { relu: false }.into(), &[x, factor, zero, mean, var], &[term]);
+        let count = (meta.len() / channels) as f64;
+        let result = self.like(term);
+        self.combine(&[(1.0 / count, term)], result);
+        result
+    }
+
+    /// Copies a vector to an activation of one pixel, or back: the second buffer is seen as one of the first's kind.
+    fn copy_as(&mut self, from: usize, to: usize) {
+        let like = Buffer { meta: self.meta(from), ..self.plan.buffers[to] };
+        self.plan.buffers.push(like);
+        self.add(from, None, self.plan.buffers.len() - 1);
     }
 
     /// The cotangent of x from that of `relu(bn(x))`, of `x, g, b, mean, var`; of the shape of `like`.
@@ -130,28 +169,18 @@ impl Expansion {
         self.double([x_dot, g_dot, b_dot, x_dot], norm, [x_dot, x_dot, vector])[0]
     }
 
-    /// Mean of ẏ, `⟨x̂ẏ⟩` and `⟨(m dy − ⟨m dy⟩) ẏ⟩` for `next, g, b, mean, var` and dy.
-    fn tangent_sums(&mut self, y_dot: usize, norm: [usize; 5], dy: usize, results: [usize; 3]) {
-        let [next, g, _, mean, var] = norm;
+    /// Mean of ẏ and `⟨x̂ẏ⟩` for `next, mean, var`.
+    fn tangent_sums(&mut self, y_dot: usize, norm: [usize; 3], results: [usize; 2]) {
+        let [next, mean, var] = norm;
         let meta = self.meta(next);
         let count = (meta.len() / meta.dims[1]) as f64;
         let channels = self.meta(results[0]);
         let [scratch, other] = [self.tensor(channels), self.tensor(channels)];
         self.stats(y_dot, results[0], scratch);
         let dx = self.like(y_dot);
-        self.push(BnBackward { relu: false }.into(), &[y_dot, next, g, mean, var], &[dx, scratch, other]);
-        let per_pixel = LinComb::new(vec![Coef::constant(1.0 / count)]);
-        self.push(per_pixel.clone().into(), &[scratch], &[results[1]]);
-        // With x̂ = 0 and r = 1 the double backward's third result is `Σ m dy (ẏ − ⟨ẏ⟩)`.
-        let mask = self.recomputed(norm);
-        let vector = self.meta(g).shared();
-        let [zero, one] = [0.0, 1.0].map(|v| self.filled(vector, v));
-        let var = self.filled(vector, 1.0 - mlnt::ops::BN_EPS);
-        let nothing = self.filled(meta.shared(), 0.0);
-        let (y, x_bar) = (self.like(y_dot), self.like(y_dot));
-        let inputs = [y_dot, zero, zero, dy, nothing, one, zero, var, mask];
-        self.push(BnDoubleBackward { relu: true }.into(), &inputs, &[y, x_bar, scratch]);
-        self.push(per_pixel.into(), &[scratch], &[results[2]]);
+        let one = self.filled(channels.shared(), 1.0);
+        self.push(BnBackward { relu: false }.into(), &[y_dot, next, one, mean, var], &[dx, scratch, other]);
+        self.combine(&[(1.0 / count, scratch)], results[1]);
     }
 
     /// Mean and variance are those of a batch norm whose result nobody reads.
@@ -191,7 +220,12 @@ impl Expansion {
         }
         if let (Some(at), Some(operands)) = (op.dy_operand(), op.delta_operands()) {
             let [y, g, b, mean, var, ..] = operands.map(|at| i[at]);
-            i[at] = self.cotangent(i[at], [y, g, b, mean, var], i[at]);
+            let delta = self.cotangent(i[at], [y, g, b, mean, var], i[at]);
+            i[at] = match op.delta_result() {
+                Some(kept) => args.outputs[kept],
+                None => self.like(delta),
+            };
+            self.add(delta, op.residual_operand().map(|residual| args.inputs[residual]), i[at]);
         }
         let start = op.start_operand().map(|at| i[at]);
         let mut conv = |kind, a: usize, b: usize, start: Option<usize>, out: usize| {
@@ -217,15 +251,15 @@ impl Expansion {
                 conv(i[2], i[1], Some(first), out[0]);
             }
         }
+        let results = op.epilogue_results().map_or([0; 2], |at| at.map(|i| out[i]));
         match (op.epilogue, normed, op.epilogue_operands()) {
-            (Epilogue::Stats, ..) => self.stats(out[0], out[1], out[2]),
+            (Epilogue::Stats, ..) => self.stats(out[0], results[0], results[1]),
             (Epilogue::BackwardSums, Some(norm), _) => {
                 let dx = self.like(out[0]);
-                self.bn_backward(out[0], norm, [dx, out[2], out[3]]);
+                self.bn_backward(out[0], norm, [dx, results[0], results[1]]);
             }
             (Epilogue::TangentSums, _, Some(operands)) => {
-                let [next, g, b, mean, var, dy, _] = operands.map(|at| i[at]);
-                self.tangent_sums(out[0], [next, g, b, mean, var], dy, [out[1], out[2], out[3]]);
+                self.tangent_sums(out[0], operands.map(|at| i[at]), results);
             }
             _ => {}
         }

@@ -24,7 +24,7 @@ const PLAIN: [Pass; 2] = [batch_norm_relu::fuse, sums::accumulate];
 
 /// For the CUDA kernels. The order matters: pairs are found among plain convolutions, sums are pushed into what they became, and
 /// statistics and the sums of batch norms are those of a finished sum.
-const KERNELS: [Pass; 11] = [
+const KERNELS: [Pass; 12] = [
     batch_norm_relu::fuse,
     constants::share,
     tangent::join,
@@ -34,6 +34,7 @@ const KERNELS: [Pass; 11] = [
     sums::flatten,
     statistics::fuse,
     batch_norm_backward::sums,
+    batch_norm_backward::starts,
     batch_norm_backward::prologue,
     batch_norm_tangent::fuse,
 ];
