@@ -35,8 +35,8 @@ const KERNELS: [Pass; 12] = [
     statistics::fuse,
     batch_norm_backward::sums,
     batch_norm_backward::starts,
-    batch_norm_backward::prologue,
     batch_norm_tangent::fuse,
+    batch_norm_backward::prologue,
 ];
 
 /// Applies all passes.
