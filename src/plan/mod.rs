@@ -26,13 +26,16 @@ pub struct PlanOptions {
     pub kernels: bool,
     /// Keep activations and their cotangents in 16 bits, in the device's half-width type.
     pub half: bool,
+    /// Compute the cotangents of residual sums again for the second order instead of keeping them: a smaller arena, more bytes moved; only
+    /// with `kernels`.
+    pub recompute: bool,
     /// Run the work on branches in groups of at most this many, one group after the other; `None` takes all at a time.
     pub group: Option<usize>,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        PlanOptions { fuse: true, kernels: false, half: false, group: None }
+        PlanOptions { fuse: true, kernels: false, half: false, recompute: false, group: None }
     }
 }
 
@@ -159,7 +162,7 @@ impl Plan {
             groups::order(&mut graph)?;
         }
         if options.fuse {
-            fuse::fuse(&mut graph, options.kernels)?;
+            fuse::fuse(&mut graph, options)?;
         }
         graph.remove_dead();
         if options.half {

@@ -7,12 +7,14 @@ mod batch_norm_tangent;
 mod constants;
 mod lin_combs;
 mod recompute;
+mod residual_chain;
 mod statistics;
 mod sums;
 mod tangent;
 
 pub(super) use lin_combs::{gather, group_lin_combs};
 
+use super::PlanOptions;
 use super::graph::Graph;
 use crate::error::Result;
 
@@ -43,9 +45,10 @@ const KERNELS: [Pass; 12] = [
 ///
 /// # Errors
 /// When a pass leaves a graph that does not hold together: its defect.
-pub(super) fn fuse(graph: &mut Graph, kernels: bool) -> Result<()> {
-    let passes: &[Pass] = if kernels { &KERNELS } else { &PLAIN };
-    passes.iter().try_for_each(|pass| {
+pub(super) fn fuse(graph: &mut Graph, options: &PlanOptions) -> Result<()> {
+    let passes: &[Pass] = if options.kernels { &KERNELS } else { &PLAIN };
+    let chain: &[Pass] = if options.kernels && options.recompute { &[residual_chain::recompute] } else { &[] };
+    passes.iter().chain(chain).try_for_each(|pass| {
         pass(graph);
         graph.remove_dead();
         graph.check()
