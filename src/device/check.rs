@@ -54,10 +54,11 @@ fn check_places(plan: &Plan) -> std::result::Result<(), String> {
         if !inside {
             return Err(format!("a tensor ({meta}) does not lie in its memory, or is a state of indices"));
         }
-        if buffer.half
-            && !matches!((buffer.place, meta.kind, meta.dtype), (Place::Arena(_), Kind::Activation, DType::Real))
-        {
-            return Err(format!("a tensor ({meta}) takes 16 bits and is no activation in the arena"));
+        let may = meta.kind == Kind::Activation || (meta.kind == Kind::Weight && meta.per_branch);
+        if buffer.half && !(may && matches!((buffer.place, meta.dtype), (Place::Arena(_), DType::Real))) {
+            return Err(format!(
+                "a tensor ({meta}) takes 16 bits and is no activation or weight per branch in the arena"
+            ));
         }
     }
     if plan.outputs.iter().any(|port| port.buffer.is_some_and(|b| plan.buffers[b].half)) {

@@ -24,7 +24,7 @@ pub struct PlanOptions {
     pub fuse: bool,
     /// Fuse further, to operations that only the CUDA kernels know (`ops::fused`); without `fuse` it does nothing.
     pub kernels: bool,
-    /// Keep activations and their cotangents in 16 bits, in the device's half-width type.
+    /// Keep activations, their cotangents and weights per branch in 16 bits, in the device's half-width type.
     pub half: bool,
     /// Compute the cotangents of residual sums again for the second order instead of keeping them: a smaller arena, more bytes moved; only
     /// with `kernels`.
@@ -55,7 +55,7 @@ pub enum Place {
 pub struct Buffer {
     /// Shape, kind, element type, branching.
     pub meta: Meta,
-    /// Its reals take 16 bits; only activations in the arena.
+    /// Its reals take 16 bits; only activations, and weights per branch, in the arena.
     pub half: bool,
     /// The first branch that it holds; 0 for a shared tensor.
     pub first: usize,
