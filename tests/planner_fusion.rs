@@ -15,9 +15,9 @@ use mlnt::plan::{Launch, Plan, PlanOptions};
 use mlnt::tape::{Coef, Fan, Kind, Meta, Tape};
 
 const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
-const PLAIN: PlanOptions = PlanOptions { fuse: false, kernels: false, half: false, group: None };
-const FUSED: PlanOptions = PlanOptions { fuse: true, kernels: false, half: false, group: None };
-const KERNELS: PlanOptions = PlanOptions { fuse: true, kernels: true, half: false, group: None };
+const PLAIN: PlanOptions = PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None };
+const FUSED: PlanOptions = PlanOptions { fuse: true, kernels: false, half: false, recompute: false, group: None };
+const KERNELS: PlanOptions = PlanOptions { fuse: true, kernels: true, half: false, recompute: false, group: None };
 
 /// A network with an identity and a projection in every stage but the first, which has two identities.
 fn model(arch: Arch) -> ModelSpec {

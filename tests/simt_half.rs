@@ -18,7 +18,7 @@ use mlnt::plan::{Plan, PlanOptions};
 use mlnt::tape::{Coef, DType, Kind, Meta, Tape, Tensor};
 
 const HALVES: [Operands; 2] = [Operands::F16, Operands::Bf16];
-const UNFUSED: PlanOptions = PlanOptions { fuse: false, kernels: false, half: false, group: None };
+const UNFUSED: PlanOptions = PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None };
 const HALF: PlanOptions = PlanOptions { half: true, ..UNFUSED };
 
 fn rounded(operands: Operands, v: f64) -> f64 {

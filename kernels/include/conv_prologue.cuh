@@ -52,6 +52,8 @@ DEVICE PairFactors pair_factors(const ConvPair& pair, int64_t branch, uint32_t c
     return {norm, slope, fmaf(-slope, mean, rest)};
 }
 
+constexpr int SLICE = 32;  // channels that a direct kernel loads at a time
+
 // The factors of neighbouring channels, so that a thread loads those of eight without meeting another's banks.
 template <int CHANNELS>
 struct FactorTable {
@@ -80,37 +82,77 @@ struct Source {
     int32_t half;
 };
 
-// Eight elements as they are loaded: of the given tensor and, in a pair, of the other.
-struct Loaded {
-    Chunk of, with;
-    bool inside;
+// Eight elements at a time of an operand that is made of others as it is loaded. What is loaded waits in registers until there is
+// time for it.
+template <class Operand, Pair PAIR, bool PAIRS>
+struct Prologue {
+    Source of;
+    Made made;
+
+    struct Loaded {
+        Chunk of;
+        bool inside;
+    };
+    DEVICE Loaded load(uint32_t offset, bool inside, const FactorTable<SLICE>&, int) const {
+        return {inside ? chunk_load<Operand>(of.at, of.branch + offset, of.half) : Chunk{}, inside};
+    }
+    // Rounds what is loaded, `channel` the first of its channels in the table; zeros stay for what is not inside.
+    DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
+        if (!loaded.inside || made == Made::PLAIN) return chunk_round<Operand>(loaded.of, of.half, loaded.inside);
+        float v[8];
+        chunk_decode<Operand>(v, loaded.of, of.half);
+        for (int i = 0; i < 8; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
+        return chunk_encode<Operand>(v);
+    }
+    // Whether nothing is to be done to it.
+    DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
 
-template <class Operand, bool PAIRS>
-DEVICE Loaded load_pair(const Source& of, const Source& with, Made made, uint32_t offset, bool inside) {
-    Loaded loaded = {{}, {}, inside};
-    if (!inside) return loaded;
-    loaded.of = chunk_load<Operand>(of.at, of.branch + offset, of.half);
-    if (PAIRS && made == Made::PAIR) loaded.with = chunk_load<Operand>(with.at, with.branch + offset, with.half);
-    return loaded;
-}
+// There are registers for two tensors of 16 bits. Wider ones are rounded at once.
+template <class Operand, Pair PAIR>
+struct Prologue<Operand, PAIR, true> {
+    Source of, with;
+    Made made;
 
-// Rounds eight elements, `channel` the first of theirs in the table; zeros stay for what is not inside.
-template <class Operand, Pair PAIR, bool PAIRS, int CHANNELS>
-DEVICE uint4 chunk_round(const Loaded& loaded, int half, int with_half, Made made, const FactorTable<CHANNELS>& factors,
-                         int channel) {
-    if (!loaded.inside || made == Made::PLAIN) return chunk_round<Operand>(loaded.of, half, loaded.inside);
-    float v[8];
-    chunk_decode<Operand>(v, loaded.of, half);
-    if (made == Made::NORM) {
-        for (int i = 0; i < 8; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
+    struct Loaded {
+        uint4 of, with;
+        bool inside;
+    };
+    DEVICE bool waits() const { return of.half && (made != Made::PAIR || with.half); }
+    DEVICE Loaded load(uint32_t offset, bool inside, const FactorTable<SLICE>& factors, int channel) const {
+        if (!inside) return {{}, {}, false};
+        const Chunk mine = chunk_load<Operand>(of.at, of.branch + offset, of.half);
+        Chunk other = {};
+        if (made == Made::PAIR) other = chunk_load<Operand>(with.at, with.branch + offset, with.half);
+        if (waits()) return {mine.low, other.low, true};
+        return {made_of(mine, of.half, other, with.half, factors, channel), {}, true};
     }
-    if constexpr (PAIRS) {
-        if (made == Made::PAIR) {
-            float x[8];
-            chunk_decode<Operand>(x, loaded.with, with_half);
+    DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
+        if (!loaded.inside) return {};
+        if (!waits() || made == Made::PLAIN) return loaded.of;
+        return made_of({loaded.of, {}}, 1, {loaded.with, {}}, 1, factors, channel);
+    }
+    DEVICE uint4 made_of(const Chunk& mine, int half, const Chunk& other, int other_half,
+                         const FactorTable<SLICE>& factors, int channel) const {
+        float v[8], x[8];
+        chunk_decode<Operand>(v, mine, half);
+        if (made == Made::NORM) {
+            for (int i = 0; i < 8; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
+        } else if (made == Made::PAIR) {
+            chunk_decode<Operand>(x, other, other_half);
             for (int i = 0; i < 8; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
         }
+        return chunk_encode<Operand>(v);
     }
-    return chunk_encode<Operand>(v);
+    DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
+};
+
+// That of a tensor, and of the other of a pair, in a branch.
+template <class Operand, Pair PAIR, bool PAIRS>
+DEVICE Prologue<Operand, PAIR, PAIRS> prologue(const Source& of, const ConvPair& pair, int64_t branch, Made made) {
+    if constexpr (PAIRS) {
+        return {of, {pair.at, branch * pair.branch, pair.half}, made};
+    } else {
+        return {of, made};
+    }
 }

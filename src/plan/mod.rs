@@ -24,15 +24,18 @@ pub struct PlanOptions {
     pub fuse: bool,
     /// Fuse further, to operations that only the CUDA kernels know (`ops::fused`); without `fuse` it does nothing.
     pub kernels: bool,
-    /// Keep activations and their cotangents in 16 bits, in the device's half-width type.
+    /// Keep activations, their cotangents and weights per branch in 16 bits, in the device's half-width type.
     pub half: bool,
+    /// Compute the cotangents of residual sums again for the second order instead of keeping them: a smaller arena, more bytes moved; only
+    /// with `kernels`.
+    pub recompute: bool,
     /// Run the work on branches in groups of at most this many, one group after the other; `None` takes all at a time.
     pub group: Option<usize>,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        PlanOptions { fuse: true, kernels: false, half: false, group: None }
+        PlanOptions { fuse: true, kernels: false, half: false, recompute: false, group: None }
     }
 }
 
@@ -52,7 +55,7 @@ pub enum Place {
 pub struct Buffer {
     /// Shape, kind, element type, branching.
     pub meta: Meta,
-    /// Its reals take 16 bits; only activations in the arena.
+    /// Its reals take 16 bits; only activations, and weights per branch, in the arena.
     pub half: bool,
     /// The first branch that it holds; 0 for a shared tensor.
     pub first: usize,
@@ -159,7 +162,7 @@ impl Plan {
             groups::order(&mut graph)?;
         }
         if options.fuse {
-            fuse::fuse(&mut graph, options.kernels)?;
+            fuse::fuse(&mut graph, options)?;
         }
         graph.remove_dead();
         if options.half {
