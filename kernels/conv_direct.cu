@@ -118,7 +118,7 @@ DEVICE Slice<FORM, Operand, PAIRS> slice_of(const ConvProduct& p, uint32_t branc
                       : FORM == Form::FPROP && term.norm != 0 ? Made::NORM
                                                               : Made::PLAIN;
     const Source image = {term.image, step.branch * term.image_branch, term.image_half};
-    return {prologue<Operand, IMAGE_PAIR<FORM>, PAIRS>(image, p.image, step.branch, made),
+    return {{image, step.branch, made},
             {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, step.inner_tile * SLICE};
 }
 
@@ -179,10 +179,12 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const auto load = [&](const Halo& from, const Piece& slice, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
-        return slice.image.load(offset, inside, tables.image[slot], channel);
+        uint16_t* place = from.place(halos + slot * slot_elements);
+        return slice.image.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
     const auto store = [&](const Piece& slice, uint32_t slot, const auto& loaded) {
-        halo.put(halos + slot * slot_elements, slice.image.round(loaded, tables.image[slot], channel));
+        uint16_t* to = halos + slot * slot_elements;
+        halo.put(to, slice.image.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
     // Begins to copy a whole halo if nothing is to be done to it.

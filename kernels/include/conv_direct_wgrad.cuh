@@ -75,20 +75,20 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const auto begin = [&](uint32_t i) {
         const ConvStep step = step_of(i);
         patch = patch_of<Form::WGRAD>(p, step.inner_tile);
-        x = prologue<Operand, Pair::TANGENT, PAIRS>({term.image, step.branch * term.image_branch, term.image_half},
-                                                    p.image, step.branch, x_made);
-        dy = prologue<Operand, Pair::DELTA, PAIRS>({term.matrix, step.branch * term.matrix_branch, term.matrix_half},
-                                                   p.matrix, step.branch, dy_made);
+        x = {{term.image, step.branch * term.image_branch, term.image_half}, step.branch, x_made};
+        dy = {{term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, dy_made};
         halo.begin(p);
         dy_at = threadIdx.x / CHUNKS;
     };
     const auto load_x = [&](const Halo& from, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, c + channel, offset);
-        return x.load(offset, inside, tables.image[slot], channel);
+        uint16_t* place = from.place(slots + slot * slot_elements);
+        return x.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
     const auto store_x = [&](uint32_t slot, const auto& loaded) {
-        halo.put(slots + slot * slot_elements, x.round(loaded, tables.image[slot], channel));
+        uint16_t* to = slots + slot * slot_elements;
+        halo.put(to, x.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
     const auto dy_inside = [&](uint32_t at, uint32_t& offset) {
@@ -96,14 +96,27 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         offset = row * uint32_t(p.rows) + uint32_t(k + channel);
         return row != NO_ROW && k + channel < p.rows;
     };
+    // Whether this block stores delta: one of those that read the same does. Of a delta that is the same in all branches the first.
+    const auto keeps = [&] {
+        return PAIRS && p.matrix.kept && place.column_tile == 0 && (p.matrix.kept_branch != 0 || dy.branch == 0);
+    };
+    const auto dy_place = [&](uint32_t at, uint32_t slot) {
+        return slots + slot * slot_elements + halo_elements + at * PIXEL + channel;
+    };
     const auto load_dy = [&](uint32_t at, uint32_t slot) {
         uint32_t offset;
         const bool inside = dy_inside(at, offset);
-        return dy.load(offset, inside, tables.matrix[slot], channel);
+        return dy.load(p.matrix, keeps(), offset, inside, tables.matrix[slot], channel, dy_place(at, slot));
     };
     const auto store_dy = [&](uint32_t slot, const auto& loaded) {
-        uint16_t* to = slots + slot * slot_elements + halo_elements + dy_at * PIXEL + channel;
-        *reinterpret_cast<uint4*>(to) = dy.round(loaded, tables.matrix[slot], channel);
+        uint16_t* to = dy_place(dy_at, slot);
+        const uint4 coded = dy.round(p.matrix, keeps(), loaded, tables.matrix[slot], channel, to);
+        *reinterpret_cast<uint4*>(to) = coded;
+        if (keeps() && p.matrix.kept_half) {
+            uint32_t offset;
+            uint16_t* kept = static_cast<uint16_t*>(p.matrix.kept) + dy.branch * p.matrix.kept_branch;
+            if (dy_inside(dy_at, offset)) *reinterpret_cast<uint4*>(kept + offset) = coded;
+        }
         dy_at += ABREAST;
     };
     // Begins to copy what needs nothing done to it.

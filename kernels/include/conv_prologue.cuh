@@ -3,7 +3,7 @@
 //
 //   norm     relu(bn(x))
 //   tangent  m (g r (ẋ − ⟨ẋ⟩ − x̂ρ) + ġ x̂ + ḃ)     of the pair ẋ, x
-//   delta    g r (m dy − db/n − x̂ dg/n)             of the pair dy, y
+//   delta    R + g r (m dy − db/n − x̂ dg/n)         of the pair dy, y; R: the residual term, if there is one
 //
 // A pair's element is affine in both of its tensors: `scale·t + slope·x + rest`, with scale = g r as in bn(x). Each constant is rounded
 // once, so that it costs no more digits than the given mean had, and ends in one rounding each.
@@ -87,17 +87,19 @@ struct Source {
 template <class Operand, Pair PAIR, bool PAIRS>
 struct Prologue {
     Source of;
+    uint32_t branch;
     Made made;
 
     struct Loaded {
         Chunk of;
         bool inside;
     };
-    DEVICE Loaded load(uint32_t offset, bool inside, const FactorTable<SLICE>&, int) const {
+    DEVICE Loaded load(const ConvPair&, bool, uint32_t offset, bool inside, const FactorTable<SLICE>&, int, uint16_t*) const {
         return {inside ? chunk_load<Operand>(of.at, of.branch + offset, of.half) : Chunk{}, inside};
     }
     // Rounds what is loaded, `channel` the first of its channels in the table; zeros stay for what is not inside.
-    DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
+    DEVICE uint4 round(const ConvPair&, bool, const Loaded& loaded, const FactorTable<SLICE>& factors, int channel,
+                       const uint16_t*) const {
         if (!loaded.inside || made == Made::PLAIN) return chunk_round<Operand>(loaded.of, of.half, loaded.inside);
         float v[8];
         chunk_decode<Operand>(v, loaded.of, of.half);
@@ -108,51 +110,72 @@ struct Prologue {
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
 
-// There are registers for two tensors of 16 bits. Wider ones are rounded at once.
+// There are registers for two tensors of 16 bits; the residual term waits in shared memory where what is made of them will lie. Wider
+// ones are rounded at once.
 template <class Operand, Pair PAIR>
 struct Prologue<Operand, PAIR, true> {
-    Source of, with;
+    Source of;
+    uint32_t branch;
     Made made;
 
     struct Loaded {
         uint4 of, with;
         bool inside;
     };
-    DEVICE bool waits() const { return of.half && (made != Made::PAIR || with.half); }
-    DEVICE Loaded load(uint32_t offset, bool inside, const FactorTable<SLICE>& factors, int channel) const {
+    DEVICE bool has_residual(const ConvPair& pair) const {
+        return PAIR == Pair::DELTA && made == Made::PAIR && pair.residual;
+    }
+    DEVICE bool waits(const ConvPair& pair, bool keeps) const {
+        const bool wide = made == Made::PAIR && (!pair.half || (has_residual(pair) && !pair.residual_half));
+        return of.half && !wide && !(PAIR == Pair::DELTA && keeps && !pair.kept_half);
+    }
+    // `keeps`: what is made is stored as well; here, if in 32 bits.
+    DEVICE Loaded load(const ConvPair& pair, bool keeps, uint32_t offset, bool inside, const FactorTable<SLICE>& factors,
+                       int channel, uint16_t* place) const {
         if (!inside) return {{}, {}, false};
         const Chunk mine = chunk_load<Operand>(of.at, of.branch + offset, of.half);
         Chunk other = {};
-        if (made == Made::PAIR) other = chunk_load<Operand>(with.at, with.branch + offset, with.half);
-        if (waits()) return {mine.low, other.low, true};
-        return {made_of(mine, of.half, other, with.half, factors, channel), {}, true};
+        if (made == Made::PAIR) other = chunk_load<Operand>(pair.at, branch * pair.branch + offset, pair.half);
+        const int64_t residual = branch * pair.residual_branch + offset;
+        if (waits(pair, keeps)) {
+            if (has_residual(pair)) copy_async(place, static_cast<const uint16_t*>(pair.residual) + residual, true);
+            return {mine.low, other.low, true};
+        }
+        float v[8];
+        make(v, mine, of.half, other, pair.half, factors, channel);
+        if (has_residual(pair)) add(v, chunk_load<Operand>(pair.residual, residual, pair.residual_half), pair.residual_half);
+        if (PAIR == Pair::DELTA && keeps && !pair.kept_half) {
+            eight_to(static_cast<float*>(pair.kept) + branch * pair.kept_branch + offset, v);
+        }
+        return {chunk_encode<Operand>(v), {}, true};
     }
-    DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
+    DEVICE uint4 round(const ConvPair& pair, bool keeps, const Loaded& loaded, const FactorTable<SLICE>& factors, int channel,
+                       const uint16_t* place) const {
         if (!loaded.inside) return {};
-        if (!waits() || made == Made::PLAIN) return loaded.of;
-        return made_of({loaded.of, {}}, 1, {loaded.with, {}}, 1, factors, channel);
+        if (!waits(pair, keeps) || made == Made::PLAIN) return loaded.of;
+        float v[8];
+        make(v, {loaded.of, {}}, 1, {loaded.with, {}}, 1, factors, channel);
+        if (has_residual(pair)) {
+            copies_done();
+            add(v, {*reinterpret_cast<const uint4*>(place), {}}, 1);
+        }
+        return chunk_encode<Operand>(v);
     }
-    DEVICE uint4 made_of(const Chunk& mine, int half, const Chunk& other, int other_half,
-                         const FactorTable<SLICE>& factors, int channel) const {
-        float v[8], x[8];
+    DEVICE void make(float (&v)[8], const Chunk& mine, int half, const Chunk& other, int other_half,
+                     const FactorTable<SLICE>& factors, int channel) const {
         chunk_decode<Operand>(v, mine, half);
         if (made == Made::NORM) {
             for (int i = 0; i < 8; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
         } else if (made == Made::PAIR) {
+            float x[8];
             chunk_decode<Operand>(x, other, other_half);
             for (int i = 0; i < 8; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
         }
-        return chunk_encode<Operand>(v);
+    }
+    static DEVICE void add(float (&v)[8], const Chunk& chunk, int half) {
+        float more[8];
+        chunk_decode<Operand>(more, chunk, half);
+        for (int i = 0; i < 8; ++i) v[i] += more[i];
     }
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
-
-// That of a tensor, and of the other of a pair, in a branch.
-template <class Operand, Pair PAIR, bool PAIRS>
-DEVICE Prologue<Operand, PAIR, PAIRS> prologue(const Source& of, const ConvPair& pair, int64_t branch, Made made) {
-    if constexpr (PAIRS) {
-        return {of, {pair.at, branch * pair.branch, pair.half}, made};
-    } else {
-        return {of, made};
-    }
-}

@@ -66,11 +66,43 @@ struct Pair {
     norm: [Operand; 4],
     /// Of delta `dg, db`, of a tangent `ġ, ḃ, ⟨ẋ⟩, ρ`.
     vectors: Vec<Operand>,
+    /// A further term of delta.
+    residual: Option<Operand>,
+    /// Where delta is stored.
+    kept: Option<Operand>,
 }
 
 impl Pair {
+    /// What it is made of beside the given tensor.
     fn operands(&self) -> impl Iterator<Item = &Operand> {
-        [&self.with].into_iter().chain(&self.norm).chain(&self.vectors)
+        [&self.with].into_iter().chain(&self.norm).chain(&self.vectors).chain(&self.residual)
+    }
+
+    /// The activations that it reads beside the given one, and that it makes.
+    fn activations(&self) -> impl Iterator<Item = &Operand> {
+        [&self.with].into_iter().chain(&self.residual).chain(&self.kept)
+    }
+
+    /// Its parameters; `count`: samples and pixels that a sum is over.
+    fn lower(&self, count: usize) -> ConvPair {
+        let mut pair = ConvPair {
+            at: self.with.at,
+            branch: self.with.branch,
+            norm: ConvNorm::of_four(&self.norm),
+            half: self.with.half.into(),
+            count: count as f32,
+            ..ConvPair::zeroed()
+        };
+        for (i, vector) in self.vectors.iter().enumerate() {
+            (pair.vectors[i], pair.vector_branches[i]) = (vector.at, vector.branch);
+        }
+        if let Some(o) = &self.residual {
+            (pair.residual, pair.residual_branch, pair.residual_half) = (o.at, o.branch, o.half.into());
+        }
+        if let Some(o) = &self.kept {
+            (pair.kept, pair.kept_branch, pair.kept_half) = (o.at, o.branch, o.half.into());
+        }
+        pair
     }
 }
 
@@ -79,13 +111,12 @@ enum Found {
     Nothing,
     /// Mean and variance.
     Statistics([Operand; 2]),
-    /// With what a batch norm normalises and its `g, b, mean, var`.
+    /// Sums with what a batch norm normalises, its gain and bias if the mask of a ReLU behind it counts, its mean and variance.
     Sums {
         next: Operand,
-        norm: [Operand; 4],
-        /// Of a tangent: the cotangent behind the ReLU, and its sum.
-        dy: Option<[Operand; 2]>,
-        results: Vec<Operand>,
+        gain: Option<[Operand; 2]>,
+        moments: [Operand; 2],
+        results: [Operand; 2],
     },
 }
 
@@ -94,17 +125,17 @@ impl Found {
         match self {
             Found::Nothing => Vec::new(),
             Found::Statistics(results) => results.iter().collect(),
-            Found::Sums { next, norm, dy, results } => {
-                [next].into_iter().chain(norm).chain(dy.iter().flatten()).chain(results).collect()
+            Found::Sums { next, gain, moments, results } => {
+                [next].into_iter().chain(gain.iter().flatten()).chain(moments).chain(results).collect()
             }
         }
     }
 
-    /// The activations that it reads.
-    fn activations(&self) -> Vec<&Operand> {
+    /// The activation that it reads.
+    fn next(&self) -> Option<&Operand> {
         match self {
-            Found::Sums { next, dy, .. } => [next].into_iter().chain(dy.iter().map(|[dy, _]| dy)).collect(),
-            _ => Vec::new(),
+            Found::Sums { next, .. } => Some(next),
+            _ => None,
         }
     }
 
@@ -112,8 +143,7 @@ impl Found {
     fn results(&self) -> &[Operand] {
         match self {
             Found::Nothing => &[],
-            Found::Statistics(results) => results,
-            Found::Sums { results, .. } => results,
+            Found::Statistics(results) | Found::Sums { results, .. } => results,
         }
     }
 }
@@ -168,15 +198,15 @@ impl Job<'_> {
     /// All tensors.
     fn operands(&self) -> impl Iterator<Item = &Operand> {
         let norm = self.norm.iter().flat_map(|(_, operands)| operands);
-        let pairs = self.pairs().flat_map(Pair::operands);
+        let pairs = self.pairs().flat_map(|pair| pair.operands().chain(&pair.kept));
         let given = self.terms.iter().flatten().chain(norm).chain(pairs);
         given.chain(&self.start).chain([&self.out]).chain(self.found.operands())
     }
 
     /// Those with eight neighbours of which the direct kernels do something at a time.
     fn tensors(&self) -> impl Iterator<Item = &Operand> {
-        let pairs = self.pairs().map(|pair| &pair.with);
-        self.terms.iter().flatten().chain(pairs).chain(&self.start).chain([&self.out]).chain(self.found.activations())
+        let pairs = self.pairs().flat_map(Pair::activations);
+        self.terms.iter().flatten().chain(pairs).chain(&self.start).chain([&self.out]).chain(self.found.next())
     }
 
     /// Segments of all terms.
@@ -268,29 +298,24 @@ impl Job<'_> {
             };
         }
         if let Some((_, norm)) = &self.norm {
-            product.norm = ConvNorm::new(norm);
+            product.norm = ConvNorm::of_four(norm);
         }
         let count = g.n * g.p * g.q;
-        let pair = |pair: &Pair| ConvPair::new(&pair.with, &pair.norm, &pair.vectors, count);
+        let pair = |pair: &Pair| pair.lower(count);
         product.image = self.image.as_ref().map_or(ConvPair::zeroed(), pair);
         product.matrix = self.matrix.as_ref().map_or(ConvPair::zeroed(), pair);
         match &self.found {
             Found::Nothing => {}
             Found::Statistics([mean, var]) => (product.mean, product.var) = (mean.at, var.at),
-            Found::Sums { next, norm, dy, results } => {
-                let mut sums = ConvSums {
+            Found::Sums { next, gain, moments, results } => {
+                product.sums = ConvSums {
                     next: next.at,
                     next_branch: next.branch,
+                    norm: ConvNorm::new(gain.as_ref(), moments),
+                    results: results.map(|result| result.at),
                     next_half: next.half.into(),
-                    norm: ConvNorm::new(norm),
-                    ..ConvSums::zeroed()
+                    unused: 0,
                 };
-                if let Some([dy, db]) = dy {
-                    (sums.dy, sums.dy_branch, sums.dy_half) = (dy.at, dy.branch, dy.half.into());
-                    (sums.db, sums.db_branch) = (db.at, db.branch);
-                }
-                results.iter().enumerate().for_each(|(i, result)| sums.results[i] = result.at);
-                product.sums = sums;
             }
         }
         let columns = column_tiles * branches;
@@ -321,8 +346,8 @@ fn splits(tiling: &Tiling, tiles: usize, iterations: usize, beside: Beside) -> u
     wanted.min(worth).min(fit).max(1)
 }
 
-/// Refuses what the kernels' numbers have no room for, halves where the operand type has none, and what is found of a shared result
-/// with tensors per branch, or of a result per branch for all branches together.
+/// Refuses what the kernels' numbers have no room for, halves where the operand type has none, what is found of a shared result
+/// with tensors per branch, or of a result per branch for all branches together, and a delta that is kept for other branches than it has.
 fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_>) -> Result<()> {
     if g.h.max(g.w) + 2 * g.pad > MOST_PADDED_SIDE || g.stride > MOST_STRIDE {
         let what = format!("padding {} or stride {} is too large for its kernel", g.pad, g.stride);
@@ -339,6 +364,14 @@ fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_
     if read || made.iter().any(|o| o.meta.per_branch != branched) {
         let what = "what is found of a result must be per branch as it is, of operands that are no more so";
         return Err(Error::shape(name, format!("{what} ({})", lowering.label)));
+    }
+    let given = &job.terms[0][1].meta;
+    for (pair, kept) in job.matrix.iter().filter_map(|pair| Some((pair, pair.kept?))) {
+        let made = given.per_branch || pair.operands().any(|o| o.meta.per_branch);
+        if kept.meta.per_branch != made {
+            let what = "a cotangent that is kept must be per branch as it is";
+            return Err(Error::shape(name, format!("{what} ({})", lowering.label)));
+        }
     }
     Ok(())
 }
@@ -450,33 +483,30 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
     let start = op.start_operand().map(operand);
     let tangent = || {
         let vectors = op.tangent_operands()?.map(operand).to_vec();
-        Some(Pair { with: x, norm: norm?, vectors })
+        Some(Pair { with: x, norm: norm?, vectors, residual: None, kept: None })
     };
     // Of x as it is given, unless the form takes its tangent.
     let norm_of = |term| norm.filter(|_| !op.tangent || op.form == ConvForm::Tangent).map(|norm| (term, norm));
     let delta = || {
         let [y, g, b, mean, var, dg, db] = op.delta_operands()?.map(operand);
-        Some(Pair { with: y, norm: [g, b, mean, var], vectors: vec![dg, db] })
+        let residual = op.residual_operand().map(operand);
+        Some(Pair { with: y, norm: [g, b, mean, var], vectors: vec![dg, db], residual, kept: None })
     };
-    let first_result = match op.form {
-        ConvForm::Fprop | ConvForm::Wgrad | ConvForm::Tangent => 1,
-        ConvForm::Backward => 2,
-    };
-    let found = match (op.epilogue, norm) {
-        (Epilogue::Stats, _) => Found::Statistics([0, 1].map(|i| result(first_result + i))),
-        (Epilogue::BackwardSums, Some(norm)) => {
-            let results = [0, 1].map(|i| result(first_result + i)).to_vec();
-            Found::Sums { next: x, norm, dy: None, results }
-        }
-        (Epilogue::TangentSums, _) => match op.epilogue_operands().map(|at| at.map(operand)) {
-            Some([next, g, b, mean, var, dy, db]) => {
-                let results = [0, 1, 2].map(|i| result(first_result + i)).to_vec();
-                Found::Sums { next, norm: [g, b, mean, var], dy: Some([dy, db]), results }
+    // The weight gradient reads every element of dy as often as every other, and stores it.
+    let kept_delta = || Some(Pair { kept: op.delta_result().map(result), ..delta()? });
+    let sums = || {
+        let found = op.epilogue_results()?.map(result);
+        Some(match (op.epilogue, norm, op.epilogue_operands().map(|at| at.map(operand))) {
+            (Epilogue::BackwardSums, Some([g, b, mean, var]), _) => {
+                Found::Sums { next: x, gain: Some([g, b]), moments: [mean, var], results: found }
             }
-            None => Found::Nothing,
-        },
-        _ => Found::Nothing,
+            (Epilogue::TangentSums, _, Some([next, mean, var])) => {
+                Found::Sums { next, gain: None, moments: [mean, var], results: found }
+            }
+            _ => Found::Statistics(found),
+        })
     };
+    let found = sums().unwrap_or(Found::Nothing);
     match op.form {
         ConvForm::Fprop => {
             let terms = [[operand(0), operand(1)]];
@@ -491,7 +521,11 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
         ConvForm::Wgrad => {
             let terms = [[operand(0), operand(1)]];
             let plain = Job::plain(ConvKind::Wgrad, geom, &terms, result(0));
-            launch(lowering, op.name(), &[Job { norm: norm_of(0), image: tangent(), matrix: delta(), start, ..plain }])
+            launch(
+                lowering,
+                op.name(),
+                &[Job { norm: norm_of(0), image: tangent(), matrix: kept_delta(), start, ..plain }],
+            )
         }
         ConvForm::Backward => {
             let (x, w, dy) = (operand(0), operand(1), operand(2));
@@ -499,7 +533,7 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
             let dgrad = Job::plain(ConvKind::Dgrad, geom, &to_x, result(0));
             let wgrad = Job::plain(ConvKind::Wgrad, geom, &to_w, result(1));
             let dgrad = Job { image: delta(), start, found, ..dgrad };
-            let wgrad = Job { norm: norm_of(0), image: tangent(), matrix: delta(), ..wgrad };
+            let wgrad = Job { norm: norm_of(0), image: tangent(), matrix: kept_delta(), ..wgrad };
             launch(lowering, op.name(), &[dgrad, wgrad])
         }
     }
