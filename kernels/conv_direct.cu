@@ -46,16 +46,12 @@ struct Weights {
     static_assert(HELD <= SLICE / 16);
     static_assert(WIDTH * SLICE / LINE * PITCH <= ELEMENTS);
     Chunk held;
-    const void* from;
-    int64_t branch;
+    Source from;
     uint32_t at[HELD];  // of tap (0, 0), or NO_ROW
-    int32_t half;
 
     // Turns to the weights of a slice.
     DEVICE void begin(const ConvProduct& p, const Source& w, uint32_t column, uint32_t slice) {
-        from = w.at;
-        branch = w.branch;
-        half = w.half;
+        from = w;
         for (int i = 0; i < HELD; ++i) {
             const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
             const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
@@ -71,13 +67,12 @@ struct Weights {
     }
     // Loads and stores part `i` of HELD.
     DEVICE void load(const ConvProduct& p, uint32_t filter_pixel, int i) {
-        const int64_t element = branch + (at[i] + filter_pixel * channels(p));
-        held = at[i] != NO_ROW ? chunk_load<Operand>(from, element, half) : Chunk{};
+        held = at[i] != NO_ROW ? from.load<Operand>(at[i] + filter_pixel * channels(p)) : Chunk{};
     }
     DEVICE void store(uint16_t* to, int i) const {
         const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
         const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
-        *reinterpret_cast<uint4*>(to + line * PITCH + along) = chunk_round<Operand>(held, half, at[i] != NO_ROW);
+        *reinterpret_cast<uint4*>(to + line * PITCH + along) = chunk_round<Operand>(held, from.half, at[i] != NO_ROW);
     }
 };
 
@@ -105,7 +100,6 @@ template <Form FORM, class Operand, bool PAIRS>
 struct Slice {
     Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image;
     Source matrix;
-    int64_t branch;
     uint32_t first;  // channel
 };
 
@@ -119,7 +113,7 @@ DEVICE Slice<FORM, Operand, PAIRS> slice_of(const ConvProduct& p, uint32_t branc
                                                               : Made::PLAIN;
     const Source image = {term.image, step.branch * term.image_branch, term.image_half};
     return {{image, step.branch, made},
-            {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, step.inner_tile * SLICE};
+            {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.inner_tile * SLICE};
 }
 
 // The present place in a walk over the taps of a patch.
@@ -164,10 +158,13 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
     const uint32_t column = place.column_tile * WIDTH;
 
+    // Of the tile's rows this thread's own, which is all that is known of the patch's place in the result when the product is done.
+    static_assert(PATCH == DIRECT_THREADS);
+    const uint32_t own_row = row_of(p, patch, pixel_of(p, int(threadIdx.x)));
     tables.describe(p, patch.pixel_step);
     for (uint32_t i = 0; i < 2 && i < count; ++i) {
         const auto slice = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i);
-        tables.describe_image<FORM, PAIRS>(p, slice.image.made, slice.branch, slice.first, i);
+        tables.describe_image<FORM, PAIRS>(p, slice.image.made, slice.image.branch, slice.first, i);
     }
     sync_threads();
 
@@ -193,8 +190,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         for (; halo.more(); halo.next(p)) {
             uint32_t offset;
             const bool inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
-            const uint16_t* image = static_cast<const uint16_t*>(slice.image.of.at);
-            halo.copy(halos + slot * slot_elements, inside ? image + slice.image.of.branch + offset : image, inside);
+            halo.copy(halos + slot * slot_elements, slice.image.of.place(offset, inside), inside);
         }
     };
     const auto load_rest = [&](const Piece& slice, uint32_t slot) {
@@ -239,7 +235,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         if (i + 2 < count) {
             // Its slot served this iteration's halo, which is loaded.
             const auto after = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i + 2);
-            tables.describe_image<FORM, PAIRS>(p, after.image.made, after.branch, after.first, slot);
+            tables.describe_image<FORM, PAIRS>(p, after.image.made, after.image.branch, after.first, slot);
         }
         halo.begin(p);
         if (more) copy(next, 1 - slot);
@@ -273,7 +269,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             sync_threads();
         }
     }
-    const auto row = [&](int r) { return row_of(p, patch, pixel_of(p, r)); };
+    const auto row = [&](int) { return own_row; };
     const auto column_of = [&](int c) { return column + c; };
     conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, place, tile, row, column_of);
 }

@@ -126,15 +126,13 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         if (x.plain()) {
             for (; halo.more(); halo.next(p)) {
                 const bool inside = halo.inside(p, patch, c + channel, offset);
-                const uint16_t* image = static_cast<const uint16_t*>(x.of.at);
-                halo.copy(to, inside ? image + x.of.branch + offset : image, inside);
+                halo.copy(to, x.of.place(offset, inside), inside);
             }
         }
         if (dy.plain()) {
             for (; dy_at < PATCH; dy_at += ABREAST) {
                 const bool inside = dy_inside(dy_at, offset);
-                const uint16_t* from = static_cast<const uint16_t*>(dy.of.at) + (inside ? dy.of.branch + offset : 0);
-                copy_async(to + halo_elements + dy_at * PIXEL + channel, from, inside);
+                copy_async(to + halo_elements + dy_at * PIXEL + channel, dy.of.place(offset, inside), inside);
             }
         }
     };

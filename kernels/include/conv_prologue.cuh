@@ -77,9 +77,21 @@ enum class Made { PLAIN, NORM, PAIR };
 
 // A tensor as an iteration sees it.
 struct Source {
-    const void* at;
-    int64_t branch;  // first element
+    const void* at;  // its first element
     int32_t half;
+
+    DEVICE Source() = default;
+    DEVICE Source(const void* tensor, int64_t first, int32_t half)
+        : at(static_cast<const unsigned char*>(tensor) + first * (half ? 2 : 4)), half(half) {}
+
+    template <class Operand>
+    DEVICE Chunk load(uint32_t offset) const {
+        return chunk_load<Operand>(at, int64_t(offset), half);
+    }
+    // An element of a tensor of 16 bits, or the tensor itself if it is not there.
+    DEVICE const uint16_t* place(uint32_t offset, bool there) const {
+        return static_cast<const uint16_t*>(at) + (there ? int64_t(offset) : 0);
+    }
 };
 
 // Eight elements at a time of an operand that is made of others as it is loaded. What is loaded waits in registers until there is
@@ -95,7 +107,7 @@ struct Prologue {
         bool inside;
     };
     DEVICE Loaded load(const ConvPair&, bool, uint32_t offset, bool inside, const FactorTable<SLICE>&, int, uint16_t*) const {
-        return {inside ? chunk_load<Operand>(of.at, of.branch + offset, of.half) : Chunk{}, inside};
+        return {inside ? of.template load<Operand>(offset) : Chunk{}, inside};
     }
     // Rounds what is loaded, `channel` the first of its channels in the table; zeros stay for what is not inside.
     DEVICE uint4 round(const ConvPair&, bool, const Loaded& loaded, const FactorTable<SLICE>& factors, int channel,
@@ -110,7 +122,7 @@ struct Prologue {
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
 
-// There are registers for two tensors of 16 bits; the residual term waits in shared memory where what is made of them will lie. Wider
+// There are registers for two tensors of 16 bits; the residual term waits in shared memory where what is made of all will lie. Wider
 // ones are rounded at once.
 template <class Operand, Pair PAIR>
 struct Prologue<Operand, PAIR, true> {
@@ -125,57 +137,71 @@ struct Prologue<Operand, PAIR, true> {
     DEVICE bool has_residual(const ConvPair& pair) const {
         return PAIR == Pair::DELTA && made == Made::PAIR && pair.residual;
     }
+    static DEVICE bool keeps_wide(const ConvPair& pair, bool keeps) {
+        return PAIR == Pair::DELTA && keeps && !pair.kept_half;
+    }
     DEVICE bool waits(const ConvPair& pair, bool keeps) const {
         const bool wide = made == Made::PAIR && (!pair.half || (has_residual(pair) && !pair.residual_half));
-        return of.half && !wide && !(PAIR == Pair::DELTA && keeps && !pair.kept_half);
+        return of.half && !wide && !keeps_wide(pair, keeps);
     }
-    // `keeps`: what is made is stored as well; here, if in 32 bits.
+    // `place`: where what is made will lie in shared memory; `keeps`: it is stored as well, here if that has 32 bits.
     DEVICE Loaded load(const ConvPair& pair, bool keeps, uint32_t offset, bool inside, const FactorTable<SLICE>& factors,
                        int channel, uint16_t* place) const {
         if (!inside) return {{}, {}, false};
-        const Chunk mine = chunk_load<Operand>(of.at, of.branch + offset, of.half);
+        const Chunk mine = of.template load<Operand>(offset);
         Chunk other = {};
-        if (made == Made::PAIR) other = chunk_load<Operand>(pair.at, branch * pair.branch + offset, pair.half);
-        const int64_t residual = branch * pair.residual_branch + offset;
+        if (made == Made::PAIR) other = Source(pair.at, branch * pair.branch, pair.half).template load<Operand>(offset);
+        const bool more = has_residual(pair);
+        const Source residual(pair.residual, branch * pair.residual_branch, pair.residual_half);
         if (waits(pair, keeps)) {
-            if (has_residual(pair)) copy_async(place, static_cast<const uint16_t*>(pair.residual) + residual, true);
+            if (more) copy_async(place, residual.place(offset, true), true);
             return {mine.low, other.low, true};
         }
-        float v[8];
-        make(v, mine, of.half, other, pair.half, factors, channel);
-        if (has_residual(pair)) add(v, chunk_load<Operand>(pair.residual, residual, pair.residual_half), pair.residual_half);
-        if (PAIR == Pair::DELTA && keeps && !pair.kept_half) {
-            eight_to(static_cast<float*>(pair.kept) + branch * pair.kept_branch + offset, v);
-        }
-        return {chunk_encode<Operand>(v), {}, true};
+        float* kept = static_cast<float*>(pair.kept) + (branch * pair.kept_branch + offset);
+        const Chunk term = more ? residual.template load<Operand>(offset) : Chunk{};
+        const uint4 coded = made_of(mine, of.half, other, pair.half, factors, channel, more ? &term : nullptr,
+                                    pair.residual_half, keeps_wide(pair, keeps) ? kept : nullptr);
+        return {coded, {}, true};
     }
     DEVICE uint4 round(const ConvPair& pair, bool keeps, const Loaded& loaded, const FactorTable<SLICE>& factors, int channel,
                        const uint16_t* place) const {
         if (!loaded.inside) return {};
         if (!waits(pair, keeps) || made == Made::PLAIN) return loaded.of;
-        float v[8];
-        make(v, {loaded.of, {}}, 1, {loaded.with, {}}, 1, factors, channel);
-        if (has_residual(pair)) {
+        Chunk term = {};
+        const bool more = has_residual(pair);
+        if (more) {
             copies_done();
-            add(v, {*reinterpret_cast<const uint4*>(place), {}}, 1);
+            term.low = *reinterpret_cast<const uint4*>(place);
         }
-        return chunk_encode<Operand>(v);
+        return made_of({loaded.of, {}}, 1, {loaded.with, {}}, 1, factors, channel, more ? &term : nullptr, 1, nullptr);
     }
-    DEVICE void make(float (&v)[8], const Chunk& mine, int half, const Chunk& other, int other_half,
-                     const FactorTable<SLICE>& factors, int channel) const {
-        chunk_decode<Operand>(v, mine, half);
+    // Four at a time: with the factors of all eight, registers would run short. `term`: the residual one, or null; `kept`: where to
+    // store them in 32 bits, or null.
+    DEVICE uint4 made_of(const Chunk& mine, int half, const Chunk& other, int other_half, const FactorTable<SLICE>& factors,
+                         int channel, const Chunk* term, int term_half, float* kept) const {
+        float v[4];
+        quad<0>(v, mine, half, other, other_half, factors, channel, term, term_half, kept);
+        const uint2 low = {Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
+        quad<1>(v, mine, half, other, other_half, factors, channel + 4, term, term_half, kept);
+        return {low.x, low.y, Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
+    }
+    template <int SECOND>
+    DEVICE void quad(float (&v)[4], const Chunk& mine, int half, const Chunk& other, int other_half,
+                     const FactorTable<SLICE>& factors, int channel, const Chunk* term, int term_half, float* kept) const {
+        chunk_decode<Operand, SECOND>(v, mine, half);
         if (made == Made::NORM) {
-            for (int i = 0; i < 8; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
+            for (int i = 0; i < 4; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
         } else if (made == Made::PAIR) {
-            float x[8];
-            chunk_decode<Operand>(x, other, other_half);
-            for (int i = 0; i < 8; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
+            float x[4];
+            chunk_decode<Operand, SECOND>(x, other, other_half);
+            for (int i = 0; i < 4; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
         }
-    }
-    static DEVICE void add(float (&v)[8], const Chunk& chunk, int half) {
-        float more[8];
-        chunk_decode<Operand>(more, chunk, half);
-        for (int i = 0; i < 8; ++i) v[i] += more[i];
+        if (term) {
+            float more[4];
+            chunk_decode<Operand, SECOND>(more, *term, term_half);
+            for (int i = 0; i < 4; ++i) v[i] += more[i];
+        }
+        if (kept) reinterpret_cast<float4*>(kept)[SECOND] = {v[0], v[1], v[2], v[3]};
     }
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };

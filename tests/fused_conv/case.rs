@@ -312,40 +312,46 @@ impl Case {
         tape
     }
 
-    /// What the epilogue finds of a first result, by its name.
-    pub fn found(&self, operands: &[Operand], result: &[f64]) -> Vec<(&'static str, Vec<f64>)> {
+    /// What the epilogue finds of a first result, by its name, and the size of what is added up to that: the same sum of absolute values.
+    pub fn found(&self, operands: &[Operand], result: &[f64]) -> Vec<(&'static str, [Vec<f64>; 2])> {
         let meta = self.results()[0];
         let count = (meta.len() / meta.dims[1].max(1)) as f64;
         let branches = if meta.per_branch { self.branches } else { 1 };
-        let each = |f: &dyn Fn(usize, &[f64]) -> Vec<f64>| -> Vec<f64> {
-            (0..branches).flat_map(|m| f(m, &result[m * meta.len()..][..meta.len()])).collect()
+        // Sums of `f(branch, channel, element, its value)`.
+        let sums = |f: &dyn Fn(usize, usize, usize, f64) -> f64| {
+            let each = |of: &dyn Fn(f64) -> f64| {
+                let branch = |m: usize| {
+                    let v = &result[m * meta.len()..][..meta.len()];
+                    per_channel(&meta, |c, at| of(f(m, c, at, v[at])))
+                };
+                (0..branches).flat_map(branch).collect()
+            };
+            [each(&|v| v), each(&f64::abs)]
         };
-        let mean = |v: &[f64]| -> Vec<f64> { per_channel(&meta, |_, at| v[at] / count) };
+        let mean = || sums(&|_, _, _, v| v / count);
         match self.op.epilogue {
             Epilogue::None => vec![],
             Epilogue::Stats => {
-                let variance = |v: &[f64]| {
-                    let mean = mean(v);
-                    per_channel(&meta, |c, at| (v[at] - mean[c]) * (v[at] - mean[c]) / count)
-                };
-                vec![("mean", each(&|_, v| mean(v))), ("variance", each(&|_, v| variance(v)))]
+                let [means, size] = mean();
+                let off = |m: usize, c: usize, v: f64| v - means[m * meta.dims[1] + c];
+                let variance = sums(&|m, c, _, v| off(m, c, v) * off(m, c, v) / count);
+                vec![("mean", [means.clone(), size]), ("variance", variance)]
             }
             Epilogue::BackwardSums => {
-                let masked = |m: usize, c: usize, at: usize, v: f64, hat: bool| {
-                    let (x_hat, passes) =
+                let masked = |m: usize, c: usize, at: usize, v: f64, with_hat: bool| {
+                    let (hat, passes) =
                         normalised(find(operands, self.x_name()).of(m)[at], norm_at(operands, "", m, c));
-                    if passes { v * if hat { x_hat } else { 1.0 } } else { 0.0 }
+                    if passes { v * if with_hat { hat } else { 1.0 } } else { 0.0 }
                 };
-                let sum = |m: usize, v: &[f64], hat: bool| per_channel(&meta, |c, at| masked(m, c, at, v[at], hat));
-                vec![("dg", each(&|m, v| sum(m, v, true))), ("db", each(&|m, v| sum(m, v, false)))]
+                let sum = |with_hat: bool| sums(&|m, c, at, v| masked(m, c, at, v, with_hat));
+                vec![("dg", sum(true)), ("db", sum(false))]
             }
             Epilogue::TangentSums => {
                 let hat = |m: usize, c: usize, at: usize| {
                     let of = |name: &str| find(operands, name).of(m);
                     (of("next")[at] - of("next_mean")[c]) / (of("next_var")[c] + BN_EPS).sqrt()
                 };
-                let rho = |m: usize, v: &[f64]| per_channel(&meta, |c, at| v[at] * hat(m, c, at) / count);
-                vec![("mean", each(&|_, v| mean(v))), ("rho", each(&rho))]
+                vec![("mean", mean()), ("rho", sums(&|m, c, at, v| v * hat(m, c, at) / count))]
             }
         }
     }
