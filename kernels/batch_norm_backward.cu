@@ -5,8 +5,8 @@
 // first chunk write what there is one of per channel. Where a result is a sum over branches, its blocks go through the branches and
 // keep the sum in registers.
 //
-// The first launch could be spared where a convolution's dgrad makes dy and recomputes relu(bn(x)) from the same x: its epilogue has
-// both at hand.
+// The first launch is spared where a convolution's dgrad makes dy and recomputes relu(bn(x)) from the same x: its epilogue makes the
+// sums, and they are operands of `bn_backward_apply`.
 
 // Two blocks on a multiprocessor: with one, too few loads are in flight.
 #define KERNEL_BLOCKS 2
@@ -32,22 +32,18 @@ struct BnBackwardParams {
     BnActivation y;            // [M, N, H, W, C], null unless the mask comes from it
     BnActivation start;        // [M, N, H, W, C], added to dx, which may lie where it does; null for nothing
     BnActivation dx;           // [M, N, H, W, C]
-    BnVector dg;               // [M, C]
-    BnVector db;               // [M, C]
+    BnVector dg;               // [M, C], an operand where `totals` is null
+    BnVector db;               // [M, C], as dg
     BnBackwardSums* partials;  // [M, chunks, C]
-    BnBackwardSums* totals;    // [M, C]
+    BnBackwardSums* totals;    // [M, C], null where no launch has made them
     uint32_t* counters;        // [M, tiles]
     BnShape shape;
 };
 static_assert(sizeof(BnBackwardParams) == 248);
 
-// Rows that a thread has in flight at a time.
-template <class T>
-constexpr int IN_FLIGHT = sizeof(typename T::Element) == 2 ? 4 : 2;
-
 template <class T>
 DEVICE void bn_backward_reduce(const BnBackwardParams& p) {
-    constexpr int ROWS = IN_FLIGHT<T>;
+    constexpr int ROWS = BN_IN_FLIGHT<T>;
     const BnTile tile = bn_tile(p.shape, p.shape.reduce_rows);
     const int64_t m = blockIdx.z;
     const BnMask mask = p.shape.mask;
@@ -82,43 +78,40 @@ KERNEL(bn_backward_reduce_f32, BnBackwardParams, 256) { bn_backward_reduce<Store
 KERNEL(bn_backward_reduce_f16, BnBackwardParams, 256) { bn_backward_reduce<StoredF16>(p); }
 KERNEL(bn_backward_reduce_bf16, BnBackwardParams, 256) { bn_backward_reduce<StoredBf16>(p); }
 
-// `dx = of_dy·(dy − ⟨dy⟩) + of_x·(x − μ)`
-enum BnBackwardField { MEAN, DY_MEAN, OF_DY, OF_X, NORM };
+// `Σ dy·x̂` and `Σ dy` of a channel
+struct BnGradients {
+    float dg, db;
+};
 
-// Factors of `count` branches from `from` on; the first chunk's blocks write the results of these branches.
+DEVICE BnGradients bn_gradients(const BnBackwardParams& p, int64_t m, int channel, float r) {
+    if (!p.totals) return {bn_value(p.dg, m, channel), bn_value(p.db, m, channel)};
+    const BnBackwardSums sums = p.totals[m * p.shape.total_branch + channel];
+    return {sums.dy_x * r, sums.dy};
+}
+
+// `dx = of_dy·(dy − ⟨dy⟩) + of_x·(x − μ)`
+enum BnBackwardField { DY_MEAN = OWN_FIELDS, OF_DY, OF_X };
+
 DEVICE void bn_backward_factors(const BnBackwardParams& p, const BnFactors& factors, int64_t first, int from, int count) {
-    const BnShape& shape = p.shape;
-    const float n = static_cast<float>(shape.rows);
-    const int tile = static_cast<int>(blockIdx.y) * shape.width;
-    for (int slot = threadIdx.x; slot < count * shape.width; slot += BN_THREADS) {
-        const int channel = tile + slot % shape.width;
-        if (channel >= shape.channels) continue;
-        const int64_t m = first + from + slot / shape.width;
-        const BnBackwardSums sums = p.totals[m * shape.total_branch + channel];
-        const float r = bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon);
-        const float scale = bn_value(p.g, m, channel) * r, dy_x_hat = sums.dy_x * r / n;
-        factors.put(MEAN, slot, bn_value(p.mean, m, channel));
-        factors.put(DY_MEAN, slot, sums.dy / n);
+    const float n = static_cast<float>(p.shape.rows);
+    const auto own = [&](int slot, int64_t m, int channel, float r) {
+        const BnGradients sums = bn_gradients(p, m, channel, r);
+        const float scale = bn_value(p.g, m, channel) * r, dy_x_hat = sums.dg / n;
+        factors.put(DY_MEAN, slot, sums.db / n);
         factors.put(OF_DY, slot, scale);
         factors.put(OF_X, slot, -scale * r * dy_x_hat);
-        if (shape.mask == BN_RECOMPUTED) {
-            factors.put_norm(NORM, slot, bn_norm_of(shape, p.g, p.b, p.mean, p.var, m, channel));
-        }
-    }
-    const int channel = tile + static_cast<int>(threadIdx.x);
-    if (blockIdx.x != 0 || static_cast<int>(threadIdx.x) >= shape.width || channel >= shape.channels) return;
-    for (int i = from; i < from + count; ++i) {
-        const int64_t m = first + i;
-        const BnBackwardSums sums = p.totals[m * shape.total_branch + channel];
-        const float r = bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon);
-        bn_put(p.dg, m, channel, sums.dy_x * r, i == 0);
-        bn_put(p.db, m, channel, sums.dy, i == 0);
-    }
+    };
+    bn_put_factors(p, factors, first, from, count, own, [&](int64_t m, int channel, float r, int i) {
+        if (!p.totals) return;
+        const BnGradients sums = bn_gradients(p, m, channel, r);
+        bn_put(p.dg, m, channel, sums.dg, i == 0);
+        bn_put(p.db, m, channel, sums.db, i == 0);
+    });
 }
 
 template <class T>
 DEVICE void bn_backward_apply(const BnBackwardParams& p) {
-    constexpr int ROWS = IN_FLIGHT<T>;
+    constexpr int ROWS = BN_IN_FLIGHT<T>;
     const BnTile tile = bn_tile(p.shape, p.shape.apply_rows);
     const BnFactors factors = bn_factors(p.shape);
     const BnMask mask = p.shape.mask;
@@ -145,7 +138,7 @@ DEVICE void bn_backward_apply(const BnBackwardParams& p) {
                 dy_rows.unpack(dy);
                 x_rows.unpack(x);
                 BnScaleShift norm[4] = {};
-                if (mask == BN_RECOMPUTED) factors.get_norm(norm, NORM, slot);
+                if (mask == BN_RECOMPUTED) factors.get_norm(norm, slot);
                 bn_mask(dy, mask, norm, x, y_rows);
                 float mean[4], dy_mean[4], of_dy[4], of_x[4];
                 factors.get(mean, MEAN, slot);
@@ -167,13 +160,7 @@ DEVICE void bn_backward_apply(const BnBackwardParams& p) {
                 if (!summed) bn_store<T>(p.dx, m, dx, false, tile, row);
             }
             if (!summed) continue;
-            if (starts && from == 0) {
-                float start[ROWS][4];
-                start_rows.unpack(start);
-                for (int k = 0; k < ROWS; ++k) {
-                    for (int c = 0; c < 4; ++c) dx[k][c] += start[k][c];
-                }
-            }
+            if (starts && from == 0) start_rows.add_to(dx);
             bn_store<T>(p.dx, first, dx, from != 0, tile, row);
         }
     }

@@ -1,6 +1,10 @@
 // Batch norm double backward, with and without a ReLU behind the batch norm, whose mask comes from the forward result or is computed
 // again from x. Formulas: src/ops/batch_norm.rs; division into launches: batch_norm_backward.cu.
+//
+// `bn_double_backward_bar` is the second launch alone, for x̄ and ḡ: convolutions, which make ẏ as they load ẋ, have found the sums.
 
+// Two blocks on a multiprocessor: with one, too few loads are in flight.
+#define KERNEL_BLOCKS 2
 #include "batch_norm.cuh"
 
 // Means of dy and ẋ over some rows, `Σ (dy−⟨dy⟩)(ẋ−⟨ẋ⟩)`, `Σ dy·(x−μ)`, `Σ ẋ·(x−μ)`. The product of dy and ẋ is
@@ -29,6 +33,7 @@ struct BnDoubleSums {
 static_assert(sizeof(BnDoubleSums) == 24);
 
 struct BnDoubleParams {
+    static constexpr bool Y_DOT = true;
     BnActivation x_dot;      // [M, N, H, W, C]
     BnVector g_dot;          // [M, C]
     BnVector b_dot;          // [M, C]
@@ -48,6 +53,28 @@ struct BnDoubleParams {
     BnShape shape;
 };
 static_assert(sizeof(BnDoubleParams) == 280);
+
+struct BnDoubleBarParams {
+    static constexpr bool Y_DOT = false;
+    BnActivation x_dot;   // [M, N, H, W, C]
+    BnVector g_dot;       // [M, C]
+    BnActivation dy;      // [M, N, H, W, C]
+    BnActivation x;       // [M, N, H, W, C]
+    BnVector g;           // [M, C]
+    BnVector b;           // [M, C]
+    BnVector mean;        // [M, C]
+    BnVector var;         // [M, C]
+    BnVector dg;          // [M, C], Σ dy·x̂
+    BnVector db;          // [M, C], Σ dy
+    BnVector x_dot_mean;  // [M, C]
+    BnVector rho;         // [M, C], ⟨x̂ẋ⟩
+    BnVector covariance;  // [M, C], ⟨(dy−⟨dy⟩)ẋ⟩
+    BnActivation start;   // [M, N, H, W, C], added to x̄, which may lie where it, dy or ẋ does; null for nothing
+    BnActivation x_bar;   // [M, N, H, W, C]
+    BnVector g_bar;       // [M, C]
+    BnShape shape;        // the mask is recomputed
+};
+static_assert(sizeof(BnDoubleBarParams) == 304);
 
 // Rows that a thread has in flight at a time.
 constexpr int ROWS = 2;
@@ -105,60 +132,67 @@ KERNEL(bn_double_backward_reduce_f32, BnDoubleParams, 256) { bn_double_reduce<St
 KERNEL(bn_double_backward_reduce_f16, BnDoubleParams, 256) { bn_double_reduce<StoredF16>(p); }
 KERNEL(bn_double_backward_reduce_bf16, BnDoubleParams, 256) { bn_double_reduce<StoredBf16>(p); }
 
+// What the sums over rows say of a channel: means, and `Σ dy x̂'`.
+struct BnDoubleMeans {
+    float dy, x_dot, dy_x_hat, rho, dy_x_hat_dot;
+};
+
+DEVICE BnDoubleMeans bn_double_means(const BnDoubleParams& p, int64_t m, int channel, float r) {
+    const float n = static_cast<float>(p.shape.rows);
+    const BnDoubleSums sums = p.totals[m * p.shape.total_branch + channel];
+    const float dg = sums.dy_x * r, rho = sums.x_dot_x * r / n;
+    return {sums.dy, sums.x_dot, dg / n, rho, r * (sums.dy_x_dot - dg * rho)};
+}
+
+DEVICE BnDoubleMeans bn_double_means(const BnDoubleBarParams& p, int64_t m, int channel, float r) {
+    const float n = static_cast<float>(p.shape.rows);
+    const float dg = bn_value(p.dg, m, channel), rho = bn_value(p.rho, m, channel);
+    const float dy_x_hat_dot = r * (n * bn_value(p.covariance, m, channel) - dg * rho);
+    return {bn_value(p.db, m, channel) / n, bn_value(p.x_dot_mean, m, channel), dg / n, rho, dy_x_hat_dot};
+}
+
 // With u = ẋ − ⟨ẋ⟩, v = x − μ, w = dy − ⟨dy⟩: `ẏ = a·u + b·v + ḃ` and `x̄ = b·w + c·u + d·v`, where `a = g r`,
 // `b = r(ġ − g r ρ) = ġ r + g r'`, `c = −g r²⟨dy x̂⟩`, `d = −r b⟨dy x̂⟩ + g r²(r ρ⟨dy x̂⟩ − ⟨dy x̂'⟩)`.
-enum BnDoubleField { MEAN, X_DOT_MEAN, DY_MEAN, A, B, C, D, B_DOT, NORM };
+// Those of ẏ alone are the last.
+enum BnDoubleField { X_DOT_MEAN = OWN_FIELDS, DY_MEAN, B, C, D, A, B_DOT };
 
-// `Σ dy x̂'`
-DEVICE float bn_dy_x_hat_dot(const BnDoubleSums& sums, float r, float n) {
-    const float rho = sums.x_dot_x * r / n;
-    return r * (sums.dy_x_dot - sums.dy_x * r * rho);
-}
-
-// Factors of `count` branches from `from` on; the first chunk's blocks write the results of these branches.
-DEVICE void bn_double_factors(const BnDoubleParams& p, const BnFactors& factors, int64_t first, int from, int count) {
-    const BnShape& shape = p.shape;
-    const float n = static_cast<float>(shape.rows);
-    const int tile = static_cast<int>(blockIdx.y) * shape.width;
-    for (int slot = threadIdx.x; slot < count * shape.width; slot += BN_THREADS) {
-        const int channel = tile + slot % shape.width;
-        if (channel >= shape.channels) continue;
-        const int64_t m = first + from + slot / shape.width;
-        const BnDoubleSums sums = p.totals[m * shape.total_branch + channel];
-        const float g = bn_value(p.g, m, channel);
-        const float r = bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon);
-        const float rho = sums.x_dot_x * r / n, dy_x_hat = sums.dy_x * r / n;
-        const float dy_x_hat_dot = bn_dy_x_hat_dot(sums, r, n) / n;
-        const float b = r * (bn_value(p.g_dot, m, channel) - g * r * rho);
-        factors.put(MEAN, slot, bn_value(p.mean, m, channel));
-        factors.put(X_DOT_MEAN, slot, sums.x_dot);
-        factors.put(DY_MEAN, slot, sums.dy);
-        factors.put(A, slot, g * r);
+template <class Params>
+DEVICE void bn_double_factors(const Params& p, const BnFactors& factors, int64_t first, int from, int count) {
+    const float n = static_cast<float>(p.shape.rows);
+    const auto own = [&](int slot, int64_t m, int channel, float r) {
+        const BnDoubleMeans means = bn_double_means(p, m, channel, r);
+        const float g = bn_value(p.g, m, channel), dy_x_hat = means.dy_x_hat, dy_x_hat_dot = means.dy_x_hat_dot / n;
+        const float b = r * (bn_value(p.g_dot, m, channel) - g * r * means.rho);
+        factors.put(X_DOT_MEAN, slot, means.x_dot);
+        factors.put(DY_MEAN, slot, means.dy);
         factors.put(B, slot, b);
         factors.put(C, slot, -g * r * r * dy_x_hat);
-        factors.put(D, slot, g * r * r * (r * rho * dy_x_hat - dy_x_hat_dot) - r * b * dy_x_hat);
-        factors.put(B_DOT, slot, bn_value(p.b_dot, m, channel));
-        if (shape.mask == BN_RECOMPUTED) {
-            factors.put_norm(NORM, slot, bn_norm_of(shape, p.g, p.b, p.mean, p.var, m, channel));
+        factors.put(D, slot, g * r * r * (r * means.rho * dy_x_hat - dy_x_hat_dot) - r * b * dy_x_hat);
+        if constexpr (Params::Y_DOT) {
+            factors.put(A, slot, g * r);
+            factors.put(B_DOT, slot, bn_value(p.b_dot, m, channel));
         }
-    }
-    const int channel = tile + static_cast<int>(threadIdx.x);
-    if (blockIdx.x != 0 || static_cast<int>(threadIdx.x) >= shape.width || channel >= shape.channels) return;
-    for (int i = from; i < from + count; ++i) {
-        const int64_t m = first + i;
-        const float r = bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon);
-        bn_put(p.g_bar, m, channel, bn_dy_x_hat_dot(p.totals[m * shape.total_branch + channel], r, n), i == 0);
-    }
+    };
+    bn_put_factors(p, factors, first, from, count, own, [&](int64_t m, int channel, float r, int i) {
+        bn_put(p.g_bar, m, channel, bn_double_means(p, m, channel, r).dy_x_hat_dot, i == 0);
+    });
 }
 
-template <class T>
-DEVICE void bn_double_apply(const BnDoubleParams& p) {
+template <class T, int ROWS, class Params>
+DEVICE void bn_double_apply(const Params& p) {
     const BnTile tile = bn_tile(p.shape, p.shape.apply_rows);
     const BnFactors factors = bn_factors(p.shape);
-    const BnMask mask = p.shape.mask;
     const int branches = p.shape.branches;
     const int64_t first = int64_t(blockIdx.z) * branches;
-    const bool y_dot_summed = p.y_dot.branch == 0, x_bar_summed = p.x_bar.branch == 0;
+    BnMask mask = BN_RECOMPUTED;
+    bool y_dot_summed = false, starts = false;
+    if constexpr (Params::Y_DOT) {
+        mask = p.shape.mask;
+        y_dot_summed = p.y_dot.branch == 0;
+    } else {
+        starts = p.start.at != nullptr;
+    }
+    const bool x_bar_summed = p.x_bar.branch == 0;
     for (int from = 0; from < branches; from += p.shape.group) {
         const int count = branches - from < p.shape.group ? branches - from : p.shape.group;
         if (from != 0) sync_threads();
@@ -166,51 +200,76 @@ DEVICE void bn_double_apply(const BnDoubleParams& p) {
         sync_threads();
         for (int row = tile.line; row < tile.end; row += ROWS * tile.lines) {
             float y_dot[ROWS][4] = {}, x_bar[ROWS][4] = {};
-            BnRows<T, ROWS> dy_rows, x_rows, x_dot_rows, y_rows;
+            BnRows<T, ROWS> dy_rows, x_rows, x_dot_rows, y_rows, start_rows;
+            if constexpr (!Params::Y_DOT) {
+                if (starts && x_bar_summed && from == 0) start_rows.load(p.start, first, tile, row);
+            }
             for (int i = 0; i < count; ++i) {
                 const int64_t m = first + from + i;
                 const int slot = i * p.shape.width + 4 * tile.lane;
                 dy_rows.load(p.dy, m, tile, row);
                 if (i == 0 || p.x.branch != 0) x_rows.load(p.x, m, tile, row);
                 x_dot_rows.load(p.x_dot, m, tile, row);
-                if (mask == BN_RESULT) y_rows.load(p.y, m, tile, row);
-                float dy[ROWS][4], x[ROWS][4], x_dot[ROWS][4], tangent[ROWS][4];
+                if constexpr (Params::Y_DOT) {
+                    if (mask == BN_RESULT) y_rows.load(p.y, m, tile, row);
+                } else {
+                    if (starts && !x_bar_summed) start_rows.load(p.start, m, tile, row);
+                }
+                float dy[ROWS][4], x[ROWS][4], x_dot[ROWS][4];
                 dy_rows.unpack(dy);
                 x_rows.unpack(x);
                 x_dot_rows.unpack(x_dot);
                 BnScaleShift norm[4] = {};
-                if (mask == BN_RECOMPUTED) factors.get_norm(norm, NORM, slot);
+                if (mask == BN_RECOMPUTED) factors.get_norm(norm, slot);
                 bn_mask(dy, mask, norm, x, y_rows);
-                float mean[4], x_dot_mean[4], dy_mean[4], a[4], b[4], c[4], d[4], b_dot[4];
+                float mean[4], x_dot_mean[4], dy_mean[4], b[4], c[4], d[4];
                 factors.get(mean, MEAN, slot);
                 factors.get(x_dot_mean, X_DOT_MEAN, slot);
                 factors.get(dy_mean, DY_MEAN, slot);
-                factors.get(a, A, slot);
                 factors.get(b, B, slot);
                 factors.get(c, C, slot);
                 factors.get(d, D, slot);
-                factors.get(b_dot, B_DOT, slot);
                 for (int k = 0; k < ROWS; ++k) {
                     for (int j = 0; j < 4; ++j) {
                         const float u = x_dot[k][j] - x_dot_mean[j], v = x[k][j] - mean[j], w = dy[k][j] - dy_mean[j];
-                        tangent[k][j] = fmaf(a[j], u, fmaf(b[j], v, b_dot[j]));
                         const float bar = fmaf(b[j], w, fmaf(c[j], u, d[j] * v));
                         x_bar[k][j] = x_bar_summed ? x_bar[k][j] + bar : bar;
                     }
                 }
-                bn_mask(tangent, mask, norm, x, y_rows);
-                for (int k = 0; k < ROWS; ++k) {
-                    for (int j = 0; j < 4; ++j) y_dot[k][j] = y_dot_summed ? y_dot[k][j] + tangent[k][j] : tangent[k][j];
+                if constexpr (Params::Y_DOT) {
+                    float a[4], b_dot[4], tangent[ROWS][4];
+                    factors.get(a, A, slot);
+                    factors.get(b_dot, B_DOT, slot);
+                    for (int k = 0; k < ROWS; ++k) {
+                        for (int j = 0; j < 4; ++j) {
+                            const float u = x_dot[k][j] - x_dot_mean[j], v = x[k][j] - mean[j];
+                            tangent[k][j] = fmaf(a[j], u, fmaf(b[j], v, b_dot[j]));
+                        }
+                    }
+                    bn_mask(tangent, mask, norm, x, y_rows);
+                    for (int k = 0; k < ROWS; ++k) {
+                        for (int j = 0; j < 4; ++j) y_dot[k][j] = y_dot_summed ? y_dot[k][j] + tangent[k][j] : tangent[k][j];
+                    }
+                    if (!y_dot_summed) bn_store<T>(p.y_dot, m, y_dot, false, tile, row);
                 }
-                if (!y_dot_summed) bn_store<T>(p.y_dot, m, y_dot, false, tile, row);
-                if (!x_bar_summed) bn_store<T>(p.x_bar, m, x_bar, false, tile, row);
+                if (x_bar_summed) continue;
+                if (starts) start_rows.add_to(x_bar);
+                bn_store<T>(p.x_bar, m, x_bar, false, tile, row);
             }
-            if (y_dot_summed) bn_store<T>(p.y_dot, first, y_dot, from != 0, tile, row);
-            if (x_bar_summed) bn_store<T>(p.x_bar, first, x_bar, from != 0, tile, row);
+            if constexpr (Params::Y_DOT) {
+                if (y_dot_summed) bn_store<T>(p.y_dot, first, y_dot, from != 0, tile, row);
+            }
+            if (!x_bar_summed) continue;
+            if (starts && from == 0) start_rows.add_to(x_bar);
+            bn_store<T>(p.x_bar, first, x_bar, from != 0, tile, row);
         }
     }
 }
 
-KERNEL(bn_double_backward_apply_f32, BnDoubleParams, 256) { bn_double_apply<StoredF32>(p); }
-KERNEL(bn_double_backward_apply_f16, BnDoubleParams, 256) { bn_double_apply<StoredF16>(p); }
-KERNEL(bn_double_backward_apply_bf16, BnDoubleParams, 256) { bn_double_apply<StoredBf16>(p); }
+KERNEL(bn_double_backward_apply_f32, BnDoubleParams, 256) { bn_double_apply<StoredF32, ROWS>(p); }
+KERNEL(bn_double_backward_apply_f16, BnDoubleParams, 256) { bn_double_apply<StoredF16, ROWS>(p); }
+KERNEL(bn_double_backward_apply_bf16, BnDoubleParams, 256) { bn_double_apply<StoredBf16, ROWS>(p); }
+
+KERNEL(bn_double_backward_bar_f32, BnDoubleBarParams, 256) { bn_double_apply<StoredF32, BN_IN_FLIGHT<StoredF32>>(p); }
+KERNEL(bn_double_backward_bar_f16, BnDoubleBarParams, 256) { bn_double_apply<StoredF16, BN_IN_FLIGHT<StoredF16>>(p); }
+KERNEL(bn_double_backward_bar_bf16, BnDoubleBarParams, 256) { bn_double_apply<StoredBf16, BN_IN_FLIGHT<StoredBf16>>(p); }

@@ -161,7 +161,12 @@ fn one_branch(case: &Case, metas: &[Meta], ins: &[Slice]) -> Vec<Vec<f64>> {
         Op::Relu(_) => outs[0] = ins[0].iter().map(|x| x.max(0.0)).collect(),
         Op::Mask(_) => outs[0] = ins[0].iter().zip(ins[1]).map(|(x, r)| if *r > 0.0 { *x } else { 0.0 }).collect(),
         Op::AllFinite(_) => outs[0][0] = f64::from(u8::from(ins.iter().all(|x| x.iter().all(|v| v.is_finite())))),
-        Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
+        Op::FusedConv(_)
+        | Op::BnStats(_)
+        | Op::BnReluBackward(_)
+        | Op::BnReluBackwardApply(_)
+        | Op::BnReluDoubleBackward(_)
+        | Op::BnReluDoubleBackwardApply(_) => {
             panic!("{:?}: only the planner makes it, the table has no case of it", case.op)
         }
         Op::MaxPoolIndex(op) => max_index(&op.0, ins[0], &mut outs[0]),
