@@ -95,12 +95,14 @@ fn check_starts(plan: &Plan) -> std::result::Result<(), String> {
             Op::Conv(_) => Some(2),
             Op::FusedConv(op) => op.start_operand(),
             Op::BnReluBackward(_) => Some(6),
-            Op::BnReluBackwardApply(_) => Some(8),
-            Op::BnReluDoubleBackwardApply(_) => Some(13),
+            Op::BnReluBackwardApply(op) => Some(op.first_start()),
+            Op::BnReluDoubleBackwardApply(_) => Some(12),
             _ => None,
         };
         let branched = |b: usize| plan.buffers[b].meta.per_branch;
-        let begins = |inputs: &[usize]| start.and_then(|i| inputs.get(i)).is_some_and(|b| branched(*b));
+        // What is added comes last.
+        let begins =
+            |inputs: &[usize]| start.and_then(|i| inputs.get(i..)).is_some_and(|s| s.iter().any(|b| branched(*b)));
         if launch.args.iter().any(|a| begins(&a.inputs) && !branched(a.outputs[0])) {
             let what = "a result that is shared cannot start from values per branch";
             return Err(format!("{}: {what}", launch.op.name()));

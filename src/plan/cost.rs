@@ -14,7 +14,7 @@ pub struct PhaseCost {
     pub flops: u64,
     /// Launches.
     pub launches: usize,
-    /// Bytes read and written when every operand is read once and every result written once.
+    /// Bytes read and written when every kernel reads each of its operands once and writes every result once.
     pub bytes_moved: u64,
 }
 
@@ -27,7 +27,7 @@ pub struct OperationCost {
     pub flops: u64,
     /// Launches.
     pub launches: usize,
-    /// Bytes read and written when every operand is read once and every result written once.
+    /// Bytes read and written when every kernel reads each of its operands once and writes every result once.
     pub bytes_moved: u64,
 }
 
@@ -95,7 +95,8 @@ impl Plan {
             };
             let (inputs, outputs) = (metas(&args.inputs), metas(&args.outputs));
             flops += launch.op.flops(&inputs, &outputs, launch.branches.len());
-            let touched = args.inputs.iter().chain(&args.outputs).map(|&b| &self.buffers[b]);
+            let again = launch.op.read_twice().iter().map(|&i| &args.inputs[i]);
+            let touched = args.inputs.iter().chain(&args.outputs).chain(again).map(|&b| &self.buffers[b]);
             bytes += touched.map(|b| (b.elements() * width(b)) as u64).sum::<u64>();
         }
         (flops, bytes)

@@ -1,7 +1,9 @@
 //! Fusions: one pass per file. Each replaces a named composition of operations by one operation with the same result.
 
 mod backward;
+mod batch_norm_backward;
 mod batch_norm_relu;
+mod batch_norm_tangent;
 mod constants;
 mod lin_combs;
 mod recompute;
@@ -21,8 +23,8 @@ type Pass = fn(&mut Graph);
 const PLAIN: [Pass; 2] = [batch_norm_relu::fuse, sums::accumulate];
 
 /// For the CUDA kernels. The order matters: pairs are found among plain convolutions, sums are pushed into what they became, and
-/// statistics are those of a finished sum.
-const KERNELS: [Pass; 8] = [
+/// statistics and the sums of batch norms are those of a finished sum.
+const KERNELS: [Pass; 12] = [
     batch_norm_relu::fuse,
     constants::share,
     tangent::join,
@@ -31,6 +33,10 @@ const KERNELS: [Pass; 8] = [
     sums::accumulate,
     sums::flatten,
     statistics::fuse,
+    batch_norm_backward::sums,
+    batch_norm_backward::starts,
+    batch_norm_tangent::fuse,
+    batch_norm_backward::prologue,
 ];
 
 /// Applies all passes.

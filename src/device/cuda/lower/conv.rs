@@ -4,7 +4,7 @@ use super::conv_tiles::Tiling;
 use super::{Lowering, Operand, Operands};
 use crate::device::cuda::driver::Address;
 use crate::error::{Error, Result};
-use crate::ops::{BN_EPS, Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
+use crate::ops::{BN_EPS, Conv, ConvForm, ConvGeom, ConvKind, Delta, Epilogue, FusedConv, Operation};
 use crate::plan::Args;
 use bytemuck::{Pod, Zeroable};
 
@@ -422,7 +422,7 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
     let norm = |term| op.norm_operands().map(|at| (term, at.map(operand)));
     let start = op.start_operand().map(operand);
     let out = lowering.output(args, 0);
-    if op.tangent || op.delta || !matches!(op.epilogue, Epilogue::None | Epilogue::Stats) {
+    if op.tangent || op.delta != Delta::None || !matches!(op.epilogue, Epilogue::None | Epilogue::Stats) {
         return Err(Error::shape(op.name(), format!("is not lowered yet ({})", lowering.label)));
     }
     let stats = (op.epilogue == Epilogue::Stats).then(|| [1, 2].map(|i| lowering.output(args, i)));
