@@ -6,7 +6,8 @@
 // keep the sum in registers.
 //
 // The first launch is spared where a convolution's dgrad makes dy and recomputes relu(bn(x)) from the same x: its epilogue makes the
-// sums, and they are operands of `bn_backward_apply`.
+// sums, and they are operands of `bn_backward_apply`. That also takes the sum ḡ of the same batch norm's double backward, and adds the term of
+// its x̄ that holds ḡ.
 
 // Two blocks on a multiprocessor: with one, too few loads are in flight.
 #define KERNEL_BLOCKS 2
@@ -30,16 +31,17 @@ struct BnBackwardParams {
     BnVector mean;             // [M, C]
     BnVector var;              // [M, C]
     BnActivation y;            // [M, N, H, W, C], null unless the mask comes from it
-    BnActivation start;        // [M, N, H, W, C], added to dx, which may lie where it does; null for nothing
+    BnActivation starts[2];    // [M, N, H, W, C], added to dx, which may lie where one does; null for nothing
     BnActivation dx;           // [M, N, H, W, C]
     BnVector dg;               // [M, C], an operand where `totals` is null
     BnVector db;               // [M, C], as dg
+    BnVector g_bar;            // [M, C], added to dg in dx; null for nothing
     BnBackwardSums* partials;  // [M, chunks, C]
     BnBackwardSums* totals;    // [M, C], null where no launch has made them
     uint32_t* counters;        // [M, tiles]
     BnShape shape;
 };
-static_assert(sizeof(BnBackwardParams) == 248);
+static_assert(sizeof(BnBackwardParams) == 280);
 
 template <class T>
 DEVICE void bn_backward_reduce(const BnBackwardParams& p) {
@@ -96,7 +98,10 @@ DEVICE void bn_backward_factors(const BnBackwardParams& p, const BnFactors& fact
     const float n = static_cast<float>(p.shape.rows);
     const auto own = [&](int slot, int64_t m, int channel, float r) {
         const BnGradients sums = bn_gradients(p, m, channel, r);
-        const float scale = bn_value(p.g, m, channel) * r, dy_x_hat = sums.dg / n;
+        // A term that all branches share counts once in their sum.
+        const bool more = p.g_bar.at && (m == first || p.g_bar.branch != 0 || p.x.branch != 0);
+        const float dg = more ? sums.dg + bn_value(p.g_bar, m, channel) : sums.dg;
+        const float scale = bn_value(p.g, m, channel) * r, dy_x_hat = dg / n;
         factors.put(DY_MEAN, slot, sums.db / n);
         factors.put(OF_DY, slot, scale);
         factors.put(OF_X, slot, -scale * r * dy_x_hat);
@@ -117,15 +122,14 @@ DEVICE void bn_backward_apply(const BnBackwardParams& p) {
     const BnMask mask = p.shape.mask;
     const int branches = p.shape.branches;
     const int64_t first = int64_t(blockIdx.z) * branches;
-    const bool summed = p.dx.branch == 0, starts = p.start.at != nullptr;
+    const bool summed = p.dx.branch == 0;
     for (int from = 0; from < branches; from += p.shape.group) {
         const int count = branches - from < p.shape.group ? branches - from : p.shape.group;
         if (from != 0) sync_threads();
         bn_backward_factors(p, factors, first, from, count);
         sync_threads();
         for (int row = tile.line; row < tile.end; row += ROWS * tile.lines) {
-            BnRows<T, ROWS> dy_rows, x_rows, y_rows, start_rows;
-            if (starts && summed && from == 0) start_rows.load(p.start, first, tile, row);
+            BnRows<T, ROWS> dy_rows, x_rows, y_rows, start_rows[2];
             float dx[ROWS][4] = {};
             for (int i = 0; i < count; ++i) {
                 const int64_t m = first + from + i;
@@ -133,7 +137,10 @@ DEVICE void bn_backward_apply(const BnBackwardParams& p) {
                 dy_rows.load(p.dy, m, tile, row);
                 if (i == 0 || p.x.branch != 0) x_rows.load(p.x, m, tile, row);
                 if (mask == BN_RESULT) y_rows.load(p.y, m, tile, row);
-                if (starts && !summed) start_rows.load(p.start, m, tile, row);
+                const bool begins = !summed || from + i == 0;
+                for (int s = 0; s < 2; ++s) {
+                    if (begins && p.starts[s].at) start_rows[s].load(p.starts[s], m, tile, row);
+                }
                 float dy[ROWS][4], x[ROWS][4];
                 dy_rows.unpack(dy);
                 x_rows.unpack(x);
@@ -145,23 +152,18 @@ DEVICE void bn_backward_apply(const BnBackwardParams& p) {
                 factors.get(dy_mean, DY_MEAN, slot);
                 factors.get(of_dy, OF_DY, slot);
                 factors.get(of_x, OF_X, slot);
-                if (!summed) {
-                    for (int k = 0; k < ROWS; ++k) {
-                        for (int c = 0; c < 4; ++c) dx[k][c] = 0.0f;
-                    }
-                    if (starts) start_rows.unpack(dx);
-                }
                 for (int k = 0; k < ROWS; ++k) {
                     for (int c = 0; c < 4; ++c) {
-                        const float v = of_dy[c] * (dy[k][c] - dy_mean[c]);
-                        dx[k][c] += fmaf(of_x[c], x[k][c] - mean[c], v);
+                        const float v = fmaf(of_x[c], x[k][c] - mean[c], of_dy[c] * (dy[k][c] - dy_mean[c]));
+                        dx[k][c] = summed ? dx[k][c] + v : v;
                     }
+                }
+                for (int s = 0; s < 2; ++s) {
+                    if (begins && p.starts[s].at) start_rows[s].add_to(dx);
                 }
                 if (!summed) bn_store<T>(p.dx, m, dx, false, tile, row);
             }
-            if (!summed) continue;
-            if (starts && from == 0) start_rows.add_to(dx);
-            bn_store<T>(p.dx, first, dx, from != 0, tile, row);
+            if (summed) bn_store<T>(p.dx, first, dx, from != 0, tile, row);
         }
     }
 }

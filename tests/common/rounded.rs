@@ -9,9 +9,7 @@ use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{
-    BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnReluBackward, BnReluBackwardApply, Mask, Op, Operation,
-};
+use mlnt::ops::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnReluBackward, ChannelBroadcast, Mask, Op, Operation};
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::tape::{Coef, DType, Kind, Meta, Tape, Tensor};
 
@@ -58,8 +56,13 @@ pub fn derive_sums(case: &Case, list: &mut [HostVec]) {
         &values[i][if meta.per_branch { m * meta.len() } else { 0 }..][..meta.len()]
     };
     for (operand, values) in case.operands.iter().zip(list).filter(|(o, _)| SUMS.contains(&o.name)) {
+        let [n, c, h, w] = case.operands.iter().find(|o| o.name == "x").unwrap().meta.dims;
+        if operand.name == "g_bar" {
+            // It may be any number; of the size of a sum over rows it matters.
+            *values = HostVec::F64(values.to_f64().into_iter().map(|v| v * (n * h * w) as f64).collect());
+            continue;
+        }
         let of_channel = |m: usize, k: usize| {
-            let [n, c, h, w] = case.operands.iter().find(|o| o.name == "x").unwrap().meta.dims;
             let mean = |f: &dyn Fn(usize) -> f64| {
                 let rows = (0..n).flat_map(|i| (0..h * w).map(move |j| (i * c + k) * h * w + j));
                 rows.map(f).sum::<f64>() / (n * h * w) as f64
@@ -67,13 +70,11 @@ pub fn derive_sums(case: &Case, list: &mut [HostVec]) {
             let [g, b, mu, var] = ["g", "b", "mean", "var"].map(|name| branch(name, m)[k]);
             let hat = |i: usize| (branch("x", m)[i] - mu) / (var + BN_EPS).sqrt();
             let dy = |i: usize| if g * hat(i) + b > 0.0 { branch("dy", m)[i] } else { 0.0 };
-            let mean_dy = mean(&dy);
             match operand.name {
                 "dg" => mean(&|i| dy(i) * hat(i)) * (n * h * w) as f64,
-                "db" => mean_dy * (n * h * w) as f64,
+                "db" => mean(&dy) * (n * h * w) as f64,
                 "x_dot_mean" => mean(&|i| branch("x_dot", m)[i]),
-                "rho" => mean(&|i| branch("x_dot", m)[i] * hat(i)),
-                _ => mean(&|i| (dy(i) - mean_dy) * branch("x_dot", m)[i]),
+                _ => mean(&|i| branch("x_dot", m)[i] * hat(i)),
             }
         };
         let channels = operand.meta.len();
@@ -106,11 +107,27 @@ fn relu_of(tape: &mut Tape, of: impl Fn(&str) -> Tensor) -> (Tensor, Tensor) {
     (h, tape.record1(Mask, &[of("dy"), h], false).unwrap())
 }
 
+/// `g r x̂ ḡ/n`: the term that second order leaves to the backward; with `sum` its sum over the branches.
+pub fn last_term(tape: &mut Tape, of: impl Fn(&str) -> Tensor, g_bar: Tensor, sum: bool) -> Tensor {
+    let [x, g, mean, var] = ["x", "g", "mean", "var"].map(of);
+    let [n, c, h, w] = tape.meta(x).dims;
+    let zero = tape.fill(Meta::vector(c), Coef::constant(0.0)).unwrap();
+    // `g r ḡ`: the batch norm of ḡ, seen as an activation of one pixel.
+    let pixel = ChannelBroadcast { to: Meta::activation(1, c, 1, 1) };
+    let g_bar = tape.record1(pixel, &[g_bar], false).unwrap();
+    let factor = tape.record1(BnEval { relu: false }, &[g_bar, g, zero, zero, var], false).unwrap();
+    let factor = tape.channel_sum(factor, false).unwrap();
+    let factor = tape.scale(Coef::constant(1.0 / (n * h * w) as f64), factor).unwrap();
+    let term = tape.record1(BnEval { relu: false }, &[x, factor, zero, mean, var], false).unwrap();
+    if sum { tape.sum_branches(term).unwrap() } else { term }
+}
+
 /// What the case computes, in operations that every device knows.
 pub fn composition(case: &Case) -> Tape {
     let mut tape = Tape::new(case.branches);
     let i: Vec<Tensor> = case.operands.iter().map(|o| tape.input(o.name, o.meta).unwrap()).collect();
     let of = |name: &str| i[case.operands.iter().position(|o| o.name == name).unwrap()];
+    let has = |name: &str| case.operands.iter().any(|o| o.name == name);
     let sum = |k: usize| case.sum.get(k).copied().unwrap_or_default();
     let results = match &case.op {
         Op::BnStats(_) => {
@@ -119,15 +136,19 @@ pub fn composition(case: &Case) -> Tape {
             let bn = tape.batch_norm(i[0], one, one).unwrap();
             vec![bn.mean, bn.var]
         }
-        Op::BnReluBackward(BnReluBackward { start }) | Op::BnReluBackwardApply(BnReluBackwardApply { start }) => {
+        Op::BnReluBackward(_) | Op::BnReluBackwardApply(_) => {
             let [x, g, mean, var] = ["x", "g", "mean", "var"].map(of);
             let (_, masked) = relu_of(&mut tape, of);
             let back = BnBackward { relu: false };
             let mut results = tape.record(back, &[masked, x, g, mean, var], &case.sum).unwrap();
-            if *start {
-                results[0] = tape.add(results[0], of("start")).unwrap();
-            }
             results.truncate(case.results().unwrap().len());
+            if has("g_bar") {
+                let term = last_term(&mut tape, of, of("g_bar"), sum(0));
+                results[0] = tape.lin_comb(&[(Coef::ONE, results[0]), (Coef::constant(-1.0), term)]).unwrap();
+            }
+            for start in ["start", "start2"].into_iter().filter(|name| has(name)) {
+                results[0] = tape.add(results[0], of(start)).unwrap();
+            }
             results
         }
         Op::BnReluDoubleBackward(_) => {
@@ -145,9 +166,14 @@ pub fn composition(case: &Case) -> Tape {
             let b_dot = tape.fill(*tape.meta(g), Coef::constant(0.0)).unwrap();
             let operands = [x_dot, g_dot, b_dot, masked, x, g, mean, var];
             let double = BnDoubleBackward { relu: false };
-            let mut results = tape.record(double, &operands, &[false, sum(0), sum(1)]).unwrap().split_off(1);
+            let mut results = tape.record(double, &operands, &[false, sum(0), false]).unwrap().split_off(1);
+            let term = last_term(&mut tape, of, results[1], sum(0));
+            results[0] = tape.add(results[0], term).unwrap();
             if op.start {
                 results[0] = tape.add(results[0], of("start")).unwrap();
+            }
+            if sum(1) {
+                results[1] = tape.sum_branches(results[1]).unwrap();
             }
             results
         }
@@ -240,7 +266,7 @@ pub fn check(cases: &[(Case, u32)], kinds: &[Operands], halves: bool) {
 }
 
 /// Operands that are sums over rows.
-pub const SUMS: [&str; 5] = ["dg", "db", "x_dot_mean", "rho", "covariance"];
+pub const SUMS: [&str; 5] = ["dg", "db", "x_dot_mean", "rho", "g_bar"];
 
 /// A batch norm; `branched` operands are per-branch, statistics with x, sums with what they are of.
 pub fn batch_norm(
@@ -261,17 +287,22 @@ pub fn batch_norm(
         Op::BnReluBackward(BnReluBackward { start: true }) => &["dy", "x", "g", "b", "mean", "var", "start"],
         Op::BnReluBackward(_) => &["dy", "x", "g", "b", "mean", "var"],
         Op::BnReluDoubleBackward(_) => &["x_dot", "g_dot", "b_dot", "dy", "x", "g", "b", "mean", "var"],
-        Op::BnReluBackwardApply(op) => &APPLIED[..if op.start { 9 } else { 8 }],
-        Op::BnReluDoubleBackwardApply(op) => &DOUBLE_APPLIED[..if op.start { 14 } else { 13 }],
+        Op::BnReluBackwardApply(_) => &["dy", "x", "g", "b", "mean", "var", "dg", "db"],
+        Op::BnReluDoubleBackwardApply(op) => &DOUBLE_APPLIED[..if op.start { 13 } else { 12 }],
         _ => unreachable!("no batch norm"),
     };
+    let mut names = names.to_vec();
+    if let Op::BnReluBackwardApply(op) = &op {
+        names.extend(op.second_order.then_some("g_bar"));
+        names.extend(&["start", "start2"][..op.starts]);
+    }
     let x = names.iter().position(|name| *name == "x").unwrap_or_default();
     let operand = |name: &&'static str| {
         let (meta, data) = match *name {
             "mean" => (vector, Data::MeanOf(x)),
             "var" => (vector, Data::VarianceOf(x)),
             "y" => (activation, Data::Clear),
-            "x" | "dy" | "x_dot" | "start" => (activation, Data::Normal),
+            "x" | "dy" | "x_dot" | "start" | "start2" => (activation, Data::Normal),
             _ => (vector, Data::Normal),
         };
         let sources: &[&str] = match *name {
@@ -279,7 +310,6 @@ pub fn batch_norm(
             "dg" | "db" => &["dy", "x", "g", "b", "sums"],
             "x_dot_mean" => &["x_dot", "sums"],
             "rho" => &["x_dot", "x", "sums"],
-            "covariance" => &["x_dot", "dy", "x", "g", "b", "sums"],
             _ => &[*name],
         };
         let meta = meta.with_branching(sources.iter().any(|source| branched.contains(source)));
@@ -290,9 +320,8 @@ pub fn batch_norm(
     (Case { name, op, branches, operands, sum: sum.to_vec(), tolerance: 1e-5, fused: true }, u32::MAX)
 }
 
-pub const APPLIED: [&str; 9] = ["dy", "x", "g", "b", "mean", "var", "dg", "db", "start"];
-pub const DOUBLE_APPLIED: [&str; 14] =
-    ["x_dot", "g_dot", "dy", "x", "g", "b", "mean", "var", "dg", "db", "x_dot_mean", "rho", "covariance", "start"];
+const DOUBLE_APPLIED: [&str; 13] =
+    ["x_dot", "g_dot", "dy", "x", "g", "b", "mean", "var", "dg", "db", "x_dot_mean", "rho", "start"];
 
 pub const SIZES: [[usize; 4]; 8] = [
     [2, 1, 5, 3],
