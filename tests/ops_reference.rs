@@ -286,23 +286,50 @@ fn reference(case: &Case, metas: &[Meta], values: &[HostVec]) -> Vec<Vec<f64>> {
     totals
 }
 
+/// What is wrong with the CPU device's results of a case.
+fn faults(case: &Case) -> Vec<String> {
+    let recorded = case.record().unwrap();
+    let values = case.values(1);
+    let want = reference(case, &case.results().unwrap(), &values);
+    let double = Runner::<f64>::unfused(&recorded.tape).run(&recorded.tape, &values);
+    let single = Runner::<f32>::unfused(&recorded.tape).run(&recorded.tape, &values);
+    let mut wrong = Vec::new();
+    for o in 0..want.len() {
+        let (d, s) = (deviation(&double[o], &want[o]), deviation(&single[o], &double[o]));
+        if !(d <= 1e-12 && s <= case.tolerance) {
+            wrong.push(format!("{}: result {o} is off by {d:.1e} in f64, {s:.1e} in f32", case.name));
+        }
+    }
+    wrong
+}
+
 #[test]
 fn double_precision_is_the_formula_and_single_is_close() {
     let cases = all();
-    let failures = on_two_threads(&cases, |case| {
-        let recorded = case.record().unwrap();
-        let values = case.values(1);
-        let want = reference(case, &case.results().unwrap(), &values);
-        let double = Runner::<f64>::unfused(&recorded.tape).run(&recorded.tape, &values);
-        let single = Runner::<f32>::unfused(&recorded.tape).run(&recorded.tape, &values);
-        let mut wrong = Vec::new();
-        for o in 0..want.len() {
-            let (d, s) = (deviation(&double[o], &want[o]), deviation(&single[o], &double[o]));
-            if !(d <= 1e-12 && s <= case.tolerance) {
-                wrong.push(format!("{}: result {o} is off by {d:.1e} in f64, {s:.1e} in f32", case.name));
-            }
-        }
-        wrong
-    });
+    let failures = on_two_threads(&cases, faults);
     assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), cases.len(), failures.join("\n"));
+}
+
+/// Where the forward result alone, which is the ReLU's mask, differs from branch to branch, so do all results.
+#[test]
+fn a_mask_per_branch_makes_results_per_branch() {
+    let of_branches = |mut case: Case, sum: bool| {
+        let name = |case: &Case| case.operands.last().map(|o| o.name);
+        assert_eq!((name(&case), case.branches > 1), (Some("y"), true), "{}", case.name);
+        case.operands.iter_mut().for_each(|o| o.meta = o.meta.with_branching(o.name == "y"));
+        case.sum = vec![sum; 3];
+        case.name = format!("{} of y alone, summed {sum}", case.name);
+        case
+    };
+    let masked = |case: &Case| match &case.op {
+        Op::BnBackward(op) => op.relu,
+        Op::BnDoubleBackward(op) => op.relu,
+        _ => false,
+    };
+    let cases: Vec<Case> = all().into_iter().filter(|case| masked(case) && case.branches > 1).collect();
+    assert!(cases.len() > 10);
+    for sum in [false, true] {
+        let failures: Vec<String> = cases.iter().flat_map(|case| faults(&of_branches(case.clone(), sum))).collect();
+        assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+    }
 }

@@ -13,7 +13,7 @@ use mlnt::train::choice::Precision;
 use std::path::Path;
 
 const FILES: [&str; 4] = ["step_sequential", "step_joint", "step_mentor", "step_bottleneck"];
-const HALF: PlanOptions = PlanOptions { fuse: true, kernels: false, half: true, group: None };
+const HALF: PlanOptions = PlanOptions { fuse: true, kernels: false, half: true, recompute: false, group: None };
 
 fn golden(name: &str) -> Golden {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(format!("{name}.safetensors"));

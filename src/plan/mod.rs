@@ -184,16 +184,22 @@ impl Plan {
     }
 
     /// The plan with few groups of branches whose arena takes at most `bytes` when a real takes `real_bytes`; groups of about
-    /// [`LEAST_GROUP`] where every arena takes more: launches grow with the groups, and the arena shrinks little below. The
-    /// group of `options` does not count.
+    /// [`LEAST_GROUP`] where every arena takes more: launches grow with the groups, and the arena shrinks little below. Where that lets
+    /// it do with fewer groups, the plan is one with [`PlanOptions::recompute`]. This and the group of `options` do not count.
     ///
     /// # Errors
     /// As [`Plan::build`].
     pub fn within(tape: &Tape, options: &PlanOptions, real_bytes: usize, bytes: usize) -> Result<Plan> {
         let branches = tape.branches().max(1);
         let most = branches.div_ceil(LEAST_GROUP);
-        let build =
-            |groups: usize| Plan::build(tape, &PlanOptions { group: Some(branches.div_ceil(groups)), ..*options });
+        let build = |groups: usize| -> Result<Plan> {
+            let options = PlanOptions { recompute: false, group: Some(branches.div_ceil(groups)), ..*options };
+            let plan = Plan::build(tape, &options)?;
+            if !options.kernels || plan.arena_bytes(real_bytes) <= bytes {
+                return Ok(plan);
+            }
+            Plan::build(tape, &PlanOptions { recompute: true, ..options })
+        };
         let whole = build(1)?;
         let arena = whole.arena_bytes(real_bytes);
         if arena <= bytes || most == 1 {

@@ -102,8 +102,9 @@ pub(super) fn load_delta(node: &mut Node, op: FusedConv, operands: &[Tensor], de
 pub(super) fn cotangent(node: &Node) -> Option<(FusedConv, usize)> {
     match node.op {
         Op::FusedConv(op) if op.delta == Delta::None => op.dy_operand().map(|i| (op, i)),
-        Op::Conv(Conv { kind: ConvKind::Wgrad, geom }) if node.inputs.len() == 2 => {
-            Some((FusedConv::plain(ConvForm::Wgrad, geom), 1))
+        Op::Conv(Conv { kind: ConvKind::Wgrad, geom }) => {
+            let start = node.inputs.len() == 3;
+            Some((FusedConv { start, ..FusedConv::plain(ConvForm::Wgrad, geom) }, 1))
         }
         _ => None,
     }

@@ -131,8 +131,8 @@ fn tangent(node: &Node, x_dot: Tensor) -> Option<FusedConv> {
 fn reader(node: &Node, i: usize, second: &Second) -> Option<FusedConv> {
     let op = match node.op {
         Op::FusedConv(op) => op,
-        Op::Conv(Conv { kind: ConvKind::Wgrad, geom }) if node.inputs.len() == 2 => {
-            FusedConv::plain(ConvForm::Wgrad, geom)
+        Op::Conv(Conv { kind: ConvKind::Wgrad, geom }) => {
+            FusedConv { start: node.inputs.len() == 3, ..FusedConv::plain(ConvForm::Wgrad, geom) }
         }
         _ => return None,
     };

@@ -195,7 +195,7 @@ impl<'a> Lowering<'a> {
             Op::BnStats(_) => batch_norm::stats(self, args),
             Op::BnReluBackward(_) => batch_norm::backward(self, Mask::Recomputed, args),
             Op::BnReluDoubleBackward(_) => batch_norm::double_backward(self, Mask::Recomputed, args),
-            Op::BnReluBackwardApply(_) => batch_norm::backward_apply(self, args),
+            Op::BnReluBackwardApply(op) => batch_norm::backward_apply(self, op, args),
             Op::BnReluDoubleBackwardApply(_) => batch_norm::double_backward_apply(self, args),
             Op::FusedConv(op) => conv::fused(self, op, args),
             Op::Relu(_) => elementwise::relu(self, args),
