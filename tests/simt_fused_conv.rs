@@ -52,8 +52,9 @@ const FOUND_TOLERANCE: f64 = 3e-7;
 /// The deviation of sums, relative to the size of their terms.
 fn sum_deviation(have: &[f64], [want, size]: &[Vec<f64>; 2]) -> f64 {
     let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
-    norm(&mut have.iter().zip(want).map(|(have, want)| have - want))
-        / norm(&mut size.iter().copied()).max(f64::MIN_POSITIVE)
+    let off = norm(&mut have.iter().zip(want).map(|(have, want)| have - want));
+    let relative = off / norm(&mut size.iter().copied()).max(f64::MIN_POSITIVE);
+    if relative.is_nan() { f64::INFINITY } else { relative }
 }
 
 /// The same of a cotangent that is kept: it is as exact as its width, whatever the type of the products' operands.
