@@ -197,10 +197,12 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         while (halo.more()) {
             Halo ahead = halo;
             decltype(load(halo, slice, slot)) loaded[IN_FLIGHT];
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
                 loaded[i] = load(ahead, slice, slot);
                 ahead.next(p);
             }
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, loaded[i]);
         }
     };

@@ -140,16 +140,20 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         while (halo.more()) {
             decltype(load_x(halo, slot)) loaded[IN_FLIGHT];
             Halo ahead = halo;
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
                 loaded[i] = load_x(ahead, slot);
                 ahead.next(p);
             }
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, loaded[i]);
         }
         static_assert(PATCH % (ABREAST * IN_FLIGHT) == 0);
         while (dy_at + (IN_FLIGHT - 1) * ABREAST < PATCH) {
             decltype(load_dy(dy_at, slot)) loaded[IN_FLIGHT];
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST, slot);
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, loaded[i]);
         }
     };

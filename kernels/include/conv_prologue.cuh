@@ -88,6 +88,13 @@ struct Source {
     DEVICE Chunk load(uint32_t offset) const {
         return chunk_load<Operand>(at, int64_t(offset), half);
     }
+    // Four neighbours, aligned to as many.
+    template <class Operand>
+    DEVICE float4 load_four(uint32_t offset) const {
+        if (!half) return *reinterpret_cast<const float4*>(static_cast<const float*>(at) + offset);
+        const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(at) + offset);
+        return four_of<Operand>(words.x, words.y);
+    }
     // An element of a tensor of 16 bits, or the tensor itself if it is not there.
     DEVICE const uint16_t* place(uint32_t offset, bool there) const {
         return static_cast<const uint16_t*>(at) + (there ? int64_t(offset) : 0);
@@ -148,60 +155,59 @@ struct Prologue<Operand, PAIR, true> {
     DEVICE Loaded load(const ConvPair& pair, bool keeps, uint32_t offset, bool inside, const FactorTable<SLICE>& factors,
                        int channel, uint16_t* place) const {
         if (!inside) return {{}, {}, false};
-        const Chunk mine = of.template load<Operand>(offset);
-        Chunk other = {};
-        if (made == Made::PAIR) other = Source(pair.at, branch * pair.branch, pair.half).template load<Operand>(offset);
-        const bool more = has_residual(pair);
+        const Source with(pair.at, branch * pair.branch, pair.half);
         const Source residual(pair.residual, branch * pair.residual_branch, pair.residual_half);
         if (waits(pair, keeps)) {
-            if (more) copy_async(place, residual.place(offset, true), true);
-            return {mine.low, other.low, true};
+            if (has_residual(pair)) copy_async(place, residual.place(offset, true), true);
+            const uint4 mine = of.template load<Operand>(offset).low;
+            return {mine, made == Made::PAIR ? with.template load<Operand>(offset).low : uint4{}, true};
         }
-        float* kept = static_cast<float*>(pair.kept) + (branch * pair.kept_branch + offset);
-        const Chunk term = more ? residual.template load<Operand>(offset) : Chunk{};
-        const uint4 coded = made_of(mine, of.half, other, pair.half, factors, channel, more ? &term : nullptr,
-                                    pair.residual_half, keeps_wide(pair, keeps) ? kept : nullptr);
-        return {coded, {}, true};
+        uint2 coded[2];
+        UNROLLED
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t at = offset + 4 * i;
+            const float4 mine = of.template load_four<Operand>(at);
+            const float4 other = made == Made::PAIR ? with.template load_four<Operand>(at) : float4{};
+            const float4 v = four(mine, other, has_residual(pair), residual, at, factors, channel + 4 * i);
+            if (keeps_wide(pair, keeps)) {
+                *reinterpret_cast<float4*>(static_cast<float*>(pair.kept) + (branch * pair.kept_branch + at)) = v;
+            }
+            coded[i] = {Operand::encode(v.x, v.y), Operand::encode(v.z, v.w)};
+        }
+        return {{coded[0].x, coded[0].y, coded[1].x, coded[1].y}, {}, true};
     }
     DEVICE uint4 round(const ConvPair& pair, bool keeps, const Loaded& loaded, const FactorTable<SLICE>& factors, int channel,
                        const uint16_t* place) const {
         if (!loaded.inside) return {};
         if (!waits(pair, keeps) || made == Made::PLAIN) return loaded.of;
-        Chunk term = {};
-        const bool more = has_residual(pair);
-        if (more) {
-            copies_done();
-            term.low = *reinterpret_cast<const uint4*>(place);
-        }
-        return made_of({loaded.of, {}}, 1, {loaded.with, {}}, 1, factors, channel, more ? &term : nullptr, 1, nullptr);
+        if (has_residual(pair)) copies_done();
+        // Four at a time: with the factors of all eight, registers would run short.
+        const Source term(place, 0, 1);
+        const float4 low = four(four_of<Operand>(loaded.of.x, loaded.of.y), four_of<Operand>(loaded.with.x, loaded.with.y),
+                                has_residual(pair), term, 0, factors, channel);
+        const uint2 first = {Operand::encode(low.x, low.y), Operand::encode(low.z, low.w)};
+        const float4 high = four(four_of<Operand>(loaded.of.z, loaded.of.w), four_of<Operand>(loaded.with.z, loaded.with.w),
+                                 has_residual(pair), term, 4, factors, channel + 4);
+        return {first.x, first.y, Operand::encode(high.x, high.y), Operand::encode(high.z, high.w)};
     }
-    // Four at a time: with the factors of all eight, registers would run short. `term`: the residual one, or null; `kept`: where to
-    // store them in 32 bits, or null.
-    DEVICE uint4 made_of(const Chunk& mine, int half, const Chunk& other, int other_half, const FactorTable<SLICE>& factors,
-                         int channel, const Chunk* term, int term_half, float* kept) const {
-        float v[4];
-        quad<0>(v, mine, half, other, other_half, factors, channel, term, term_half, kept);
-        const uint2 low = {Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
-        quad<1>(v, mine, half, other, other_half, factors, channel + 4, term, term_half, kept);
-        return {low.x, low.y, Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
-    }
-    template <int SECOND>
-    DEVICE void quad(float (&v)[4], const Chunk& mine, int half, const Chunk& other, int other_half,
-                     const FactorTable<SLICE>& factors, int channel, const Chunk* term, int term_half, float* kept) const {
-        chunk_decode<Operand, SECOND>(v, mine, half);
+    // What is made of four elements and, if there is `more`, of those at `at` of the residual term.
+    DEVICE float4 four(const float4& mine, const float4& other, bool more, const Source& residual, uint32_t at,
+                       const FactorTable<SLICE>& factors, int channel) const {
+        float4 v = mine;
         if (made == Made::NORM) {
-            for (int i = 0; i < 4; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
+            v = {factors.norm(channel).relu(v.x), factors.norm(channel + 1).relu(v.y), factors.norm(channel + 2).relu(v.z),
+                 factors.norm(channel + 3).relu(v.w)};
         } else if (made == Made::PAIR) {
-            float x[4];
-            chunk_decode<Operand, SECOND>(x, other, other_half);
-            for (int i = 0; i < 4; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
+            v = {factors.pair(channel).template of<PAIR>(v.x, other.x),
+                 factors.pair(channel + 1).template of<PAIR>(v.y, other.y),
+                 factors.pair(channel + 2).template of<PAIR>(v.z, other.z),
+                 factors.pair(channel + 3).template of<PAIR>(v.w, other.w)};
         }
-        if (term) {
-            float more[4];
-            chunk_decode<Operand, SECOND>(more, *term, term_half);
-            for (int i = 0; i < 4; ++i) v[i] += more[i];
+        if (more) {
+            const float4 term = residual.template load_four<Operand>(at);
+            v = {v.x + term.x, v.y + term.y, v.z + term.z, v.w + term.w};
         }
-        if (kept) reinterpret_cast<float4*>(kept)[SECOND] = {v[0], v[1], v[2], v[3]};
+        return v;
     }
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
