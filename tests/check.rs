@@ -5,7 +5,7 @@ use mlnt::check::{Fault, Machine, Row, Selection, Verdict, check};
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::embedded::has_simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
-use mlnt::device::{Crop, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
+use mlnt::device::{Crop, Destinations, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use mlnt::error::{Error, Result};
 use mlnt::plan::Plan;
 use mlnt::tape::Meta;
@@ -98,8 +98,8 @@ impl Device for Faulty {
         }
         Ok(values)
     }
-    fn read_output_into(&self, plan: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()> {
-        self.inner.read_output_into(plan, name, to)
+    fn read_outputs_into<'a>(&self, plan: PlanId, outputs: Destinations<'_, 'a>) -> Result<()> {
+        self.inner.read_outputs_into(plan, outputs)
     }
     fn states(&self) -> Vec<(String, Meta)> {
         self.inner.states()

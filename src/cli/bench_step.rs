@@ -118,10 +118,8 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
         device.write_input(id, "y_syn", HostSlice::I32(&y_syn))?;
         device.write_input(id, "class_weight", HostSlice::F32(&weights))?;
         let own = device.run_timed(id, &scalars)?;
-        device.read_output_into(id, "class_loss", &mut loss)?;
-        if config.scaled() {
-            device.read_output_into(id, "finite", &mut finite)?;
-        }
+        let of_scales = config.scaled().then_some(("finite", &mut finite));
+        device.read_outputs_into(id, &mut std::iter::once(("class_loss", &mut loss)).chain(of_scales))?;
         if step >= args.warmup {
             seconds.push(start.elapsed().as_secs_f64());
             own_seconds.push(own);
