@@ -123,7 +123,7 @@ fn checked(plant: Plant, only: &str) -> Option<(Vec<Row>, Verdict)> {
         let inner = Box::new(Cuda::new(Box::new(Simt::open(1)?), Operands::F32, mode));
         Ok(Box::new(Faulty { inner, plant, mode, runs: 0, all_runs: all_runs.clone() }))
     };
-    let machine = Machine { precision: "f32".into(), tolerance: 1e-5, open: &open };
+    let machine = Machine { operands: Operands::F32, tolerance: 1e-5, open: &open };
     let selection = Selection { only: Some(only.into()), per_operation: None };
     let mut rows = Vec::new();
     let verdict = check(&[machine], &selection, &mut |row| {

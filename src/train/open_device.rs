@@ -79,7 +79,10 @@ fn cpu_computes(precision: Precision) -> Result<()> {
 }
 
 /// The operand type of convolutions that stands for `precision` on CUDA devices.
-fn operands(precision: Precision) -> Result<Operands> {
+///
+/// # Errors
+/// For f64.
+pub fn operands(precision: Precision) -> Result<Operands> {
     match precision {
         Precision::F32 => Ok(Operands::F32),
         Precision::Tf32 => Ok(Operands::Tf32),

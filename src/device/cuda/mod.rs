@@ -75,8 +75,7 @@ pub struct Cuda {
 impl Cuda {
     /// How plans for a device with these operands are best built; no machine is needed.
     pub fn plan_options_for(operands: Operands) -> PlanOptions {
-        let half = matches!(operands, Operands::F16 | Operands::Bf16);
-        PlanOptions { kernels: true, half, ..PlanOptions::default() }
+        PlanOptions { kernels: true, half: operands.is_half(), ..PlanOptions::default() }
     }
 
     /// The device on `driver`, whose convolutions round their operands to `operands`.

@@ -1,10 +1,10 @@
 //! Writes a plan with fused operations out again in the plain ones that they stand for, so that the CPU device can run it.
 
-use mlnt::ops::{
+use crate::ops::{
     BnBackward, BnDoubleBackward, BnEval, BnForward, Conv, ConvForm, ConvKind, Fill, FusedConv, LinComb, Op,
 };
-use mlnt::plan::{Args, Buffer, Launch, Place, Plan};
-use mlnt::tape::{Coef, Meta};
+use crate::plan::{Args, Buffer, Launch, Place, Plan};
+use crate::tape::{Coef, Meta};
 use std::ops::Range;
 
 /// The plan in plain operations. Each fused launch becomes its composition, with tensors of its own behind the arena.
