@@ -170,6 +170,27 @@ fn a_wrong_value_is_found() {
 }
 
 #[test]
+fn what_only_the_planner_makes_is_checked_against_what_it_stands_for() {
+    for only in [
+        "conv2d_fused_fprop n2 c8",
+        "conv2d_backward n2 c5",
+        "conv2d_tangent n2 c5",
+        "recomputed n1 c7",
+        "bn_stats n1 c7",
+    ] {
+        let Some((rows, verdict)) = checked(Plant::Nothing, only) else { return };
+        assert!(verdict.pass() && verdict.cases >= 3, "{only}: {rows:?}");
+        let (kinds, failed) = faults(Plant::Value(1.5), only).unwrap();
+        assert_eq!((kinds, failed), (vec![Fault::Accuracy], verdict.cases), "{only}");
+    }
+    let Some((rows, verdict)) = checked(Plant::Nothing, "finite") else { return };
+    let names: Vec<&str> = rows.iter().map(|row| row.what.as_str()).collect();
+    assert!(verdict.pass() && names.contains(&"all_finite"), "{rows:?}");
+    let (kinds, _) = faults(Plant::Value(0.5), "guarded_lin_comb").unwrap();
+    assert_eq!(kinds, [Fault::Accuracy]);
+}
+
+#[test]
 fn another_bit_in_the_second_run_or_in_the_replay_is_found() {
     let Some((kinds, _)) = faults(Plant::LaterRuns, "softmax n7 5 classes shared") else { return };
     assert_eq!(kinds, [Fault::Repeat]);

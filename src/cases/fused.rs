@@ -242,7 +242,7 @@ fn batch_norm(op: Op, [n, c, h, w]: [usize; 4], branches: usize, branched: &[&st
     };
     let added = if names.contains(&"start") { " added" } else { "" };
     let sizes = format!("n{n} c{c} {h}x{w}{added} in a plan of {branches}");
-    let template = Template::new(op, sizes, names.iter().map(operand).collect()).tolerance(2e-5).fused();
+    let template = Template::new(op, sizes, names.iter().map(operand).collect()).fused();
     let bits = names.iter().enumerate().filter(|(_, name)| branched.contains(name));
     let mut table = Table::default();
     table.add(&template, branches, bits.map(|(i, _)| 1 << i).sum(), sum);

@@ -183,7 +183,7 @@ impl Table {
                 match full {
                     true => {
                         self.mix(&backward, mixtures(3), &sums);
-                        self.mix(&backward, mixtures(3).skip(1).map(|m| m | y).filter(|_| relu), &sums);
+                        self.mix(&backward, mixtures(3).map(|m| m | y).filter(|_| relu), &sums);
                     }
                     false => self.mix(&backward, [1, 7 | y], &sums[..2]),
                 }
@@ -201,7 +201,10 @@ impl Table {
                 // Per-branch tangents and cotangents at a shared network: MLNT's second order.
                 let sums: [&[bool]; 3] = [&[false, true, true], &[true; 3], &[true, false, false]];
                 match full {
-                    true => self.mix(&double, [0, 7, 8, 15, 16 | y, 32, 63 | y], &sums),
+                    true => {
+                        self.mix(&double, [0, 7, 8, 15, 16 | y, 32, 63 | y], &sums);
+                        self.mix(&double, Some(y).filter(|_| relu), &sums);
+                    }
                     false => self.mix(&double, [15], &sums[..1]),
                 }
                 self.add(&double, 1, 63 | y, &[true; 3]);

@@ -24,7 +24,7 @@ one, two devices against each other, and batches made on the device against batc
 steps run. All of these must agree in every bit.
 
 Largest relative error (Euclidean norm of a result): 1e-5 in f32; convolutions 3e-3 in tf32 and f16, 3e-2 in bf16; \
-fused batch norms 2e-5, and half a unit of the last place more where results have 16 bits; indices and copies are exact.";
+half a unit of the last place more where batch norms of the planner have results of 16 bits; indices and copies are exact.";
 
 /// The help below the arguments.
 const EXAMPLES: &str = "\
