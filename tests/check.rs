@@ -175,13 +175,14 @@ fn what_only_the_planner_makes_is_checked_against_what_it_stands_for() {
         "conv2d_fused_fprop n2 c8",
         "conv2d_backward n2 c5",
         "conv2d_tangent n2 c5",
-        "recomputed n1 c7",
+        "recomputed n3 c3",
         "bn_stats n1 c7",
     ] {
         let Some((rows, verdict)) = checked(Plant::Nothing, only) else { return };
         assert!(verdict.pass() && verdict.cases >= 3, "{only}: {rows:?}");
         let (kinds, failed) = faults(Plant::Value(1.5), only).unwrap();
-        assert_eq!((kinds, failed), (vec![Fault::Accuracy], verdict.cases), "{only}");
+        // Of a batch norm the first channel may be one whose ReLU lets nothing through: its results are zero, also by a factor.
+        assert!(kinds == [Fault::Accuracy] && 5 * failed >= 4 * verdict.cases, "{only}: {failed} of {}", verdict.cases);
     }
     let Some((rows, verdict)) = checked(Plant::Nothing, "finite") else { return };
     let names: Vec<&str> = rows.iter().map(|row| row.what.as_str()).collect();
