@@ -66,7 +66,7 @@ fn main() {
     let step = json!({ "network": format!("{:?}", args.network).to_lowercase(), "batch": args.batch,
                        "branches": args.branches, "recipe": args.recipe.to_string() });
     let mut results = Results::new("kernels", &args.common);
-    for &precision in &args.common.precision {
+    for precision in args.common.precisions() {
         let mut device = args.common.open(precision);
         let spec = spec(args.network.model(), [args.batch, args.branches], args.recipe, false, precision);
         let planned = plan(&spec, &*device);

@@ -16,7 +16,7 @@ pub use lower::Operands;
 use super::check::check;
 use super::shortage::REMEDY;
 use super::states::States;
-use super::{Crop, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
+use super::{Crop, Destinations, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::Operation;
 use crate::plan::{Place, Plan, PlanOptions, Port};
@@ -75,8 +75,7 @@ pub struct Cuda {
 impl Cuda {
     /// How plans for a device with these operands are best built; no machine is needed.
     pub fn plan_options_for(operands: Operands) -> PlanOptions {
-        let half = matches!(operands, Operands::F16 | Operands::Bf16);
-        PlanOptions { kernels: true, half, ..PlanOptions::default() }
+        PlanOptions { kernels: true, half: operands.is_half(), ..PlanOptions::default() }
     }
 
     /// The device on `driver`, whose convolutions round their operands to `operands`.
@@ -200,10 +199,10 @@ impl Cuda {
         self.driver.upload(Stream::Compute, to, bytemuck::cast_slice(&staging))
     }
 
-    /// Reads a tensor; `read` gets its bits in the order of the device.
-    fn download(&self, from: Address, total: usize, read: impl FnOnce(&[u32])) -> Result<()> {
+    /// Reads tensors, address and bytes of each, with one wait; `read` gets their bits in the order of the device.
+    fn download(&self, from: &[(Address, usize)], read: impl FnOnce(&[u32])) -> Result<()> {
         let mut staging = self.staging.borrow_mut();
-        staging.resize(total, 0);
+        staging.resize(from.iter().map(|(_, bytes)| bytes / 4).sum(), 0);
         self.driver.download(Stream::Compute, from, bytemuck::cast_slice_mut(&mut staging))?;
         read(&staging);
         Ok(())
@@ -211,17 +210,18 @@ impl Cuda {
 
     fn read(&self, meta: &Meta, branches: usize, from: Address) -> Result<HostVec> {
         let total = meta.total(branches);
+        let range = [(from, 4 * total)];
         Ok(match meta.dtype {
             DType::Real => {
                 let mut values = vec![0.0; total];
-                self.download(from, total, |bits| {
+                self.download(&range, |bits| {
                     permute(meta, branches, bits, &mut values, Towards::Host, f32::from_bits);
                 })?;
                 HostVec::F32(values)
             }
             DType::Index => {
                 let mut values = vec![0; total];
-                self.download(from, total, |bits| {
+                self.download(&range, |bits| {
                     permute(meta, branches, bits, &mut values, Towards::Host, |b| b as i32);
                 })?;
                 HostVec::I32(values)
@@ -416,14 +416,25 @@ impl Device for Cuda {
         self.read(&meta, branches, at)
     }
 
-    fn read_output_into(&self, id: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()> {
-        let (meta, branches, at) = self.output(id, name)?;
-        to.resize(meta.total(branches), 0.0);
+    fn read_outputs_into<'a>(&self, id: PlanId, outputs: Destinations<'_, 'a>) -> Result<()> {
+        let (mut ranges, mut wanted) = (Vec::new(), Vec::new());
+        for (name, to) in outputs {
+            let (meta, branches, at) = self.output(id, name)?;
+            to.resize(meta.total(branches), 0.0);
+            ranges.push((at, 4 * to.len()));
+            wanted.push((meta, branches, to));
+        }
         let real = |bits| f64::from(f32::from_bits(bits));
         let index = |bits| f64::from(bits as i32);
-        self.download(at, to.len(), |bits| match meta.dtype {
-            DType::Real => permute(&meta, branches, bits, to, Towards::Host, real),
-            DType::Index => permute(&meta, branches, bits, to, Towards::Host, index),
+        self.download(&ranges, |mut rest| {
+            for (meta, branches, to) in wanted {
+                let (bits, others) = rest.split_at(to.len());
+                match meta.dtype {
+                    DType::Real => permute(&meta, branches, bits, to, Towards::Host, real),
+                    DType::Index => permute(&meta, branches, bits, to, Towards::Host, index),
+                }
+                rest = others;
+            }
         })
     }
 
