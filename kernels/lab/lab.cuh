@@ -13,7 +13,7 @@ struct LabParams {
     const float* shift;  // [C]
     int32_t images, height, width;  // N, H, W
     int32_t channels, filters;      // C and K, multiples of 8
-    // A patch has pixels of neighbouring images, the same of each: 128 at most.
+    // A patch has pixels of neighbouring images, the same of each: 128 at most, and 288 with those around them.
     int32_t patch_images, patch_height, patch_width;
 };
 static_assert(sizeof(LabParams) == 72);

@@ -4,7 +4,7 @@
 // they lie, by `ldmatrix`; nothing is gathered, and nothing is loaded nine times. Threads load eight channels each.
 #include "lab.cuh"
 
-constexpr int THREADS = 128, SLICE = 32;
+constexpr int SLICE = 32;
 constexpr int PITCH = SLICE + 8;  // elements from a pixel or filter to the next: eight rows meet no bank twice
 
 template <int WIDTH>

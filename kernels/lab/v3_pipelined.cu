@@ -6,7 +6,7 @@
 #define KERNEL_BLOCKS 3
 #include "lab.cuh"
 
-constexpr int THREADS = 128, SLICE = 32;
+constexpr int SLICE = 32;
 constexpr int PITCH = SLICE + 8;  // elements from a pixel or filter to the next: eight rows meet no bank twice
 
 // The weights of one tap of a slice.
@@ -65,13 +65,10 @@ DEVICE void conv(const LabParams& p) {
             // Behind the barrier all copies of this step are there, and nobody reads the other places any more.
             copies_done();
             sync_threads();
+            const int32_t next_slice = tap < 8 ? slice : slice + SLICE, next_tap = tap < 8 ? tap + 1 : 0;
             uint16_t* next = weights + (1 - weight_slot) * WIDTH * PITCH;
-            if (tap < 8) matrix.copy(p, next, slice, tap + 1);
-            if (tap == 8 && more) matrix.copy(p, next, slice + SLICE, 0);
+            if (next_slice < p.channels) matrix.copy(p, next, next_slice, next_tap);
             if (more && halo.more()) copy(pixels + (1 - slot) * halo_place, slice + SLICE);
-            if (more && tap == 8) {
-                while (halo.more()) copy(pixels + (1 - slot) * halo_place, slice + SLICE);
-            }
             const int32_t step = (tap / 3 * (p.patch_width + 2) + tap % 3) * PITCH + slot * halo_place;
             const uint16_t* column = columns + weight_slot * WIDTH * PITCH;
             for (int k = 0; k < SLICE; k += 16) {

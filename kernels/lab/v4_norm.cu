@@ -1,11 +1,11 @@
 // Version 4: batch norm and ReLU of the input are applied as the halo is loaded; what they give is never in memory.
 //
 // Weights come by `cp.async` as before. A piece of a halo passes through registers: its load begins before a step's products
-// and ends behind them. Padding is zero behind the ReLU, not before it.
+// and ends behind them. Padding is zero behind the ReLU, not before it. For 128 channels at most: one for each thread.
 #define KERNEL_BLOCKS 3
 #include "lab.cuh"
 
-constexpr int THREADS = 128, SLICE = 32;
+constexpr int SLICE = 32;
 constexpr int PITCH = SLICE + 8;  // elements from a pixel or filter to the next: eight rows meet no bank twice
 
 // The batch norm of a channel.
@@ -75,7 +75,7 @@ DEVICE void conv(const LabParams& p) {
     Weights<WIDTH> matrix;
     matrix.begin(p, patch.column);
     matrix.copy(p, weights, 0, 0);
-    for (int32_t c = thread; c < p.channels; c += THREADS) norms[c] = {p.scale[c], p.shift[c]};
+    if (thread < p.channels) norms[thread] = {p.scale[thread], p.shift[thread]};
     sync_threads();
     while (halo.more()) {
         LabHalo ahead = halo;
@@ -101,9 +101,9 @@ DEVICE void conv(const LabParams& p) {
             // Behind the barrier all copies of this step are there, and nobody reads the other places any more.
             copies_done();
             sync_threads();
+            const int32_t next_slice = tap < 8 ? slice : slice + SLICE, next_tap = tap < 8 ? tap + 1 : 0;
             uint16_t* next = weights + (1 - weight_slot) * WIDTH * PITCH;
-            if (tap < 8) matrix.copy(p, next, slice, tap + 1);
-            if (tap == 8 && more) matrix.copy(p, next, slice + SLICE, 0);
+            if (next_slice < p.channels) matrix.copy(p, next, next_slice, next_tap);
             const bool loads = more && halo.more();
             Piece piece = {};
             if (loads) piece = load(halo, slice + SLICE);
@@ -122,9 +122,6 @@ DEVICE void conv(const LabParams& p) {
                 }
             }
             if (loads) store(pixels + (1 - slot) * halo_place, slice + SLICE, piece);
-            if (more && tap == 8) {
-                while (halo.more()) store(pixels + (1 - slot) * halo_place, slice + SLICE, load(halo, slice + SLICE));
-            }
             weight_slot = 1 - weight_slot;
         }
         slot = 1 - slot;
