@@ -4,8 +4,8 @@
     scripts/lab.py               compiles all versions and writes the tables of kernels/lab/README.md
     scripts/lab.py --check       fails when the tables are not up to date, or a version spills or does not compile
     scripts/lab.py --time        on a card: checks every version against version 0, times it, writes
-                                 benches/results/CARD-lab.json, and prints predicted beside measured; --host compiles and
-                                 links for a card but does not run
+                                 benches/results/CARD-lab.json (or --out FILE), and prints predicted beside measured;
+                                 --build compiles and links for a card but does not run
     scripts/lab.py --self-test   this script, on invented machine code
 
 Needs nvcc (scripts/install_nvcc.sh) and the system's C++ compiler. The model is described in the README: the largest of five
@@ -342,12 +342,13 @@ def examine(nvcc, folder):
 
 
 def measured():
-    """Medians in µs by stage and version, of the newest result; empty where there is none."""
+    """Medians in µs by stage and version, of an H200's newest result; empty where there is none."""
     files = sorted(RESULTS.glob("*-lab.json"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        return {}, None
-    found = json.loads(files[-1].read_text())
-    return {(r["stage"], r["version"]): r["microseconds"] for r in found["rows"]}, found["card"]
+    for path in reversed(files):
+        found = json.loads(path.read_text())
+        if "H200" in found["card"]:
+            return {(r["stage"], r["version"]): r["microseconds"] for r in found["rows"]}, found["card"]
+    return {}, None
 
 
 def render(nvcc_version, rows, resources, found, card):
@@ -415,7 +416,7 @@ def build_for_card(nvcc, folder, arch):
     return program
 
 
-def take_times(only_build):
+def take_times(only_build, out):
     nvcc = find_nvcc()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -437,7 +438,7 @@ def take_times(only_build):
             row["predicted_reason"] = max(forecast, key=forecast.get)
     found |= {"driver": driver, "nvcc": version_of(nvcc), "arch": arch}
     name = re.sub(r"[^a-z0-9]+", "-", found["card"].lower()).strip("-")
-    out = RESULTS / f"{name}-lab.json"
+    out = out or RESULTS / f"{name}-lab.json"
     out.write_text(json.dumps(found, indent=1) + "\n")
     times_found = {(r["stage"], r["version"]): r["microseconds"] for r in found["rows"]}
     print(render(version_of(nvcc), rows, resources, times_found, found["card"]))
@@ -482,14 +483,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--host", action="store_true", help="with --time: build only")
+    parser.add_argument("--build", action="store_true", help="with --time: build only")
+    parser.add_argument("--out", type=Path, help="with --time: the file to write")
     parser.add_argument("--self-test", action="store_true")
     arguments = parser.parse_args()
     try:
         if arguments.self_test:
             wrong = self_test()
         elif arguments.time:
-            wrong = take_times(arguments.host)
+            wrong = take_times(arguments.build, arguments.out)
         else:
             wrong = tables(arguments.check)
     except Failure as failure:
