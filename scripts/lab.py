@@ -73,9 +73,16 @@ def steps(plan):
 
 
 def pipelined(plan):
-    """Clocks that the steps of versions 3 and 4 last at least: what they ask for comes within a step."""
-    from_memory = (slices(plan) - 1) * pieces(plan)
-    return from_memory * DRAM + (9 * slices(plan) - from_memory) * L2
+    """Clocks that the steps of versions 3 to 5 last at least: what they ask for comes within a step."""
+    every = slices(plan) * plan["run"]
+    from_memory = (every - 1) * pieces(plan)
+    weights_stay = plan["run"] > 1 and slices(plan) == 1
+    return from_memory * DRAM + (0 if weights_stay else (9 * every - from_memory) * L2)
+
+
+def fetching(plan):
+    """The part of the steps of versions 3 to 5 in which a piece of a halo is fetched: in all slices but the last."""
+    return (1 - 1 / (slices(plan) * plan["run"])) * pieces(plan) / 9
 
 
 VERSIONS = {
@@ -88,6 +95,10 @@ VERSIONS = {
     "v3_pipelined": Version(lambda p: [pieces(p), slices(p), "taps"], lambda p: DRAM + pipelined(p)),
     "v4_norm": Version(
         lambda p: [math.ceil(pieces(p) / 4), slices(p), "taps"],
+        lambda p: L2 + math.ceil(pieces(p) / 4) * DRAM + pipelined(p),
+    ),
+    "v5_runs": Version(
+        lambda p: [math.ceil(pieces(p) / 4), p["run"], slices(p), "taps"],
         lambda p: L2 + math.ceil(pieces(p) / 4) * DRAM + pipelined(p),
     ),
     "v4_norm alone": Version(lambda p: [], lambda p: DRAM),
@@ -205,8 +216,6 @@ def work_of(code, version, plan, known):
     if len(turns) != len(loops):
         raise Failure(f"{plan['kernel']} has {len(loops)} loops, scripts/lab.py knows {len(turns)}")
     of_turn = None
-    # A slice's taps fetch the next slice, but for the last slice's.
-    share = 1 - 1 / slices(plan)
 
     def turn(loop):
         nonlocal of_turn
@@ -218,7 +227,7 @@ def work_of(code, version, plan, known):
         if most.tensor == 0 or most.tensor != least.tensor:
             raise Failure(f"{plan['kernel']}: the loop over taps is not where scripts/lab.py looks for it")
         of_turn = least, most
-        part = share if version in ("v3_pipelined", "v4_norm") else 1
+        part = fetching(plan) if version in ("v3_pipelined", "v4_norm", "v5_runs") else 1
         middle = add(least, add(most, least, -1), part)
         return add(NOTHING, middle, tensor_work(version, plan)[1] / most.tensor)
 

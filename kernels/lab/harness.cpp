@@ -36,6 +36,8 @@ LAB_KERNEL(lab3_64_f16)
 LAB_KERNEL(lab4_32_f16)
 LAB_KERNEL(lab4_64_f16)
 LAB_KERNEL(lab4_norm_f16)
+LAB_KERNEL(lab5_32_f16)
+LAB_KERNEL(lab5_64_f16)
 
 namespace {
 
@@ -105,7 +107,7 @@ void launch(Entry entry, const char* name, const LabParams& p, int64_t blocks, u
 
 // ---- The versions ----
 
-enum class Blocks { outputs, tiles, patches, eights };
+enum class Blocks { outputs, tiles, patches, runs, eights };
 
 struct Version {
     const char* name;
@@ -123,6 +125,7 @@ const Version VERSIONS[] = {
     {"v2_halo", Blocks::patches, false, TWO(lab2_32_f16, lab2_64_f16)},
     {"v3_pipelined", Blocks::patches, false, TWO(lab3_32_f16, lab3_64_f16)},
     {"v4_norm", Blocks::patches, true, TWO(lab4_32_f16, lab4_64_f16)},
+    {"v5_runs", Blocks::runs, true, TWO(lab5_32_f16, lab5_64_f16)},
     {"v4_norm alone", Blocks::eights, true, ONE(lab4_norm_f16)},
 };
 
@@ -181,11 +184,13 @@ Launch plan(const Version& version, const LabParams& p) {
             launch.blocks = ceil_div(rows, 64) * ceil_div(p.filters, 64);
             launch.shared = 22528;
             break;
-        case Blocks::patches: {
-            const bool single = version.name[1] == '2';  // one place for weights and halos
-            const size_t weights = size_t(width) * (single ? 1 : 2), halos = single || p.channels <= 32 ? 1 : 2;
-            launch.blocks = patches_of(p) * ceil_div(p.filters, width);
-            launch.shared = 80 * (weights + halos * size_t(halo_of(p)));
+        case Blocks::patches:
+        case Blocks::runs: {
+            // Places for weights and for halos.
+            const bool runs = version.blocks == Blocks::runs, slice = p.channels <= 32, once = version.name[1] == '2';
+            const size_t weights = once ? 1 : runs && slice ? 9 : 2, halos = once || (slice && !runs) ? 1 : 2;
+            launch.blocks = ceil_div(p.patches, runs ? p.run : 1) * ceil_div(p.filters, width);
+            launch.shared = 80 * (weights * size_t(width) + halos * size_t(halo_of(p)));
             if (version.norm) launch.shared += 8 * size_t(ceil_div(p.channels, 2) * 2);
         }
     }
@@ -202,6 +207,9 @@ LabParams shape(int32_t images, int32_t height, int32_t width, int32_t channels,
     p.channels = channels;
     p.filters = filters;
     choose_patches(p);
+    // Runs that fill a card of 132 multiprocessors once with three blocks each; in small problems three patches.
+    p.patches = int32_t(patches_of(p));
+    p.run = int32_t(std::max(int64_t(3), ceil_div(p.patches * ceil_div(filters, filters > 32 ? 64 : 32), 132 * 3)));
     return p;
 }
 
@@ -357,10 +365,10 @@ int print_plan() {
             const Launch launch = plan(version, p);
             printf("%s\n {\"stage\": %d, \"version\": \"%s\", \"kernel\": \"%s\", \"blocks\": %lld, \"threads\": %u, "
                    "\"shared\": %zu, \"images\": %d, \"height\": %d, \"width\": %d, \"channels\": %d, \"filters\": %d, "
-                   "\"patch\": [%d, %d, %d], \"halo\": %d}",
+                   "\"patch\": [%d, %d, %d], \"halo\": %d, \"run\": %d}",
                    comma, stage + 1, version.name, launch.kernel, static_cast<long long>(launch.blocks),
                    launch.threads, launch.shared, p.images, p.height, p.width, p.channels, p.filters, p.patch_images,
-                   p.patch_height, p.patch_width, halo_of(p));
+                   p.patch_height, p.patch_width, halo_of(p), version.blocks == Blocks::runs ? p.run : 1);
             comma = ",";
         }
     }

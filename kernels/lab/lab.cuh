@@ -15,8 +15,10 @@ struct LabParams {
     int32_t channels, filters;      // C and K, multiples of 8
     // A patch has pixels of neighbouring images, the same of each: 128 at most, and 288 with those around them.
     int32_t patch_images, patch_height, patch_width;
+    int32_t patches, run;  // in all, and those that a block of version 5 works on
+    int32_t unused;
 };
-static_assert(sizeof(LabParams) == 72);
+static_assert(sizeof(LabParams) == 88);
 
 constexpr uint32_t NOWHERE = 0xffffffffu;
 
@@ -26,18 +28,17 @@ DEVICE float lab_norm(float x, float scale, float shift) {
     return 0.0f > v ? 0.0f : v;
 }
 
-// The first pixel of a block's patch, and its first output channel. Blocks of one patch are neighbours.
+// Tiles of so many output channels. Blocks of one patch are neighbours.
+DEVICE uint32_t lab_tiles(const LabParams& p, uint32_t columns) { return (uint32_t(p.filters) + columns - 1) / columns; }
+
+// The first pixel of a patch.
 struct LabPatch {
-    int32_t image, down, across, column;
+    int32_t image, down, across;
 };
-DEVICE LabPatch lab_patch(const LabParams& p, uint32_t columns) {
+DEVICE LabPatch lab_patch(const LabParams& p, uint32_t number) {
     LabPatch patch;
-    const uint32_t tiles = (uint32_t(p.filters) + columns - 1) / columns;
     const uint32_t patches_across = uint32_t(p.width + p.patch_width - 1) / uint32_t(p.patch_width);
     const uint32_t patches_down = uint32_t(p.height + p.patch_height - 1) / uint32_t(p.patch_height);
-    uint32_t number = blockIdx.x;
-    patch.column = int32_t(number % tiles * columns);
-    number /= tiles;
     patch.across = int32_t(number % patches_across) * p.patch_width;
     number /= patches_across;
     patch.down = int32_t(number % patches_down) * p.patch_height;

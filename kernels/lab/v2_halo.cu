@@ -11,7 +11,9 @@ template <int WIDTH>
 DEVICE void conv(const LabParams& p) {
     uint16_t* weights = shared_memory<uint16_t>();  // [WIDTH, PITCH]
     uint16_t* pixels = weights + WIDTH * PITCH;     // [pixels of the halo, PITCH]
-    const LabPatch patch = lab_patch(p, WIDTH);
+    const uint32_t tiles = lab_tiles(p, WIDTH);
+    const int32_t column = int32_t(blockIdx.x % tiles * WIDTH);
+    const LabPatch patch = lab_patch(p, blockIdx.x / tiles);
     const int32_t thread = int32_t(threadIdx.x), lane = thread % 32, warp = thread / 32, eighth = thread % 4 * 8;
     // This lane's rows of matrices: 16 pixels by 16 channels of x, 16 filters by 16 channels of w.
     const uint16_t* rows[2];
@@ -30,7 +32,7 @@ DEVICE void conv(const LabParams& p) {
         }
         for (int32_t tap = 0; tap < 9; ++tap) {
             for (int i = 0; i < WIDTH / 32; ++i) {
-                const int32_t line = thread / 4 + 32 * i, k = patch.column + line, c = slice + eighth;
+                const int32_t line = thread / 4 + 32 * i, k = column + line, c = slice + eighth;
                 const bool there = k < p.filters && c < p.channels;
                 const uint16_t* from = p.w + ((k * 9 + tap) * p.channels + c);
                 *reinterpret_cast<uint4*>(weights + line * PITCH + eighth) =
@@ -58,7 +60,7 @@ DEVICE void conv(const LabParams& p) {
             const uint32_t row = lab_row(p, patch, lab_pixel(p, 32 * warp + 16 * m + 8 * half + lane / 4));
             if (row == NOWHERE) continue;
             for (int n = 0; n < WIDTH / 8; ++n) {
-                const uint32_t k = uint32_t(patch.column + 8 * n + lane % 4 * 2);
+                const uint32_t k = uint32_t(column + 8 * n + lane % 4 * 2);
                 const uint32_t pair = floats_to_f16x2(d[m][n][2 * half], d[m][n][2 * half + 1]);
                 if (k < uint32_t(p.filters)) *reinterpret_cast<uint32_t*>(p.y + row * uint32_t(p.filters) + k) = pair;
             }

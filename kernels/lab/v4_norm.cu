@@ -57,7 +57,9 @@ DEVICE void conv(const LabParams& p) {
     Channel* norms = shared_memory<Channel>();  // [C]
     uint16_t* weights = reinterpret_cast<uint16_t*>(norms + (p.channels + 1) / 2 * 2);  // [2, WIDTH, PITCH]
     uint16_t* pixels = weights + 2 * WIDTH * PITCH;  // [2, pixels of the halo, PITCH]
-    const LabPatch patch = lab_patch(p, WIDTH);
+    const uint32_t tiles = lab_tiles(p, WIDTH);
+    const int32_t column = int32_t(blockIdx.x % tiles * WIDTH);
+    const LabPatch patch = lab_patch(p, blockIdx.x / tiles);
     const int32_t thread = int32_t(threadIdx.x), lane = thread % 32, warp = thread / 32, eighth = thread % 4 * 8;
     LabHalo halo;
     halo.begin(p);
@@ -73,7 +75,7 @@ DEVICE void conv(const LabParams& p) {
         halo.next(p);
     };
     Weights<WIDTH> matrix;
-    matrix.begin(p, patch.column);
+    matrix.begin(p, column);
     matrix.copy(p, weights, 0, 0);
     if (thread < p.channels) norms[thread] = {p.scale[thread], p.shift[thread]};
     sync_threads();
@@ -108,13 +110,13 @@ DEVICE void conv(const LabParams& p) {
             Piece piece = {};
             if (loads) piece = load(halo, slice + SLICE);
             const int32_t step = (tap / 3 * (p.patch_width + 2) + tap % 3) * PITCH + slot * halo_place;
-            const uint16_t* column = columns + weight_slot * WIDTH * PITCH;
+            const uint16_t* matrices = columns + weight_slot * WIDTH * PITCH;
             for (int k = 0; k < SLICE; k += 16) {
                 uint32_t a[2][4];
                 for (int m = 0; m < 2; ++m) load_matrices(a[m], rows[m] + step + k);
                 for (int n = 0; n < WIDTH / 16; ++n) {
                     uint32_t b[4];
-                    load_matrices(b, column + n * 16 * PITCH + k);
+                    load_matrices(b, matrices + n * 16 * PITCH + k);
                     for (int m = 0; m < 2; ++m) {
                         mma_m16n8k16_f16(d[m][2 * n], a[m], b);
                         mma_m16n8k16_f16(d[m][2 * n + 1], a[m], b + 2);
@@ -131,7 +133,7 @@ DEVICE void conv(const LabParams& p) {
             const uint32_t row = lab_row(p, patch, lab_pixel(p, 32 * warp + 16 * m + 8 * half + lane / 4));
             if (row == NOWHERE) continue;
             for (int n = 0; n < WIDTH / 8; ++n) {
-                const uint32_t k = uint32_t(patch.column + 8 * n + lane % 4 * 2);
+                const uint32_t k = uint32_t(column + 8 * n + lane % 4 * 2);
                 const uint32_t pair = floats_to_f16x2(d[m][n][2 * half], d[m][n][2 * half + 1]);
                 if (k < uint32_t(p.filters)) *reinterpret_cast<uint32_t*>(p.y + row * uint32_t(p.filters) + k) = pair;
             }
