@@ -43,7 +43,7 @@ CLOCK = ROOF / (MULTIPROCESSORS * 4096)
 L2, DRAM = 263, 479
 
 # What a warp does on a path through the code: instructions issued, wavefronts of 128 bytes through the memory pipe of
-# its multiprocessor, tensor-core instructions.
+# its multiprocessor, products on tensor cores in units of an m16n8k16.
 Work = namedtuple("Work", "instructions wavefronts tensor")
 NOTHING = Work(0, 0, 0)
 
@@ -85,6 +85,21 @@ def fetching(plan):
     return (1 - 1 / (slices(plan) * plan["run"])) * pieces(plan) / 9
 
 
+def halves(plan):
+    """Of version 6: how often a thread goes for three pieces of a halo, of 64 pixels each."""
+    return math.ceil(math.ceil(plan["halo"] / 64) / 3)
+
+
+def filters_of(plan):
+    """Of version 6: eighths of weights that a thread fetches for a slice."""
+    return 9 * (64 if plan["filters"] > 32 else 32) * 4 // plan["threads"]
+
+
+def again(plan):
+    """Of version 6: turns of four such weights for a slice that comes later; where there is one slice they stay."""
+    return filters_of(plan) // 4 if slices(plan) > 1 else 0
+
+
 VERSIONS = {
     "v0_reference": Version(lambda p: [9, p["channels"] / 16, 0], lambda p: 0, 16.5),
     "v0_reference with norm": None,
@@ -101,17 +116,19 @@ VERSIONS = {
         lambda p: [math.ceil(pieces(p) / 4), p["run"], slices(p), "taps"],
         lambda p: L2 + math.ceil(pieces(p) / 4) * DRAM + pipelined(p),
     ),
+    "v6_wgmma": Version(
+        lambda p: [filters_of(p) % 4, filters_of(p) // 4, halves(p), p["run"], slices(p), again(p), halves(p)],
+        lambda p: L2 + (1 + slices(p) * p["run"]) * halves(p) * DRAM,
+    ),
     "v4_norm alone": Version(lambda p: [], lambda p: DRAM),
 }
 
 
 def tensor_work(version, plan):
-    """Tensor-core instructions that a warp must execute: in all, and of one slice (version 1: in all)."""
-    width = 64 if plan["filters"] > 32 else 32
+    """Products that a warp has of one slice; of version 1: in all."""
     if version == "v1_gathered":
-        return steps(plan) * 16, steps(plan) * 16
-    of_slice = 9 * 2 * 2 * width // 8
-    return slices(plan) * of_slice, of_slice
+        return steps(plan) * 16
+    return 9 * 2 * 2 * (64 if plan["filters"] > 32 else 32) // 8
 
 
 # ---- Machine code ----
@@ -124,6 +141,9 @@ Loop = namedtuple("Loop", "start end")
 def wavefronts(op, predicate, spread):
     """Of a warp's instruction whose lanes access neighbouring memory."""
     kind, *rest = op.split(".")
+    if kind == "HGMMA":
+        # A warpgroup's product reads both operands from shared memory: 64 and N lines of 32 bytes, a quarter for each warp.
+        return (64 + int(rest[0].split("x")[1])) * 32 / 128 / 4
     if predicate == "@!PT" or kind not in ("LDS", "LDSM", "STS", "LDG", "STG", "LDGSTS"):
         return 0
     if kind == "LDSM":
@@ -145,6 +165,9 @@ def parse(text, spread=1):
             op, predicate = found[3], (found[2] or "").strip()
             target = re.search(r"0x([0-9a-f]+)\s*$", found[4]) if op.startswith("BRA") else None
             tensor = 1 if kernel_report.operands(op) else 0
+            if op.startswith("HGMMA."):
+                m, n, k = (int(size) for size in op.split(".")[1].split("x"))
+                tensor = m * n * k // (16 * 8 * 16) // 4
             work = Work(1, wavefronts(op, predicate, spread), tensor)
             current.append(Instruction(int(found[1], 16), op, predicate, int(target[1], 16) if target else None, work))
     return functions
@@ -221,15 +244,16 @@ def work_of(code, version, plan, known):
         nonlocal of_turn
         times = turns[loops.index(loop)]
         most = walk(code, loops, loop, turn, True)
+        least = walk(code, loops, loop, turn, False) if most.tensor else most
+        if most.tensor and not of_turn:
+            of_turn = least, most
         if times != "taps":
             return add(NOTHING, most, times)
-        least = walk(code, loops, loop, turn, False)
         if most.tensor == 0 or most.tensor != least.tensor:
             raise Failure(f"{plan['kernel']}: the loop over taps is not where scripts/lab.py looks for it")
-        of_turn = least, most
         part = fetching(plan) if version in ("v3_pipelined", "v4_norm", "v5_runs") else 1
         middle = add(least, add(most, least, -1), part)
-        return add(NOTHING, middle, tensor_work(version, plan)[1] / most.tensor)
+        return add(NOTHING, middle, tensor_work(version, plan) / most.tensor)
 
     return walk(code, loops, None, turn, True), of_turn
 
@@ -256,7 +280,7 @@ def times(version, plan, work, warps):
     everywhere = plan["blocks"] * of_block
     rounds = plan["blocks"] / (MULTIPROCESSORS * (warps // of_block))
     return {
-        "tensor": everywhere * work.tensor * MMA_FLOPS / (ROOF * MMA_PART),
+        "tensor": everywhere * work.tensor * MMA_FLOPS / (ROOF * (1 if "wgmma" in version else MMA_PART)),
         "issue": everywhere * work.instructions / (MULTIPROCESSORS * PARTITIONS * CLOCK),
         "shared": everywhere * work.wavefronts / (MULTIPROCESSORS * CLOCK),
         "memory": bytes_of(version, plan) / BANDWIDTH,
@@ -284,6 +308,11 @@ def sources():
     return sorted(LAB.glob("v*.cu"))
 
 
+def sources_for(arch):
+    """Products of warpgroups are for sm_90a alone."""
+    return [source for source in sources() if "wgmma" not in source.name or arch == "sm_90a"]
+
+
 def compile_all(nvcc, folder, arch, mode, threads=2):
     """Compiles every version for an architecture, two at a time."""
     gencode = f"arch={arch.replace('sm', 'compute')},code={arch}"
@@ -297,7 +326,7 @@ def compile_all(nvcc, folder, arch, mode, threads=2):
             if child.returncode:
                 raise Failure(f"{' '.join(command)}\n{out}")
 
-    for source in sources():
+    for source in sources_for(arch):
         out = folder / f"{source.stem}.{arch}.{'cubin' if mode == '-cubin' else 'o'}"
         command = [str(nvcc), "-std=c++20", "-O3", f"-I{ROOT / 'kernels' / 'include'}", "-lineinfo"]
         command += [mode, "-gencode", gencode, "-o", str(out), str(source)]
@@ -363,7 +392,7 @@ def measured():
 def render(nvcc_version, rows, resources, found, card):
     text = lambda seconds: f"{1e6 * seconds:,.1f}" if seconds < 1e-2 else f"{1e6 * seconds:,.0f}"
     lines = [f"Made by nvcc {nvcc_version} for sm_90a.", ""]
-    lines.append("| kernel | registers, sm_80 | sm_90a | local memory | instructions of a turn of its main loop | of those on tensor cores |")
+    lines.append("| kernel | registers, sm_80 | sm_90a | local memory | instructions of a turn of its main loop | products in it |")
     lines.append("|---|--:|--:|--:|--:|--:|")
     turns = {row.plan["kernel"]: row.turn for row in rows}
     for arch, name in sorted(resources):
@@ -373,14 +402,14 @@ def render(nvcc_version, rows, resources, found, card):
             if turn:
                 least, most = (round(w.instructions) for w in turn)
                 counts = [str(most) if least == most else f"{least} to {most}", str(round(turn[0].tensor))]
-            old, new = resources["sm_80", name], resources[arch, name]
+            old, new = resources.get(("sm_80", name), {"REG": "–"}), resources[arch, name]
             lines.append(f"| `{name}` | {old['REG']} | {new['REG']} | {new['STACK'] + new['LOCAL']} | {counts[0]} | {counts[1]} |")
     for stage in (1, 2, 3):
         of_stage = [row for row in rows if row.plan["stage"] == stage]
         p = of_stage[0].plan
         shape = f"{p['images']} × {p['height']} × {p['width']} × {p['channels']} → {p['filters']}"
         lines += ["", f"Stage {stage}: {shape}, {flops_of(p) / 1e9:.1f} GFLOP. Times in µs."]
-        lines += ["", "| version | shared memory | warps | per tensor-core instruction: instructions | wavefronts "
+        lines += ["", "| version | shared memory | warps | per product: instructions | wavefronts "
                   "| tensor | issue | shared | memory | waits | **predicted** | measured |"]
         lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
         for row in of_stage:
@@ -420,7 +449,8 @@ def build_for_card(nvcc, folder, arch):
     gencode = ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
     include = f"-I{ROOT / 'kernels' / 'include'}"
     harness, program = folder / "harness.o", folder / "harness"
-    run(nvcc, "-std=c++20", "-O3", include, *gencode, "-c", "-x", "cu", "-o", harness, LAB / "harness.cpp")
+    without = [] if arch == "sm_90a" else ["-DLAB_NO_WGMMA"]
+    run(nvcc, "-std=c++20", "-O3", include, *gencode, *without, "-c", "-x", "cu", "-o", harness, LAB / "harness.cpp")
     run(nvcc, *gencode, f"-L{nvcc.parent.parent / 'lib'}", "-o", program, harness, *objects)
     return program
 
@@ -485,6 +515,8 @@ def self_test():
         "all, the short way": (walk(code, loops, None, ten(False), False), Work(2 + 40 + 3, 41, 10)),
         "all, the long way": (walk(code, loops, None, ten(True), True), Work(4 + 60 + 3, 8 + 80 + 1, 10)),
     }
+    group = parse("Function : g\n /*0000*/ HGMMA.64x32x16.F32 R24, gdesc[UR16], R24 ;")["g"][0].work
+    found["a warpgroup's product"] = (group, Work(1, 6, 4))
     return [f"{what}: {have}, expected {want}" for what, (have, want) in found.items() if have != want]
 
 

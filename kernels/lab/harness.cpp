@@ -16,6 +16,11 @@
 
 #include "lab.cuh"
 
+// Products of warpgroups are for cards of compute capability 9.0 alone.
+#if __has_include("v6_wgmma.cu") && !defined(LAB_NO_WGMMA)
+#define LAB_WGMMA
+#endif
+
 #if defined(__CUDACC__)
 using Entry = const void*;
 #define LAB_KERNEL(name) extern "C" __global__ void name(const __grid_constant__ LabParams p);
@@ -38,6 +43,10 @@ LAB_KERNEL(lab4_64_f16)
 LAB_KERNEL(lab4_norm_f16)
 LAB_KERNEL(lab5_32_f16)
 LAB_KERNEL(lab5_64_f16)
+#if defined(LAB_WGMMA)
+LAB_KERNEL(lab6_32_f16)
+LAB_KERNEL(lab6_64_f16)
+#endif
 
 namespace {
 
@@ -107,7 +116,7 @@ void launch(Entry entry, const char* name, const LabParams& p, int64_t blocks, u
 
 // ---- The versions ----
 
-enum class Blocks { outputs, tiles, patches, runs, eights };
+enum class Blocks { outputs, tiles, patches, runs, cells, eights };
 
 struct Version {
     const char* name;
@@ -126,18 +135,30 @@ const Version VERSIONS[] = {
     {"v3_pipelined", Blocks::patches, false, TWO(lab3_32_f16, lab3_64_f16)},
     {"v4_norm", Blocks::patches, true, TWO(lab4_32_f16, lab4_64_f16)},
     {"v5_runs", Blocks::runs, true, TWO(lab5_32_f16, lab5_64_f16)},
+#if defined(LAB_WGMMA)
+    {"v6_wgmma", Blocks::cells, true, TWO(lab6_32_f16, lab6_64_f16)},
+#endif
     {"v4_norm alone", Blocks::eights, true, ONE(lab4_norm_f16)},
 };
 
 // How a version divides a problem.
 struct Launch {
+    LabParams shape;  // with the patches of the version
     const char* kernel;
     Entry entry;
     int64_t blocks;
     uint32_t threads;
     size_t shared;  // bytes
 
-    void run(const LabParams& p) const { launch(entry, kernel, p, blocks, threads, shared); }
+    void run(const LabParams& p) const {
+        LabParams with = shape;
+        with.x = p.x;
+        with.w = p.w;
+        with.y = p.y;
+        with.scale = p.scale;
+        with.shift = p.shift;
+        launch(entry, kernel, with, blocks, threads, shared);
+    }
 };
 
 int32_t halo_of(const LabParams& p) { return p.patch_images * (p.patch_height + 2) * (p.patch_width + 2); }
@@ -167,10 +188,29 @@ void choose_patches(LabParams& p) {
     if (best == INT64_MAX) fail("patches", "none fits");
 }
 
-Launch plan(const Version& version, const LabParams& p) {
+// Patches of four cells of 8 × 8 pixels, or of fewer where the images have no more.
+void choose_cells(LabParams& p) {
+    const int32_t down = int32_t(ceil_div(p.height, 8)), across = int32_t(ceil_div(p.width, 8));
+    p.patch_width = 8 * std::min(across, 2);
+    p.patch_height = 8 * std::min(down, 32 / p.patch_width);
+    if (down == 1 && across > 2) p.patch_width = 8 * std::min(across, 4);
+    const bool whole = p.patch_height == 8 * down && p.patch_width == 8 * across;
+    p.patch_images = whole ? std::min(256 / (p.patch_height * p.patch_width), p.images) : 1;
+}
+
+// Runs of patches that fill a card of 132 multiprocessors once with so many blocks each; in small problems three patches.
+void choose_runs(LabParams& p, int64_t column_tiles, int64_t blocks) {
+    p.patches = int32_t(patches_of(p));
+    p.run = int32_t(std::max(int64_t(3), ceil_div(p.patches * column_tiles, 132 * blocks)));
+}
+
+Launch plan(const Version& version, LabParams p) {
     const int64_t rows = int64_t(p.images) * p.height * p.width, outputs = rows * p.filters;
     const int wide = p.filters > 32 ? 1 : 0, width = wide ? 64 : 32;
-    Launch launch = {version.kernels[wide], version.entries[wide], 0, 128, 0};
+    const int64_t column_tiles = ceil_div(p.filters, width);
+    if (version.blocks == Blocks::cells) choose_cells(p);
+    choose_runs(p, column_tiles, version.blocks != Blocks::cells ? 3 : wide ? 1 : 2);
+    Launch launch = {p, version.kernels[wide], version.entries[wide], 0, 128, 0};
     switch (version.blocks) {
         case Blocks::outputs:
             launch.blocks = ceil_div(outputs, 256);
@@ -189,9 +229,17 @@ Launch plan(const Version& version, const LabParams& p) {
             // Places for weights and for halos.
             const bool runs = version.blocks == Blocks::runs, slice = p.channels <= 32, once = version.name[1] == '2';
             const size_t weights = once ? 1 : runs && slice ? 9 : 2, halos = once || (slice && !runs) ? 1 : 2;
-            launch.blocks = ceil_div(p.patches, runs ? p.run : 1) * ceil_div(p.filters, width);
+            launch.blocks = ceil_div(p.patches, runs ? p.run : 1) * column_tiles;
             launch.shared = 80 * (weights * size_t(width) + halos * size_t(halo_of(p)));
             if (version.norm) launch.shared += 8 * size_t(ceil_div(p.channels, 2) * 2);
+            break;
+        }
+        case Blocks::cells: {
+            const size_t pitch = size_t(ceil_div(p.patch_width, 8) * 8 + 2), lines = size_t(p.patch_images * (p.patch_height + 2));
+            launch.blocks = ceil_div(p.patches, p.run) * column_tiles;
+            launch.threads = 256;
+            launch.shared = 64 * ((p.channels <= 32 ? 1 : 2) * 9 * size_t(width + 2) + 2 * lines * pitch);
+            launch.shared += 8 * size_t(ceil_div(p.channels, 2) * 2);
         }
     }
     return launch;
@@ -207,9 +255,6 @@ LabParams shape(int32_t images, int32_t height, int32_t width, int32_t channels,
     p.channels = channels;
     p.filters = filters;
     choose_patches(p);
-    // Runs that fill a card of 132 multiprocessors once with three blocks each; in small problems three patches.
-    p.patches = int32_t(patches_of(p));
-    p.run = int32_t(std::max(int64_t(3), ceil_div(p.patches * ceil_div(filters, filters > 32 ? 64 : 32), 132 * 3)));
     return p;
 }
 
@@ -360,15 +405,16 @@ int print_plan() {
     printf("[");
     const char* comma = "";
     for (int stage = 0; stage < 3; ++stage) {
-        const LabParams& p = STAGES[stage];
         for (const Version& version : VERSIONS) {
-            const Launch launch = plan(version, p);
+            const Launch launch = plan(version, STAGES[stage]);
+            const LabParams& p = launch.shape;
+            const bool runs = version.blocks == Blocks::runs || version.blocks == Blocks::cells;
             printf("%s\n {\"stage\": %d, \"version\": \"%s\", \"kernel\": \"%s\", \"blocks\": %lld, \"threads\": %u, "
                    "\"shared\": %zu, \"images\": %d, \"height\": %d, \"width\": %d, \"channels\": %d, \"filters\": %d, "
                    "\"patch\": [%d, %d, %d], \"halo\": %d, \"run\": %d}",
                    comma, stage + 1, version.name, launch.kernel, static_cast<long long>(launch.blocks),
                    launch.threads, launch.shared, p.images, p.height, p.width, p.channels, p.filters, p.patch_images,
-                   p.patch_height, p.patch_width, halo_of(p), version.blocks == Blocks::runs ? p.run : 1);
+                   p.patch_height, p.patch_width, halo_of(p), runs ? p.run : 1);
             comma = ",";
         }
     }

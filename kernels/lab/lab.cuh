@@ -67,11 +67,12 @@ DEVICE int32_t lab_place(const LabParams& p, const LabPixel& pixel) {
 }
 
 // A walk over the pixels of a halo, those of the patch and one more on each side: the thread's first is its own number
-// divided by 4, since four threads share a pixel; every step goes 32 further.
+// divided by 4, since four threads share a pixel; every step goes ABREAST further.
+template <int ABREAST>
 struct LabHalo {
     int32_t at, pixels;
     int32_t image, down, across;
-    int32_t step_image, step_down, step_across;  // 32 as such coordinates
+    int32_t step_image, step_down, step_across;  // ABREAST as such coordinates
 
     DEVICE void begin(const LabParams& p) {
         const int32_t height = p.patch_height + 2, width = p.patch_width + 2;
@@ -80,14 +81,14 @@ struct LabHalo {
         image = at / width / height;
         down = at / width % height;
         across = at % width;
-        step_image = 32 / width / height;
-        step_down = 32 / width % height;
-        step_across = 32 % width;
+        step_image = ABREAST / width / height;
+        step_down = ABREAST / width % height;
+        step_across = ABREAST % width;
     }
     // Whether any thread of the block has a pixel left.
     DEVICE bool more() const { return at - int32_t(threadIdx.x) / 4 < pixels; }
     DEVICE void next(const LabParams& p) {
-        at += 32;
+        at += ABREAST;
         across += step_across;
         down += step_down;
         image += step_image;

@@ -24,7 +24,7 @@ DEVICE void conv(const LabParams& p) {
 
     float d[2][WIDTH / 8][4] = {};
     for (int32_t slice = 0; slice < p.channels; slice += SLICE) {
-        LabHalo halo;
+        LabHalo<32> halo;
         for (halo.begin(p); halo.more(); halo.next(p)) {
             const uint32_t from = halo.offset(p, patch, slice + eighth);
             const uint4 eight = from != NOWHERE ? *reinterpret_cast<const uint4*>(p.x + from) : uint4{};

@@ -38,7 +38,7 @@ DEVICE void conv(const LabParams& p) {
     const int32_t column = int32_t(blockIdx.x % tiles * WIDTH);
     const LabPatch patch = lab_patch(p, blockIdx.x / tiles);
     const int32_t thread = int32_t(threadIdx.x), lane = thread % 32, warp = thread / 32, eighth = thread % 4 * 8;
-    LabHalo halo;
+    LabHalo<32> halo;
     halo.begin(p);
     const int32_t halo_place = halo.pixels * PITCH;
     // Copies a piece of a halo, 32 pixels.

@@ -61,10 +61,10 @@ DEVICE void conv(const LabParams& p) {
     const int32_t column = int32_t(blockIdx.x % tiles * WIDTH);
     const LabPatch patch = lab_patch(p, blockIdx.x / tiles);
     const int32_t thread = int32_t(threadIdx.x), lane = thread % 32, warp = thread / 32, eighth = thread % 4 * 8;
-    LabHalo halo;
+    LabHalo<32> halo;
     halo.begin(p);
     const int32_t halo_place = halo.pixels * PITCH;
-    const auto load = [&](const LabHalo& at, int32_t slice) -> Piece {
+    const auto load = [&](const LabHalo<32>& at, int32_t slice) -> Piece {
         const uint32_t from = at.offset(p, patch, slice + eighth);
         const bool there = from != NOWHERE;
         return {there ? *reinterpret_cast<const uint4*>(p.x + from) : uint4{}, there};
@@ -80,7 +80,7 @@ DEVICE void conv(const LabParams& p) {
     if (thread < p.channels) norms[thread] = {p.scale[thread], p.shift[thread]};
     sync_threads();
     while (halo.more()) {
-        LabHalo ahead = halo;
+        LabHalo<32> ahead = halo;
         Piece pieces[IN_FLIGHT];
         for (int i = 0; i < IN_FLIGHT; ++i) {
             pieces[i] = load(ahead, 0);
