@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The laboratory of convolution kernels, kernels/lab: what nvcc makes of each version, what time that predicts, what a card takes.
+"""The laboratory of convolution kernels, kernels/lab: what nvcc makes of each version, the time predicted, the time taken.
 
     scripts/lab.py               compiles all versions and writes the tables of kernels/lab/README.md
     scripts/lab.py --check       fails when the tables are not up to date, or a version spills or does not compile
@@ -392,7 +392,7 @@ def measured():
 def render(nvcc_version, rows, resources, found, card):
     text = lambda seconds: f"{1e6 * seconds:,.1f}" if seconds < 1e-2 else f"{1e6 * seconds:,.0f}"
     lines = [f"Made by nvcc {nvcc_version} for sm_90a.", ""]
-    lines.append("| kernel | registers, sm_80 | sm_90a | local memory | instructions of a turn of its main loop | products in it |")
+    lines.append("| kernel | registers, sm_80 | sm_90a | local memory | instructions of a turn of its main loop | products |")
     lines.append("|---|--:|--:|--:|--:|--:|")
     turns = {row.plan["kernel"]: row.turn for row in rows}
     for arch, name in sorted(resources):
@@ -403,7 +403,8 @@ def render(nvcc_version, rows, resources, found, card):
                 least, most = (round(w.instructions) for w in turn)
                 counts = [str(most) if least == most else f"{least} to {most}", str(round(turn[0].tensor))]
             old, new = resources.get(("sm_80", name), {"REG": "–"}), resources[arch, name]
-            lines.append(f"| `{name}` | {old['REG']} | {new['REG']} | {new['STACK'] + new['LOCAL']} | {counts[0]} | {counts[1]} |")
+            cells = [f"`{name}`", old["REG"], new["REG"], new["STACK"] + new["LOCAL"], *counts]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     for stage in (1, 2, 3):
         of_stage = [row for row in rows if row.plan["stage"] == stage]
         p = of_stage[0].plan
@@ -537,6 +538,8 @@ def main():
             wrong = tables(arguments.check)
     except Failure as failure:
         wrong = [str(failure)]
+    except OSError as error:
+        wrong = [f"{error.filename}: {error.strerror}"]
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

@@ -119,6 +119,12 @@ def table(heads, align, rows, label):
     return lines + [f"| {' | '.join(['**sum**'] + [''] * (len(heads) - 1) + sums)} |", ""]
 
 
+def label_of(name):
+    """Cells of a row's name, as `key` made it."""
+    operation, kernels, stage, each = name
+    return [f"`{operation}`", ", ".join(f"`{k}`" for k in kernels.split(" + ")), stage, "each" if each else "shared"]
+
+
 def by_kernel(listing, nsys):
     """Predicted time by kernel name, beside that of replayed graphs: mean time of a launch times launches of the step. What an
     operation takes is divided among its kernels in equal parts."""
@@ -144,19 +150,22 @@ def render(plans, results):
         "",
         "Written by `scripts/roofline.py` from `mlnt plan --launches`; not to be edited.",
         "",
-        "PreAct ResNet-32, k = 128, M = 10, exact second order, `released` recipe, f16. A launch's *predicted* time is the larger of two:",
-        f"its operations at {reaches} (convolutions: an H200's dense f16, and the part of it that `mma.sync` is said to reach; kernels with `wgmma`",
-        f"are held to the whole) or {ORDINARY / 1e12:.0f} TFLOP/s (all else), and its bytes, every operand once, at {BANDWIDTH / 1e12:.1f} TB/s. *Roof* is the one that binds, with its part of the row's",
-        "time where the row's launches differ. The sum takes launches one after the other and nothing between them.",
+        "PreAct ResNet-32, k = 128, M = 10, exact second order, `released` recipe, f16. A launch's *predicted* time is the",
+        f"larger of two: its operations at {reaches} (convolutions: an H200's dense f16, and the part of it that `mma.sync`",
+        f"is said to reach; kernels with `wgmma` are held to the whole) or {ORDINARY / 1e12:.0f} TFLOP/s (all else), and its bytes,",
+        f"every operand once, at {BANDWIDTH / 1e12:.1f} TB/s. *Roof* is the one that binds, with its part of the row's time where the",
+        "row's launches differ. The sum takes launches one after the other and nothing between them.",
         "",
-        "What no row knows: a batch norm's backward and second order read their operands once in each of two kernels, partial sums of split products",
-        "pass through memory, an activation that is still in the L2 cache costs less than is counted, and no kernel reaches its roof.",
+        "What no row knows: a batch norm's backward and second order read their operands once in each of two kernels, partial",
+        "sums of split products pass through memory, an activation that is still in the L2 cache costs less than is counted,",
+        "and no kernel reaches its roof.",
         "Predictions of the main convolution that know its instructions: [kernels/lab](../kernels/lab/README.md).",
         "",
     ]
     measured, nsys, card, step = results
     lines += [
-        "| | kernels | GFLOP | GB | predicted, ms | if all convolutions had the whole rate, ms | measured sum of launches, ms | measured step, ms |",
+        "| | kernels | GFLOP | GB | predicted, ms | if all convolutions had the whole rate, ms "
+        "| measured sum of launches, ms | measured step, ms |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for group, plan in plans.items():
@@ -173,12 +182,11 @@ def render(plans, results):
         lines += [f"## {GROUPS[group]}", "", "### By phase", ""]
         lines += table(["phase"], "---|", gather(listing, lambda launch: launch["phase"], measured), lambda name: [name])
         lines += ["### By operation, kernel and stage", ""]
-        lines += ["*Stage* goes by the height of the images; 1–2 is between two. *Branches*: whether activations are those of each branch.", ""]
+        lines += ["*Stage* goes by the height of the images; 1–2 is between two. *Branches*: whether it has activations of each.", ""]
         rows = gather(listing, lambda launch: key(launch, stages), measured)
-        label = lambda name: [f"`{name[0]}`", ", ".join(f"`{k}`" for k in name[1].split(" + ")), name[2], "each" if name[3] else "shared"]
-        lines += table(["operation", "kernel", "stage", "branches"], "---|---|---|---|", rows, label)
+        lines += table(["operation", "kernel", "stage", "branches"], "---|---|---|---|", rows, label_of)
     lines += ["## By kernel, in groups as by default", ""]
-    lines += ["What an operation takes is divided among its kernels in equal parts; times are those that `nsys` sees in replayed graphs.", ""]
+    lines += ["What an operation takes is divided among its kernels in equal parts; times are what `nsys` sees in replayed graphs.", ""]
     lines += by_kernel(plans["auto"]["listing"], nsys)
     return "\n".join(lines)
 
@@ -237,8 +245,10 @@ def program(given):
 
 def self_test():
     conv = "conv2d_fused_fprop M×activation[128, 32, 32, 32] -> M×activation[128, 64, 16, 16]"
-    launch = {"phase": "A", "operation": "conv2d_fused_fprop", "what": conv, "kernels": ["conv2d_f16"], "flops": 497_700_000_000, "bytes_moved": 4_800}
-    sums = {"phase": "A", "operation": "bn", "what": "bn M×activation[128, 32, 32, 32]", "kernels": ["a", "b"], "flops": 67, "bytes_moved": 4_800_000_000}
+    cost = {"flops": 497_700_000_000, "bytes_moved": 4_800}
+    launch = {"phase": "A", "operation": "conv2d_fused_fprop", "what": conv, "kernels": ["conv2d_f16"]} | cost
+    cost = {"flops": 67, "bytes_moved": 4_800_000_000}
+    sums = {"phase": "A", "operation": "bn", "what": "bn M×activation[128, 32, 32, 32]", "kernels": ["a", "b"]} | cost
     other = launch | {"kernels": ["conv2d_wgmma_f16"]}
     listing, stages = [launch, launch, sums], {32: 1, 16: 2}
     took = {(conv, launch["flops"], launch["bytes_moved"]): 2e-3}

@@ -235,7 +235,8 @@ Launch plan(const Version& version, LabParams p) {
             break;
         }
         case Blocks::cells: {
-            const size_t pitch = size_t(ceil_div(p.patch_width, 8) * 8 + 2), lines = size_t(p.patch_images * (p.patch_height + 2));
+            const size_t pitch = size_t(ceil_div(p.patch_width, 8) * 8 + 2);
+            const size_t lines = size_t(p.patch_images * (p.patch_height + 2));
             launch.blocks = ceil_div(p.patches, p.run) * column_tiles;
             launch.threads = 256;
             launch.shared = 64 * ((p.channels <= 32 ? 1 : 2) * 9 * size_t(width + 2) + 2 * lines * pitch);
