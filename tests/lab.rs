@@ -46,8 +46,11 @@ fn harness(flags: &[&str], out: &str) -> Option<PathBuf> {
     }
 }
 
-/// Whether the harness found everything right, and error and hash by shape and version.
-fn check(program: &Path, arguments: &[&str]) -> (bool, BTreeMap<(String, String), (f64, String)>) {
+/// Error and hash of a result, by shape and version.
+type Results = BTreeMap<(String, String), (f64, String)>;
+
+/// Whether the harness found everything right, and what it found.
+fn check(program: &Path, arguments: &[&str]) -> (bool, Results) {
     let Output { status, stdout, stderr } = Command::new(program).arg("check").args(arguments).output().unwrap();
     assert!(stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
     let text = String::from_utf8(stdout).unwrap();
