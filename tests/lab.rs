@@ -15,23 +15,28 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The files of the versions, without what ends them.
-fn versions() -> BTreeSet<String> {
-    let files = std::fs::read_dir(root().join("kernels/lab")).unwrap();
+/// The files of a folder that end in `.extension`, without that.
+fn stems(folder: &str, extension: &str) -> BTreeSet<String> {
+    let files = std::fs::read_dir(root().join(folder)).unwrap();
     let names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
-    names.filter_map(|name| name.strip_suffix(".cu").map(str::to_string)).collect()
+    names.filter_map(|name| name.strip_suffix(extension)?.strip_suffix('.').map(str::to_string)).collect()
+}
+
+/// The versions.
+fn versions() -> BTreeSet<String> {
+    stems("kernels/lab", "cu")
 }
 
 /// Compiles the harness with `flags`; `None` when there is no compiler, or none that knows the flags.
 fn harness(flags: &[&str], out: &str) -> Option<PathBuf> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(out);
-    let machine = ["machine.cpp", "fiber.cpp", "mma.cpp"].map(|file| format!("kernels/simt/{file}"));
+    let machine = stems("kernels/simt", "cpp").into_iter().map(|file| format!("kernels/simt/{file}.cpp"));
     let sources = versions().into_iter().map(|version| format!("kernels/lab/{version}.cu"));
     let mut command = Command::new(&compiler);
     command.current_dir(root()).args(["-std=c++20", "-O2", "-g", "-DMLNT_SIMT", "-fno-strict-aliasing", "-pthread"]);
     command.args(["-Wall", "-Wextra", "-Werror", "-Ikernels/include", "-Ikernels/simt"]).args(flags);
-    command.args(["-x", "c++", "kernels/lab/harness.cpp"]).args(sources).args(&machine).arg("-o").arg(&out);
+    command.args(["-x", "c++", "kernels/lab/harness.cpp"]).args(sources).args(machine).arg("-o").arg(&out);
     match command.output() {
         Err(error) => {
             println!("skipped: no C++ compiler ({compiler}: {error})");
