@@ -41,6 +41,17 @@ fn plan_counts_what_the_method_promises() {
     let exact: Value = serde_json::from_str(&mlnt("plan --json").stdout).unwrap();
     let first: Value = serde_json::from_str(&mlnt("plan --json --first-order").stdout).unwrap();
     assert!(first["flops"].as_u64() < exact["flops"].as_u64());
+    let listed = mlnt("plan --device simt --precision f16 --json --launches").stdout;
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    let launches = listed["listing"].as_array().unwrap();
+    assert_eq!(Some(launches.len() as u64), listed["launches"].as_u64());
+    let kernels = launches.iter().map(|l| l["kernels"].as_array().unwrap().len() as u64).sum::<u64>();
+    assert_eq!(Some(kernels), listed["kernel_launches"].as_u64());
+    for key in ["flops", "bytes_moved"] {
+        let sum = launches.iter().map(|l| l[key].as_u64().unwrap()).sum::<u64>();
+        assert_eq!(Some(sum), listed[key].as_u64(), "{key}");
+    }
+    refused("plan --launches", &["--json"]);
     let table = mlnt("plan --preset cifar10 --recipe paper").stdout;
     assert!(table.contains("whole step") && table.contains("forward passes") && table.contains("arena"), "{table}");
 }

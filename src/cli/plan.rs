@@ -3,12 +3,14 @@
 use std::str::FromStr;
 
 use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::console::say;
+use crate::device::cuda::KernelCost;
 use crate::error::Result;
 use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
+use crate::ops::Operation;
 use crate::plan::{Cost, Plan, PlanOptions};
 use crate::train::choice::{DeviceKind, Group, Precision, PrecisionChoice, Recipe};
 use crate::train::config::{Config, Overrides};
@@ -62,6 +64,9 @@ pub struct PlanArgs {
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub json: bool,
+    /// List every launch in the object too: phase, operation and shapes, kernels, FLOPs and bytes.
+    #[arg(long, requires = "json")]
+    pub launches: bool,
     /// The network.
     #[command(flatten)]
     pub model: ModelArgs,
@@ -203,6 +208,9 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             "phases": cost.phases,
             "operations": cost.operations,
         });
+        if args.launches {
+            object["listing"] = listing(&plan, real_bytes, kernels.as_ref());
+        }
         if let Some(kernels) = kernels {
             object["kernel_launches"] = json!(kernels.launches);
             object["scratch_bytes"] = json!(kernels.scratch_bytes);
@@ -239,6 +247,25 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         say(format_args!("scratch             {:.3} GB", kernels.scratch_bytes as f64 / 1e9))?;
     }
     Ok(0)
+}
+
+/// Every launch of a plan, in order.
+fn listing(plan: &Plan, real_bytes: usize, kernels: Option<&KernelCost>) -> Value {
+    let row = |(i, launch)| {
+        let (flops, bytes) = plan.launch_cost(launch, real_bytes);
+        let mut row = json!({
+            "phase": launch.phase,
+            "operation": launch.op.name(),
+            "what": plan.launch_label(launch),
+            "flops": flops,
+            "bytes_moved": bytes,
+        });
+        if let Some(kernels) = kernels {
+            row["kernels"] = json!(kernels.kernels[i]);
+        }
+        row
+    };
+    plan.launches.iter().enumerate().map(row).collect()
 }
 
 fn phase_table(cost: &Cost, forward: u64) -> Table {

@@ -272,10 +272,12 @@ pub fn arena_budget(operands: Operands) -> usize {
 }
 
 /// What a plan takes beyond its arena on this device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelCost {
     /// Kernel launches of a run.
     pub launches: usize,
+    /// Their kernels, by launch of the plan.
+    pub kernels: Vec<Vec<&'static str>>,
     /// Bytes of scratch: partial sums, counters and the like.
     pub scratch_bytes: usize,
 }
@@ -287,7 +289,13 @@ impl KernelCost {
     /// When an operation has sizes that its kernels cannot take.
     pub fn of(plan: &Plan, operands: Operands) -> Result<Self> {
         let lowered = lower_nowhere(plan, operands)?;
-        Ok(KernelCost { launches: lowered.launches.len(), scratch_bytes: lowered.scratch + lowered.counters })
+        let starts = std::iter::once(0).chain(lowered.ends.iter().copied());
+        let names = |(from, to)| lowered.launches[from..to].iter().map(|launch| launch.kernel).collect();
+        Ok(KernelCost {
+            launches: lowered.launches.len(),
+            kernels: starts.zip(lowered.ends.iter().copied()).map(names).collect(),
+            scratch_bytes: lowered.scratch + lowered.counters,
+        })
     }
 }
 
