@@ -260,10 +260,10 @@ fn lower_nowhere(plan: &Plan, operands: Operands) -> Result<Lowered> {
 /// Bytes within which the arena of a step is kept by taking its branches in groups, for convolutions with these operands.
 ///
 /// Every group costs launches and one more pass over the sums over branches, which are as large as one branch; so groups are as few as
-/// the budget lets, and of about one size. An exact step of PreAct ResNet-32 at batch 128 with ten branches takes about 0.65 GB and
-/// 0.42 GB for each branch of a group in 16 bits: 4.9 GB in one piece, 2.1 GB as 4 + 3 + 3. The largest activations of such a group then
-/// take 34 MB, which the L2 cache of a large card holds. A first-order step fits in one piece. The budget is
-/// the same on every card, so that results are too; twice as much where activations may take 32 bits.
+/// the budget lets, and of about one size. An exact step of PreAct ResNet-32 at batch 128 with ten branches takes about 0.35 GB and
+/// 0.4 GB for each branch of a group in 16 bits: 4.2 GB in one piece, 2.5 GB as 5 + 5, 2.2 GB if it computes some cotangents again
+/// (`PlanOptions::recompute`). A first-order step fits in one piece. The budget is the same on every card, so that results are too;
+/// twice as much where activations may take 32 bits.
 pub fn arena_budget(operands: Operands) -> usize {
     match operands {
         Operands::F16 | Operands::Bf16 => 2_200_000_000,
