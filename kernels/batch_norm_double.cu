@@ -1,8 +1,8 @@
 // Batch norm double backward, with and without a ReLU behind the batch norm, whose mask comes from the forward result or is computed
 // again from x. Formulas: src/ops/batch_norm.rs; division into launches: batch_norm_backward.cu.
 //
-// `bn_double_backward_bar` is one launch, for x̄ and ḡ alone: convolutions, which make ẏ as they load ẋ, have found the sums that x̄ needs, but
-// for ḡ, which it makes itself. The backward kernel, which comes after it, adds the term of x̄ that holds ḡ.
+// `bn_double_backward_bar` is one launch, for x̄ and ḡ alone: convolutions, which make ẏ as they load ẋ, have found the other sums. It
+// leaves the term of x̄ that holds ḡ to the backward kernel, which comes after it.
 
 // Two blocks on a multiprocessor: with one, too few loads are in flight.
 #define KERNEL_BLOCKS 2

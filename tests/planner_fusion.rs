@@ -1,10 +1,9 @@
 //! The fusions for the CUDA kernels: which operations remain of a step, what they cost, and that they stand for the plain ones.
 
 mod common;
-mod expand;
 
 use common::{LoadedStep, deviation, load_plan_on, step_spec};
-use expand::expand;
+use mlnt::cases::expand;
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};

@@ -13,6 +13,9 @@ use mlnt::plan::Plan;
 use mlnt::tape::{Coef, Tape, Tensor};
 use rounded::*;
 
+/// Operands of a tape by their names.
+type Named<'a> = &'a dyn Fn(&str) -> Tensor;
+
 /// Operands that the tangents of a batch norm's operands make per-branch.
 const TANGENTS: [&str; 3] = ["x_dot", "g_dot", "dy"];
 
@@ -183,7 +186,7 @@ fn both_orders_in_turn_are_complete() {
         let op = BnReluDoubleBackwardApply { start: false };
         let (case, _) = batch_norm(op, [3, 5, 7, 5], branches, &TANGENTS, &[sum; 2]);
         let values = values(&case, Operands::F32);
-        let tape_of = |record: &dyn Fn(&mut Tape, &dyn Fn(&str) -> Tensor) -> Tensor| {
+        let tape_of = |record: &dyn Fn(&mut Tape, Named) -> Tensor| {
             let mut tape = Tape::new(branches);
             let i: Vec<Tensor> = case.operands.iter().map(|o| tape.input(o.name, o.meta).unwrap()).collect();
             let of = |name: &str| i[case.operands.iter().position(|o| o.name == name).unwrap()];

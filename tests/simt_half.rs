@@ -9,7 +9,7 @@ use mlnt::cases::{Case, Data, Operand, all};
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::Operands;
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{BnBackward, BnDoubleBackward, BnForward, BnReluBackward, BnReluDoubleBackward, BnStats, LinComb, Op};
+use mlnt::ops::{BnBackward, BnDoubleBackward, BnForward, LinComb, Op};
 use mlnt::plan::Plan;
 use mlnt::tape::{Coef, Meta, Tape};
 use rounded::*;
@@ -22,34 +22,12 @@ fn table(of: impl Fn(&Op) -> bool) -> Vec<(Case, u32)> {
     cases.map(|case| (case, u32::MAX)).collect()
 }
 
-const KEPT: [bool; 3] = [false; 3];
-const SUMMED: [bool; 3] = [true; 3];
 /// MLNT's second order.
 const MIXED: [bool; 3] = [false, true, true];
 
 /// The batch norms that only kernels know, in every mixture that a step has and some that it has not.
 fn recomputed(size: [usize; 4], branches: usize) -> Vec<(Case, u32)> {
-    let starts = |start| BnReluBackward { start };
-    let mut list = vec![
-        batch_norm(BnStats, size, branches, &[], &[]),
-        batch_norm(BnStats, size, branches, &["x"], &[]),
-        batch_norm(starts(false), size, branches, &[], &KEPT),
-        batch_norm(starts(false), size, branches, &["dy"], &KEPT),
-        batch_norm(starts(true), size, branches, &["dy", "start"], &MIXED),
-        batch_norm(starts(true), size, branches, &["dy", "x", "g", "b", "start"], &KEPT),
-        batch_norm(starts(true), size, branches, &["dy", "x", "g", "b"], &KEPT),
-        batch_norm(starts(true), size, branches, &["dy", "x"], &SUMMED),
-        batch_norm(starts(true), size, branches, &["start"], &KEPT),
-        batch_norm(starts(false), size, branches, &["b"], &KEPT),
-        batch_norm(BnReluDoubleBackward, size, branches, &[], &KEPT),
-        batch_norm(BnReluDoubleBackward, size, branches, &["x_dot", "g_dot", "b_dot", "dy"], &MIXED),
-        batch_norm(BnReluDoubleBackward, size, branches, &["x_dot", "g_dot", "b_dot", "dy", "x", "g", "b"], &KEPT),
-        batch_norm(BnReluDoubleBackward, size, branches, &["x_dot", "dy"], &[true, false, true]),
-    ];
-    if branches > 1 {
-        list.push(batch_norm(BnReluDoubleBackward, size, branches, &["b"], &KEPT));
-    }
-    list
+    mlnt::cases::recomputed(size, branches).into_iter().map(|case| (case, u32::MAX)).collect()
 }
 
 #[test]

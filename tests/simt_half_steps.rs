@@ -24,7 +24,7 @@ fn simt(operands: Operands, seed: u64) -> Cuda {
     Cuda::new(Box::new(Simt::open(seed).unwrap()), operands, Mode::Graph)
 }
 
-/// They keep to the tolerances of activations in f32. Cotangents are not scaled here; those of these steps are large enough for f16.
+/// They keep to the tolerances of activations in f32. Cotangents are scaled, as in training.
 #[test]
 fn golden_steps_in_16_bits() {
     let precisions = [(Operands::F16, Precision::F16), (Operands::Bf16, Precision::Bf16)];

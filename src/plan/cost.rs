@@ -83,6 +83,18 @@ impl Plan {
         cost
     }
 
+    /// Operation and shapes of a launch: of its first operands and results, and how many more sets it has.
+    pub fn launch_label(&self, launch: &Launch) -> String {
+        let shapes = |buffers: &[usize]| -> String {
+            let texts = buffers.iter().map(|&b| self.buffers[b].meta.to_string());
+            texts.collect::<Vec<String>>().join(", ")
+        };
+        let sets: Vec<String> =
+            launch.args.iter().take(1).map(|a| format!("{} -> {}", shapes(&a.inputs), shapes(&a.outputs))).collect();
+        let more = if launch.args.len() > 1 { format!(" and {} more", launch.args.len() - 1) } else { String::new() };
+        format!("{} {}{more}", launch.op.name(), sets.concat())
+    }
+
     /// FLOPs and bytes of one launch.
     pub fn launch_cost(&self, launch: &Launch, real_bytes: usize) -> (u64, u64) {
         let (mut flops, mut bytes) = (0, 0);

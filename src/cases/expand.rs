@@ -1,10 +1,10 @@
 //! Writes a plan with fused operations out again in the plain ones that they stand for, so that the CPU device can run it.
 
-use mlnt::ops::{
+use crate::ops::{
     BnBackward, BnDoubleBackward, BnEval, BnForward, Conv, ConvForm, ConvKind, Epilogue, Fill, FusedConv, LinComb, Op,
 };
-use mlnt::plan::{Args, Buffer, Launch, Place, Plan};
-use mlnt::tape::{Coef, Meta};
+use crate::plan::{Args, Buffer, Launch, Place, Plan};
+use crate::tape::{Coef, Meta};
 use std::ops::Range;
 
 /// The plan in plain operations. Each fused launch becomes its composition, with tensors of its own behind the arena.
@@ -29,7 +29,8 @@ pub fn expand(plan: &Plan) -> Plan {
             (Op::BnReluDoubleBackward(_), args) => {
                 let i = &args.inputs;
                 let norm = [4, 5, 6, 7, 8].map(|at| i[at]);
-                let results = expansion.double([i[0], i[1], i[2], i[3]], norm, args.outputs[..].try_into().unwrap());
+                let like = [0, 1, 2].map(|o| args.outputs[o]);
+                let results = expansion.double([i[0], i[1], i[2], i[3]], norm, like);
                 results.iter().zip(&args.outputs).for_each(|(from, to)| expansion.add(*from, None, *to));
             }
             (Op::BnReluDoubleBackwardApply(op), args) => {
@@ -194,13 +195,17 @@ impl Expansion {
     fn backward(&mut self, start: bool, args: &Args) {
         let i = &args.inputs;
         let y = self.recomputed([1, 2, 3, 4, 5].map(|at| i[at]));
-        let dx = self.tensor(self.meta(args.outputs[0]));
-        let outputs = [dx, args.outputs[1], args.outputs[2]];
-        self.push(BnBackward { relu: true }.into(), &[i[0], i[1], i[2], i[4], i[5], y], &outputs);
-        let mut terms = vec![dx];
-        terms.extend(start.then(|| i[6]));
-        let op = LinComb::new(vec![Coef::ONE; terms.len()]);
-        self.push(op.into(), &terms, &args.outputs[..1]);
+        let operands = [i[0], i[1], i[2], i[4], i[5], y];
+        let branched = operands.iter().any(|b| self.meta(*b).per_branch);
+        // Where only what is added is per-branch, the batch norm's results are not.
+        let own = |meta: Meta| meta.with_branching(meta.per_branch && branched);
+        let results: Vec<usize> = args.outputs.iter().map(|o| self.tensor(own(self.meta(*o)))).collect();
+        self.push(BnBackward { relu: true }.into(), &operands, &results);
+        let mut starts = start.then(|| i[6]);
+        for (from, to) in results.iter().zip(&args.outputs) {
+            let terms: Vec<usize> = [*from].into_iter().chain(starts.take()).collect();
+            self.push(LinComb::new(vec![Coef::ONE; terms.len()]).into(), &terms, &[*to]);
+        }
     }
 
     fn fused_conv(&mut self, op: &FusedConv, args: &Args) {
