@@ -7,6 +7,7 @@ use crate::device::cuda::driver::Address;
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
 use crate::plan::Args;
+use crate::tape::Kind;
 use bytemuck::Zeroable;
 
 /// Threads of a block.
@@ -173,6 +174,12 @@ impl Job<'_> {
         given.chain(&self.start).chain([&self.out]).chain(self.found.operands())
     }
 
+    /// The activations that the product is of.
+    fn loaded(&self) -> impl Iterator<Item = &Operand> {
+        let pairs = self.pairs().map(|pair| &pair.with);
+        self.terms.iter().flatten().chain(pairs).filter(|o| o.meta.kind == Kind::Activation)
+    }
+
     /// Those with eight neighbours of which the direct kernels do something at a time.
     fn tensors(&self) -> impl Iterator<Item = &Operand> {
         let pairs = self.pairs().map(|pair| &pair.with);
@@ -188,8 +195,10 @@ impl Job<'_> {
     fn direct(&self, lowering: &Lowering<'_>) -> Option<Tiling> {
         let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
         let aligned = self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN));
+        // Two tensors at a time have room in 16 bits only.
+        let narrow = self.pairs().next().is_none() || self.loaded().all(|o| o.half);
         let tiling = Tiling::direct(self.kind, self.geom, self.all_segments(lowering.branches()));
-        if halves && aligned && self.out.len() > 0 { tiling } else { None }
+        if halves && aligned && narrow && self.out.len() > 0 { tiling } else { None }
     }
 
     /// Its tiles with the kernels that gather.
