@@ -139,21 +139,3 @@ impl ConvNorm {
         ConvNorm { at: norm.map(|o| o.at), branch: norm.map(|o| o.branch), epsilon: BN_EPS as f32, unused: 0 }
     }
 }
-
-impl ConvPair {
-    /// Of a tensor that is made of another and of `with`, which the batch norm `norm` normalises, with `vectors` per channel.
-    pub fn new(with: &Operand, norm: &[Operand; 4], vectors: &[Operand], count: usize) -> Self {
-        let mut pair = ConvPair {
-            at: with.at,
-            branch: with.branch,
-            norm: ConvNorm::new(norm),
-            half: with.half.into(),
-            count: count as f32,
-            ..ConvPair::zeroed()
-        };
-        for (i, vector) in vectors.iter().enumerate() {
-            (pair.vectors[i], pair.vector_branches[i]) = (vector.at, vector.branch);
-        }
-        pair
-    }
-}
