@@ -224,13 +224,18 @@ fn lines() -> Vec<Line> {
     lines
 }
 
+/// Bits of [`Case::half`] of what a product loads.
+const LOADED: u32 = 0b10_1100_1111;
+
 /// The lines of a form with all sizes, with a different mixture of widths in every case.
 fn cases(of: impl Fn(&FusedConv) -> bool) -> Vec<Case> {
     let mut cases = Vec::new();
     for (number, line) in lines().into_iter().enumerate().filter(|(_, line)| of(&line.op)) {
         for (size, geometry) in SIZES.into_iter().enumerate() {
             let op = FusedConv { geom: geom(geometry), ..line.op };
-            let half = (number * 419 + size * 173) as u32 % 2048;
+            let any = (number * 419 + size * 173) as u32 % 2048;
+            // The direct kernels prefer pairs of 16 bits.
+            let half = if pairs(&op) && (number + size) % 2 != 0 { any | LOADED } else { any };
             let Line { branches, branched, others, summed, .. } = line;
             cases.push(Case { op, branches, branched, others, summed, half });
         }
@@ -314,7 +319,7 @@ fn single(op: FusedConv, branched: u32, summed: [bool; 2]) -> [(Operands, Case);
     };
     [
         (Operands::F32, case([2, 5, 9, 11, 6, 3, 3, 1, 1], 0)),
-        (Operands::F16, case([2, 16, 9, 11, 24, 3, 3, 1, 1], 0x155)),
+        (Operands::F16, case([2, 16, 9, 11, 24, 3, 3, 1, 1], 0x100 | LOADED)),
     ]
 }
 
@@ -373,7 +378,7 @@ fn sums_of_many_tiles() {
         let tries = [(Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0]), (Operands::F16, [40, 8, 18, 18, 16, 1, 1, 1, 0])];
         for (operands, size) in tries {
             let op = FusedConv { geom: geom(size), ..op };
-            let case = Case { op, branches: 2, branched, others: 0, summed: [false; 2], half: 0 };
+            let case = Case { op, branches: 2, branched, others: 0, summed: [false; 2], half: LOADED };
             let found = faults(&case, operands);
             assert!(found.is_empty(), "{}", found.join("\n"));
         }
@@ -406,4 +411,29 @@ fn sums_across_branches_are_refused() {
     let mut device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F16, Mode::Eager);
     let error = device.load(plan).unwrap_err().to_string();
     assert!(error.contains("per branch"), "{error}");
+}
+
+/// A cotangent that is kept is per branch as it is.
+#[test]
+fn cotangents_kept_for_other_branches_are_refused() {
+    let delta = Delta::Backward { residual: true, kept: true };
+    let op = FusedConv { delta, ..FusedConv::plain(ConvForm::Wgrad, geom(SIZES[2])) };
+    // x alone per branch: delta is the same in all, and is stored once.
+    for (branched, per_branch) in [(2, true), (1, false)] {
+        for as_it_is in [true, false] {
+            let case = Case { op, branches: 2, branched, others: 0, summed: [false; 2], half: 0 };
+            let mut plan = fused(&case, &case.operands(Operands::F16));
+            let port = &mut plan.outputs[1];
+            assert_eq!(port.meta.per_branch, per_branch);
+            if !as_it_is {
+                port.meta = port.meta.with_branching(!per_branch);
+                let buffer = &mut plan.buffers[port.buffer.unwrap()];
+                (buffer.meta, buffer.count) = (port.meta, if per_branch { 1 } else { 2 });
+                // Room for another branch.
+                plan.arena_reals += buffer.meta.len();
+            }
+            let mut device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F16, Mode::Eager);
+            assert_eq!(device.load(plan).is_ok(), as_it_is, "{branched} {as_it_is}");
+        }
+    }
 }

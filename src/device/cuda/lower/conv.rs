@@ -1,6 +1,7 @@
 //! Convolutions, plain and fused: `kernels/conv.cu` and `kernels/conv_direct.cu`.
 
-use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvSums, ConvTerm};
+use super::conv_around::{Found, Pair, Sums};
+use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_tiles::Tiling;
 use super::{Lowering, Operand, Operands};
 use crate::device::cuda::driver::Address;
@@ -54,96 +55,6 @@ impl Shape {
             ConvKind::Wgrad => {
                 Shape { image: x, grid: [g.p, g.q], rows: g.k, columns: g.r * g.s * g.c, inner: g.n * g.p * g.q }
             }
-        }
-    }
-}
-
-/// An operand that is made of a given tensor and of what a batch norm with a ReLU behind it normalises.
-struct Pair {
-    /// What the batch norm normalises.
-    with: Operand,
-    /// `g, b, mean, var`
-    norm: [Operand; 4],
-    /// Of delta `dg, db`, of a tangent `ġ, ḃ, ⟨ẋ⟩, ρ`.
-    vectors: Vec<Operand>,
-    /// A further term of delta.
-    residual: Option<Operand>,
-    /// Where delta is stored.
-    kept: Option<Operand>,
-}
-
-impl Pair {
-    /// What it is made of beside the given tensor.
-    fn operands(&self) -> impl Iterator<Item = &Operand> {
-        [&self.with].into_iter().chain(&self.norm).chain(&self.vectors).chain(&self.residual)
-    }
-
-    /// The activations that it reads beside the given one, and that it makes.
-    fn activations(&self) -> impl Iterator<Item = &Operand> {
-        [&self.with].into_iter().chain(&self.residual).chain(&self.kept)
-    }
-
-    /// Its parameters; `count`: samples and pixels that a sum is over.
-    fn lower(&self, count: usize) -> ConvPair {
-        let mut pair = ConvPair {
-            at: self.with.at,
-            branch: self.with.branch,
-            norm: ConvNorm::of_four(&self.norm),
-            half: self.with.half.into(),
-            count: count as f32,
-            ..ConvPair::zeroed()
-        };
-        for (i, vector) in self.vectors.iter().enumerate() {
-            (pair.vectors[i], pair.vector_branches[i]) = (vector.at, vector.branch);
-        }
-        if let Some(o) = &self.residual {
-            (pair.residual, pair.residual_branch, pair.residual_half) = (o.at, o.branch, o.half.into());
-        }
-        if let Some(o) = &self.kept {
-            (pair.kept, pair.kept_branch, pair.kept_half) = (o.at, o.branch, o.half.into());
-        }
-        pair
-    }
-}
-
-/// What is found of the first result.
-enum Found {
-    Nothing,
-    /// Mean and variance.
-    Statistics([Operand; 2]),
-    /// Sums with what a batch norm normalises, its gain and bias if the mask of a ReLU behind it counts, its mean and variance.
-    Sums {
-        next: Operand,
-        gain: Option<[Operand; 2]>,
-        moments: [Operand; 2],
-        results: [Operand; 2],
-    },
-}
-
-impl Found {
-    fn operands(&self) -> Vec<&Operand> {
-        match self {
-            Found::Nothing => Vec::new(),
-            Found::Statistics(results) => results.iter().collect(),
-            Found::Sums { next, gain, moments, results } => {
-                [next].into_iter().chain(gain.iter().flatten()).chain(moments).chain(results).collect()
-            }
-        }
-    }
-
-    /// The activation that it reads.
-    fn next(&self) -> Option<&Operand> {
-        match self {
-            Found::Sums { next, .. } => Some(next),
-            _ => None,
-        }
-    }
-
-    /// What it makes.
-    fn results(&self) -> &[Operand] {
-        match self {
-            Found::Nothing => &[],
-            Found::Statistics(results) | Found::Sums { results, .. } => results,
         }
     }
 }
@@ -301,22 +212,12 @@ impl Job<'_> {
             product.norm = ConvNorm::of_four(norm);
         }
         let count = g.n * g.p * g.q;
-        let pair = |pair: &Pair| pair.lower(count);
-        product.image = self.image.as_ref().map_or(ConvPair::zeroed(), pair);
-        product.matrix = self.matrix.as_ref().map_or(ConvPair::zeroed(), pair);
+        product.image = self.image.as_ref().map_or(ConvPair::zeroed(), |pair| pair.lower(count));
+        product.matrix = self.matrix.as_ref().map_or(ConvPair::zeroed(), |pair| pair.lower(count));
         match &self.found {
             Found::Nothing => {}
             Found::Statistics([mean, var]) => (product.mean, product.var) = (mean.at, var.at),
-            Found::Sums { next, gain, moments, results } => {
-                product.sums = ConvSums {
-                    next: next.at,
-                    next_branch: next.branch,
-                    norm: ConvNorm::new(gain.as_ref(), moments),
-                    results: results.map(|result| result.at),
-                    next_half: next.half.into(),
-                    unused: 0,
-                };
-            }
+            Found::Sums(sums) => product.sums = sums.lower(),
         }
         let columns = column_tiles * branches;
         let groups = row_tiles.div_ceil(RECORD_GROUP);
@@ -494,19 +395,18 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
     };
     // The weight gradient reads every element of dy as often as every other, and stores it.
     let kept_delta = || Some(Pair { kept: op.delta_result().map(result), ..delta()? });
-    let sums = || {
-        let found = op.epilogue_results()?.map(result);
-        Some(match (op.epilogue, norm, op.epilogue_operands().map(|at| at.map(operand))) {
-            (Epilogue::BackwardSums, Some([g, b, mean, var]), _) => {
-                Found::Sums { next: x, gain: Some([g, b]), moments: [mean, var], results: found }
-            }
-            (Epilogue::TangentSums, _, Some([next, mean, var])) => {
-                Found::Sums { next, gain: None, moments: [mean, var], results: found }
-            }
-            _ => Found::Statistics(found),
-        })
+    let sums = |next, gain, moments, results| Found::Sums(Box::new(Sums { next, gain, moments, results }));
+    let found = match (op.epilogue_results().map(|at| at.map(result)), op.epilogue_operands(), op.epilogue, norm) {
+        (Some(results), Some(at), ..) => {
+            let [next, mean, var] = at.map(operand);
+            sums(next, None, [mean, var], results)
+        }
+        (Some(results), _, Epilogue::BackwardSums, Some([g, b, mean, var])) => {
+            sums(x, Some([g, b]), [mean, var], results)
+        }
+        (Some(results), ..) => Found::Statistics(results),
+        (None, ..) => Found::Nothing,
     };
-    let found = sums().unwrap_or(Found::Nothing);
     match op.form {
         ConvForm::Fprop => {
             let terms = [[operand(0), operand(1)]];
