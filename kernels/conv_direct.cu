@@ -46,16 +46,12 @@ struct Weights {
     static_assert(HELD <= SLICE / 16);
     static_assert(WIDTH * SLICE / LINE * PITCH <= ELEMENTS);
     Chunk held;
-    const void* from;
-    int64_t branch;
+    Source from;
     uint32_t at[HELD];  // of tap (0, 0), or NO_ROW
-    int32_t half;
 
     // Turns to the weights of a slice.
     DEVICE void begin(const ConvProduct& p, const Source& w, uint32_t column, uint32_t slice) {
-        from = w.at;
-        branch = w.branch;
-        half = w.half;
+        from = w;
         for (int i = 0; i < HELD; ++i) {
             const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
             const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
@@ -71,14 +67,12 @@ struct Weights {
     }
     // Loads and stores part `i` of HELD.
     DEVICE void load(const ConvProduct& p, uint32_t filter_pixel, int i) {
-        const int64_t element = branch + (at[i] + filter_pixel * channels(p));
-        held = at[i] != NO_ROW ? chunk_load<Operand>(from, element, half) : Chunk{};
+        held = at[i] != NO_ROW ? from.load<Operand>(at[i] + filter_pixel * channels(p)) : Chunk{};
     }
     DEVICE void store(uint16_t* to, int i) const {
         const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
         const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
-        *reinterpret_cast<uint4*>(to + line * PITCH + along) =
-            chunk_round<Operand>(held, half, at[i] != NO_ROW, nullptr);
+        *reinterpret_cast<uint4*>(to + line * PITCH + along) = chunk_round<Operand>(held, from.half, at[i] != NO_ROW);
     }
 };
 
@@ -102,20 +96,24 @@ DEVICE void direct_add(DirectTile<Operand, WIDTH>& tile, const uint16_t* const i
 }
 
 // What an iteration reads: a slice of channels of a branch of a term.
+template <Form FORM, class Operand, bool PAIRS>
 struct Slice {
-    Source image, matrix;
-    int64_t branch;
+    Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image;
+    Source matrix;
     uint32_t first;  // channel
-    bool norm;
 };
 
-template <Form FORM>
-DEVICE Slice slice_of(const ConvProduct& p, uint32_t branch, uint32_t iteration) {
+template <Form FORM, class Operand, bool PAIRS>
+DEVICE Slice<FORM, Operand, PAIRS> slice_of(const ConvProduct& p, uint32_t branch, uint32_t iteration) {
     const ConvStep step = conv_step(p, branch, iteration);
-    const ConvTerm& term = FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
-    return {{term.image, step.branch * term.image_branch, term.image_half},
-            {term.matrix, step.branch * term.matrix_branch, term.matrix_half},
-            step.branch, step.inner_tile * SLICE, FORM == Form::FPROP && term.norm != 0};
+    const bool second = FORM == Form::FPROP && step.second;
+    const ConvTerm& term = second ? p.terms[1] : p.terms[0];
+    const Made made = PAIRS && p.image.at && !second         ? Made::PAIR
+                      : FORM == Form::FPROP && term.norm != 0 ? Made::NORM
+                                                              : Made::PLAIN;
+    const Source image = {term.image, step.branch * term.image_branch, term.image_half};
+    return {{image, step.branch, made},
+            {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.inner_tile * SLICE};
 }
 
 // The present place in a walk over the taps of a patch.
@@ -142,7 +140,7 @@ struct Tap {
     }
 };
 
-template <Form FORM, class Operand, int WIDTH>
+template <Form FORM, class Operand, int WIDTH, bool PAIRS>
 DEVICE void direct(const ConvProduct& p, uint32_t block) {
     using Matrix = Weights<FORM, Operand, WIDTH>;
     const ConvPlace place = conv_place(p, block);
@@ -160,10 +158,13 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
     const uint32_t column = place.column_tile * WIDTH;
 
+    // Of the tile's rows this thread's own, which is all that is known of the patch's place in the result when the product is done.
+    static_assert(PATCH == DIRECT_THREADS);
+    const uint32_t own_row = row_of(p, patch, pixel_of(p, int(threadIdx.x)));
     tables.describe(p, patch.pixel_step);
     for (uint32_t i = 0; i < 2 && i < count; ++i) {
-        const Slice slice = slice_of<FORM>(p, place.branch, first + i);
-        if (slice.norm) tables.describe_norm(p, slice.branch, slice.first, i);
+        const auto slice = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i);
+        tables.describe_image<FORM, PAIRS>(p, slice.image.made, slice.image.branch, slice.first, i);
     }
     sync_threads();
 
@@ -171,41 +172,43 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     Halo halo;
     halo.begin(p);
     const uint32_t slot_elements = halo.pixels * PIXEL;
-    const auto load = [&](const Halo& from, const Slice& slice, bool& inside) {
+    using Piece = Slice<FORM, Operand, PAIRS>;
+    const auto load = [&](const Halo& from, const Piece& slice, uint32_t slot) {
         uint32_t offset;
-        inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
-        return inside ? chunk_load<Operand>(slice.image.at, slice.image.branch + offset, slice.image.half) : Chunk{};
+        const bool inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
+        uint16_t* place = from.place(halos + slot * slot_elements);
+        return slice.image.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
-    const auto store = [&](const Slice& slice, uint32_t slot, const Chunk& chunk, bool inside) {
-        const BnScaleShift* norm = slice.norm ? tables.norm[slot] + channel : nullptr;
-        halo.put(halos + slot * slot_elements, chunk_round<Operand>(chunk, slice.image.half, inside, norm));
+    const auto store = [&](const Piece& slice, uint32_t slot, const auto& loaded) {
+        uint16_t* to = halos + slot * slot_elements;
+        halo.put(to, slice.image.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
     // Begins to copy a whole halo if nothing is to be done to it.
-    const auto copy = [&](const Slice& slice, uint32_t slot) {
-        if (slice.norm || !slice.image.half) return;
+    const auto copy = [&](const Piece& slice, uint32_t slot) {
+        if (!slice.image.plain()) return;
         for (; halo.more(); halo.next(p)) {
             uint32_t offset;
             const bool inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
-            const uint16_t* image = static_cast<const uint16_t*>(slice.image.at);
-            halo.copy(halos + slot * slot_elements, inside ? image + slice.image.branch + offset : image, inside);
+            halo.copy(halos + slot * slot_elements, slice.image.of.place(offset, inside), inside);
         }
     };
-    const auto load_rest = [&](const Slice& slice, uint32_t slot) {
+    const auto load_rest = [&](const Piece& slice, uint32_t slot) {
         while (halo.more()) {
             Halo ahead = halo;
-            Chunk chunks[IN_FLIGHT];
-            bool inside[IN_FLIGHT];
+            decltype(load(halo, slice, slot)) loaded[IN_FLIGHT];
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                chunks[i] = load(ahead, slice, inside[i]);
+                loaded[i] = load(ahead, slice, slot);
                 ahead.next(p);
             }
-            for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, chunks[i], inside[i]);
+            UNROLLED
+            for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, loaded[i]);
         }
     };
-    Slice next = {};
+    Piece next = {};
     if (count > 0) {
-        next = slice_of<FORM>(p, place.branch, first);
+        next = slice_of<FORM, Operand, PAIRS>(p, place.branch, first);
         copy(next, 0);
         matrix.begin(p, next.matrix, column, next.first);
         for (int part = 0; part < Matrix::HELD; ++part) {
@@ -230,11 +233,11 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
         const bool more = i + 1 < count;
-        if (more) next = slice_of<FORM>(p, place.branch, first + i + 1);
+        if (more) next = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i + 1);
         if (i + 2 < count) {
             // Its slot served this iteration's halo, which is loaded.
-            const Slice after = slice_of<FORM>(p, place.branch, first + i + 2);
-            if (after.norm) tables.describe_norm(p, after.branch, after.first, slot);
+            const auto after = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i + 2);
+            tables.describe_image<FORM, PAIRS>(p, after.image.made, after.image.branch, after.first, slot);
         }
         halo.begin(p);
         if (more) copy(next, 1 - slot);
@@ -249,9 +252,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             const uint32_t filter_pixel = tap.filter_pixel<FORM>(p, patch);
             const bool loads = more && halo.more();
-            bool inside = false;
-            Chunk chunk = {};
-            if (loads) chunk = load(halo, next, inside);
+            decltype(load(halo, next, slot)) loaded = {};
+            if (loads) loaded = load(halo, next, 1 - slot);
             for (int k = 0; k < SLICE / 16; ++k) {
                 const bool part = k < Matrix::HELD && (!last || more);
                 if (part) matrix.load(p, filter_pixel, k);
@@ -260,38 +262,43 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
                 direct_add<FORM, Operand, WIDTH>(tile, rows, row);
                 if (part) matrix.store(weights + (1 - weight_slot) * Matrix::ELEMENTS, k);
             }
-            if (loads) store(next, 1 - slot, chunk, inside);
+            if (loads) store(next, 1 - slot, loaded);
             if (last && more) {
-                while (halo.more()) {
-                    chunk = load(halo, next, inside);
-                    store(next, 1 - slot, chunk, inside);
-                }
+                while (halo.more()) store(next, 1 - slot, load(halo, next, 1 - slot));
                 copies_done();
             }
             weight_slot = 1 - weight_slot;
             sync_threads();
         }
     }
-    const auto row = [&](int r) { return row_of(p, patch, pixel_of(p, r)); };
+    const auto row = [&](int) { return own_row; };
     const auto column_of = [&](int c) { return column + c; };
-    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM == Form::FPROP>(p, place, tile, row, column_of);
+    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, place, tile, row, column_of);
 }
 
-template <class Operand, int WIDTH>
+template <class Operand, int WIDTH, bool PAIRS>
 DEVICE void direct_backward(const ConvBackwardParams& p) {
     uint32_t block;
     if (is_wgrad_block(p, block)) {
-        direct_wgrad<Operand>(p.wgrad, block);
+        direct_wgrad<Operand, PAIRS>(p.wgrad, block);
     } else {
-        direct<Form::DGRAD, Operand, WIDTH>(p.dgrad, block);
+        direct<Form::DGRAD, Operand, WIDTH, PAIRS>(p.dgrad, block);
     }
 }
 
-KERNEL(conv2d_direct_fprop_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_64_f16, ConvParams, 128) { direct<Form::FPROP, F16, 64>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_64_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 64>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_backward_32_f16, ConvBackwardParams, 128) { direct_backward<F16, 32>(p); }
-KERNEL(conv2d_direct_backward_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64>(p); }
-KERNEL(conv2d_direct_backward_32_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 32>(p); }
-KERNEL(conv2d_direct_backward_64_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 64>(p); }
+KERNEL(conv2d_direct_fprop_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_64_f16, ConvParams, 128) { direct<Form::FPROP, F16, 64, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_64_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 64, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_64_f16, ConvParams, 128) { direct<Form::FPROP, F16, 64, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_64_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 64, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_backward_32_f16, ConvBackwardParams, 128) { direct_backward<F16, 32, false>(p); }
+KERNEL(conv2d_direct_backward_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64, false>(p); }
+KERNEL(conv2d_direct_backward_32_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 32, false>(p); }
+KERNEL(conv2d_direct_backward_64_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 64, false>(p); }
+KERNEL(conv2d_direct_backward_pair_32_f16, ConvBackwardParams, 128) { direct_backward<F16, 32, true>(p); }
+KERNEL(conv2d_direct_backward_pair_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64, true>(p); }
+KERNEL(conv2d_direct_backward_pair_32_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 32, true>(p); }
+KERNEL(conv2d_direct_backward_pair_64_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 64, true>(p); }

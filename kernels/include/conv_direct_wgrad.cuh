@@ -32,7 +32,7 @@ struct WgradTile {
     }
 };
 
-template <class Operand>
+template <class Operand, bool PAIRS>
 DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const ConvPlace place = conv_place(p, block);
     const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
@@ -51,11 +51,17 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
 
+    const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
+    const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
+
     const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
+    const auto describe = [&](uint32_t i, uint32_t slot) {
+        const int64_t branch = step_of(i).branch;
+        tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, c, slot);
+        if constexpr (PAIRS) tables.describe_matrix(p, branch, k, slot);
+    };
     tables.describe(p, patch_of<Form::WGRAD>(p, 0).pixel_step);
-    for (uint32_t i = 0; i < 2 && i < count; ++i) {
-        if (term.norm) tables.describe_norm(p, step_of(i).branch, c, i);
-    }
+    for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i, i);
     sync_threads();
 
     // What an iteration reads: the halo of x, then the pixels of dy.
@@ -63,24 +69,26 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     halo.begin(p);
     const uint32_t halo_elements = halo.pixels * PIXEL, slot_elements = halo_elements + PATCH * PIXEL;
     Patch patch = {};
-    Source x = {}, dy = {};
+    Prologue<Operand, Pair::TANGENT, PAIRS> x = {};
+    Prologue<Operand, Pair::DELTA, PAIRS> dy = {};
     uint32_t dy_at = 0;
     const auto begin = [&](uint32_t i) {
         const ConvStep step = step_of(i);
         patch = patch_of<Form::WGRAD>(p, step.inner_tile);
-        x = {term.image, step.branch * term.image_branch, term.image_half};
-        dy = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
+        x = {{term.image, step.branch * term.image_branch, term.image_half}, step.branch, x_made};
+        dy = {{term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, dy_made};
         halo.begin(p);
         dy_at = threadIdx.x / CHUNKS;
     };
-    const auto load_x = [&](const Halo& from, bool& inside) {
+    const auto load_x = [&](const Halo& from, uint32_t slot) {
         uint32_t offset;
-        inside = from.inside(p, patch, c + channel, offset);
-        return inside ? chunk_load<Operand>(x.at, x.branch + offset, x.half) : Chunk{};
+        const bool inside = from.inside(p, patch, c + channel, offset);
+        uint16_t* place = from.place(slots + slot * slot_elements);
+        return x.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
-    const auto store_x = [&](uint32_t slot, const Chunk& chunk, bool inside) {
-        const BnScaleShift* norm = term.norm ? tables.norm[slot] + channel : nullptr;
-        halo.put(slots + slot * slot_elements, chunk_round<Operand>(chunk, x.half, inside, norm));
+    const auto store_x = [&](uint32_t slot, const auto& loaded) {
+        uint16_t* to = slots + slot * slot_elements;
+        halo.put(to, x.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
     const auto dy_inside = [&](uint32_t at, uint32_t& offset) {
@@ -88,50 +96,65 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         offset = row * uint32_t(p.rows) + uint32_t(k + channel);
         return row != NO_ROW && k + channel < p.rows;
     };
-    const auto load_dy = [&](uint32_t at, bool& inside) {
-        uint32_t offset;
-        inside = dy_inside(at, offset);
-        return inside ? chunk_load<Operand>(dy.at, dy.branch + offset, dy.half) : Chunk{};
+    // Whether this block stores delta: one of those that read the same does. Of a delta that is the same in all branches the first.
+    const auto keeps = [&] {
+        return PAIRS && p.matrix.kept && place.column_tile == 0 && (p.matrix.kept_branch != 0 || dy.branch == 0);
     };
-    const auto store_dy = [&](uint32_t slot, const Chunk& chunk, bool inside) {
-        uint16_t* to = slots + slot * slot_elements + halo_elements + dy_at * PIXEL + channel;
-        *reinterpret_cast<uint4*>(to) = chunk_round<Operand>(chunk, dy.half, inside, nullptr);
+    const auto dy_place = [&](uint32_t at, uint32_t slot) {
+        return slots + slot * slot_elements + halo_elements + at * PIXEL + channel;
+    };
+    const auto load_dy = [&](uint32_t at, uint32_t slot) {
+        uint32_t offset;
+        const bool inside = dy_inside(at, offset);
+        return dy.load(p.matrix, keeps(), offset, inside, tables.matrix[slot], channel, dy_place(at, slot));
+    };
+    const auto store_dy = [&](uint32_t slot, const auto& loaded) {
+        uint16_t* to = dy_place(dy_at, slot);
+        const uint4 coded = dy.round(p.matrix, keeps(), loaded, tables.matrix[slot], channel, to);
+        *reinterpret_cast<uint4*>(to) = coded;
+        if (keeps() && p.matrix.kept_half) {
+            uint32_t offset;
+            uint16_t* kept = static_cast<uint16_t*>(p.matrix.kept) + dy.branch * p.matrix.kept_branch;
+            if (dy_inside(dy_at, offset)) *reinterpret_cast<uint4*>(kept + offset) = coded;
+        }
         dy_at += ABREAST;
     };
     // Begins to copy what needs nothing done to it.
     const auto copy = [&](uint32_t slot) {
         uint16_t* to = slots + slot * slot_elements;
         uint32_t offset;
-        if (x.half && !term.norm) {
+        if (x.plain()) {
             for (; halo.more(); halo.next(p)) {
                 const bool inside = halo.inside(p, patch, c + channel, offset);
-                const uint16_t* image = static_cast<const uint16_t*>(x.at);
-                halo.copy(to, inside ? image + x.branch + offset : image, inside);
+                halo.copy(to, x.of.place(offset, inside), inside);
             }
         }
-        if (dy.half) {
+        if (dy.plain()) {
             for (; dy_at < PATCH; dy_at += ABREAST) {
                 const bool inside = dy_inside(dy_at, offset);
-                const uint16_t* from = static_cast<const uint16_t*>(dy.at) + (inside ? dy.branch + offset : 0);
-                copy_async(to + halo_elements + dy_at * PIXEL + channel, from, inside);
+                copy_async(to + halo_elements + dy_at * PIXEL + channel, dy.of.place(offset, inside), inside);
             }
         }
     };
     const auto load_rest = [&](uint32_t slot) {
-        Chunk chunks[IN_FLIGHT];
-        bool inside[IN_FLIGHT];
         while (halo.more()) {
+            decltype(load_x(halo, slot)) loaded[IN_FLIGHT];
             Halo ahead = halo;
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                chunks[i] = load_x(ahead, inside[i]);
+                loaded[i] = load_x(ahead, slot);
                 ahead.next(p);
             }
-            for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, chunks[i], inside[i]);
+            UNROLLED
+            for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, loaded[i]);
         }
         static_assert(PATCH % (ABREAST * IN_FLIGHT) == 0);
         while (dy_at + (IN_FLIGHT - 1) * ABREAST < PATCH) {
-            for (int i = 0; i < IN_FLIGHT; ++i) chunks[i] = load_dy(dy_at + i * ABREAST, inside[i]);
-            for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, chunks[i], inside[i]);
+            decltype(load_dy(dy_at, slot)) loaded[IN_FLIGHT];
+            UNROLLED
+            for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST, slot);
+            UNROLLED
+            for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, loaded[i]);
         }
     };
     if (count > 0) {
@@ -159,15 +182,15 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
             copy(1 - slot);
         }
         // Its slot served this iteration's halo, which is loaded.
-        if (term.norm && i + 2 < count) tables.describe_norm(p, step_of(i + 2).branch, c, slot);
+        if (i + 2 < count) describe(i + 2, slot);
         const uint16_t* halo_slot = slots + slot * slot_elements;
         const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
-            bool x_inside = false, dy_inside_ = false;
-            Chunk x_chunk = {}, dy_chunk = {};
-            if (loads_x) x_chunk = load_x(halo, x_inside);
-            if (loads_dy) dy_chunk = load_dy(dy_at, dy_inside_);
+            decltype(load_x(halo, slot)) of_x = {};
+            decltype(load_dy(dy_at, slot)) of_dy = {};
+            if (loads_x) of_x = load_x(halo, 1 - slot);
+            if (loads_dy) of_dy = load_dy(dy_at, 1 - slot);
             const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
             uint32_t a[2][4];
             for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
@@ -180,15 +203,11 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
                     if (2 * pair + 1 < MOST_TAPS) Operand::mma(tile.d[2 * pair + 1][m], a[m], b + 2);
                 }
             }
-            if (loads_x) store_x(1 - slot, x_chunk, x_inside);
-            if (loads_dy) store_dy(1 - slot, dy_chunk, dy_inside_);
+            if (loads_x) store_x(1 - slot, of_x);
+            if (loads_dy) store_dy(1 - slot, of_dy);
         }
         if (more) {
-            while (halo.more()) {
-                bool inside;
-                const Chunk chunk = load_x(halo, inside);
-                store_x(1 - slot, chunk, inside);
-            }
+            while (halo.more()) store_x(1 - slot, load_x(halo, 1 - slot));
             copies_done();
         }
         sync_threads();
@@ -199,5 +218,5 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const bool there = tap < taps && in_slice < p.image_channels;
         return there ? uint32_t((first_tap + tap) * p.image_channels + in_slice) : NO_ROW;
     };
-    conv_finish<Operand, WgradTile<Operand>, false>(p, place, tile, row, column_of);
+    conv_finish<Operand, WgradTile<Operand>, Form::WGRAD>(p, place, tile, row, column_of);
 }

@@ -4,6 +4,7 @@
 
 mod batch_norm;
 mod conv;
+mod conv_params;
 mod conv_tiles;
 mod elementwise;
 mod finite;
