@@ -332,7 +332,7 @@ impl Case {
         match self.op.epilogue {
             Epilogue::None => vec![],
             Epilogue::Stats => {
-                let [means, size] = mean();
+                let [means, size]: [Vec<f64>; 2] = mean();
                 let off = |m: usize, c: usize, v: f64| v - means[m * meta.dims[1] + c];
                 let variance = sums(&|m, c, _, v| off(m, c, v) * off(m, c, v) / count);
                 vec![("mean", [means.clone(), size]), ("variance", variance)]
