@@ -26,7 +26,8 @@ struct DirectTile {
 
     template <class F>
     DEVICE void each(F f) {
-        const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 32 + lane / 4, column = lane % 4 * 2;
+        const uint32_t thread = again(threadIdx.x);
+        const int lane = int(thread % 32), row = int(thread / 32) * 32 + lane / 4, column = lane % 4 * 2;
         for (int m = 0; m < 2; ++m) {
             for (int n = 0; n < WIDTH / 8; ++n) {
                 for (int i = 0; i < 4; ++i) {
@@ -154,8 +155,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     auto& tables = *shared_memory<DirectTables>();
     uint16_t* weights = reinterpret_cast<uint16_t*>(&tables + 1);
     uint16_t* halos = weights + 2 * Matrix::ELEMENTS;
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
+    const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+    const int32_t channel = int32_t(threadIdx.x % CHUNKS) * 8;
     const uint32_t column = place.column_tile * WIDTH;
 
     // Of the tile's rows this thread's own, which is all that is known of the patch's place in the result when the product is done.
@@ -273,7 +274,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     }
     const auto row = [&](int) { return own_row; };
     const auto column_of = [&](int c) { return column + c; };
-    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, place, tile, row, column_of);
+    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, conv_place(p, again(block)), tile, row, column_of);
 }
 
 template <class Operand, int WIDTH, bool PAIRS>

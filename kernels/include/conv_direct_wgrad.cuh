@@ -21,7 +21,8 @@ struct WgradTile {
 
     template <class F>
     DEVICE void each(F f) {
-        const int lane = int(threadIdx.x) % 32, row = lane / 4, column = int(threadIdx.x) / 32 * 8 + lane % 4 * 2;
+        const uint32_t thread = again(threadIdx.x);
+        const int lane = int(thread % 32), row = lane / 4, column = int(thread / 32) * 8 + lane % 4 * 2;
         for (int t = 0; t < MOST_TAPS; ++t) {
             for (int m = 0; m < 2; ++m) {
                 for (int i = 0; i < 4; ++i) {
@@ -48,8 +49,8 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
 
     auto& tables = *shared_memory<DirectTables>();
     uint16_t* slots = reinterpret_cast<uint16_t*>(&tables + 1);
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
+    const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+    const int32_t channel = int32_t(threadIdx.x % CHUNKS) * 8;
 
     const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
     const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
@@ -218,5 +219,5 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const bool there = tap < taps && in_slice < p.image_channels;
         return there ? uint32_t((first_tap + tap) * p.image_channels + in_slice) : NO_ROW;
     };
-    conv_finish<Operand, WgradTile<Operand>, Form::WGRAD>(p, place, tile, row, column_of);
+    conv_finish<Operand, WgradTile<Operand>, Form::WGRAD>(p, conv_place(p, again(block)), tile, row, column_of);
 }

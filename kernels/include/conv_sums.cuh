@@ -86,7 +86,7 @@ DEVICE void reduce_records(const ConvProduct& p, const ConvPlace& place, ConvFin
 template <class Tile>
 DEVICE void conv_statistics(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared) {
     constexpr int LINES = ConvFinish<Tile>::LINES, PITCH = ConvFinish<Tile>::PITCH;
-    const int line = int(threadIdx.x) / Tile::COLUMNS, column = int(threadIdx.x) % Tile::COLUMNS;
+    const int line = int(threadIdx.x / Tile::COLUMNS), column = int(threadIdx.x % Tile::COLUMNS);
     sync_threads();
     const float* values = shared.values + line * PITCH + column;
     const Moments mine = moments_of(
