@@ -68,7 +68,9 @@ fn in_place(op: &Op, i: usize) -> bool {
         Op::Conv(_) => i == 2,
         Op::FusedConv(op) => op.start_operand() == Some(i),
         Op::BnReluBackward(_) => i == 0 || i == 6,
+        Op::BnReluBackwardApply(op) => i == 0 || i >= op.first_start(),
         Op::BnReluDoubleBackward(_) => i == 0 || i == 3,
+        Op::BnReluDoubleBackwardApply(_) => i == 0 || i == 2 || i == 12,
         _ => false,
     }
 }
@@ -156,6 +158,7 @@ fn live_tensors_never_overlap() {
         PlanOptions { group: Some(2), ..plain },
         PlanOptions { group: Some(2), kernels: true, ..plain },
         PlanOptions { group: Some(2), kernels: true, half: true, ..plain },
+        PlanOptions { group: Some(2), kernels: true, half: true, recompute: true, ..plain },
     ] {
         for (name, plan) in plans(&options) {
             check_memory(&format!("{name}, {options:?}"), &plan);
@@ -175,7 +178,8 @@ fn a_large_plan_keeps_its_tensors_apart() {
     let tape = record_step(&step_spec(paper_model(), 128, 4, Recipe::Joint, false), Report::Losses).unwrap();
     let plain = PlanOptions::default();
     let groups = PlanOptions { group: Some(3), ..plain };
-    for options in [plain, groups, PlanOptions { kernels: true, half: true, ..groups }] {
+    let kernels = PlanOptions { kernels: true, half: true, ..groups };
+    for options in [plain, groups, kernels, PlanOptions { recompute: true, ..kernels }] {
         check_memory("PreAct-32", &Plan::build(&tape, &options).unwrap());
     }
 }
@@ -195,15 +199,22 @@ fn activations_take_16_bits_where_the_step_makes_them() {
                 meta.kind == Kind::Activation && meta.dtype == DType::Real && meta.dims[2] * meta.dims[3] > 1
             };
             let outputs: Vec<usize> = plan.outputs.iter().filter_map(|p| p.buffer).collect();
+            let mut narrow_weights = 0;
             for launch in &plan.launches {
                 for set in &launch.args {
                     for b in &set.outputs {
-                        // Nothing but what the host reads stays in 32 bits.
+                        // Of activations nothing but what the host reads stays in 32 bits; of all else, weights per branch alone leave them.
+                        let meta = &plan.buffers[*b].meta;
+                        if meta.kind == Kind::Weight && meta.per_branch {
+                            narrow_weights += usize::from(plan.buffers[*b].half);
+                            continue;
+                        }
                         let expected = large(b) && !outputs.contains(b);
                         assert_eq!(plan.buffers[*b].half, expected, "{name}: {}", launch.op.name());
                     }
                 }
             }
+            assert!(narrow_weights > 0, "{name}: the fast weights of convolutions");
             assert!(plan.buffers.iter().all(|b| !b.half || matches!(b.place, Place::Arena(_))));
             assert_eq!((full.arena_halves, plan.arena_indices), (0, full.arena_indices));
             let bytes = |plan: &Plan| plan.cost(4).bytes_moved();
