@@ -33,7 +33,7 @@ fn root() -> &'static Path {
 fn compile(sources: &[&str], flags: &[&str], out: &str) -> Option<(PathBuf, Output)> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(out);
-    let machine = ["machine.cpp", "fiber.cpp", "mma.cpp"].map(|f| format!("kernels/simt/{f}"));
+    let machine = ["machine.cpp", "fiber.cpp", "mma.cpp", "wgmma.cpp"].map(|f| format!("kernels/simt/{f}"));
     let mut command = Command::new(&compiler);
     command.current_dir(root()).args(["-std=c++20", "-O2", "-g", "-DMLNT_SIMT", "-fno-strict-aliasing", "-pthread"]);
     command.args(["-Wall", "-Wextra", "-Werror", "-Ikernels/include", "-Ikernels/simt", "-Itests/simt"]);
