@@ -5,7 +5,7 @@
 template <class Operand, int WIDTH>
 struct CellTile {
     static constexpr int ROWS = 2 * CELL_PIXELS, COLUMNS = WIDTH, THREADS = GROUP_THREADS, RUN = 8;
-    float (&d)[WIDTH / 2];
+    float d[WIDTH / 2];
 
     DEVICE void clear() {
         for (int i = 0; i < WIDTH / 2; ++i) d[i] = 0.0f;
@@ -26,14 +26,12 @@ struct CellWeights {
     static constexpr int LINE = FPROP ? PARTS : WIDTH / 8;                             // granules, neighbours in memory
     static constexpr int PITCH = FPROP ? WIDTH + 2 : SLICE + (WIDTH == 64 ? 1 : 2);  // from one of those to the next
     static constexpr int TAP = LINE * PITCH;
+    static constexpr int SECOND = FPROP ? 2 * PITCH : 16;  // from the first 16 channels to the second
     static constexpr int NUMBER = WIDTH * PARTS, ABREAST = GROUP_THREADS / NUMBER;
 
     static DEVICE uint64_t matrix(uint32_t address) {
         return FPROP ? wgmma_matrix(address, PITCH * GRANULE, 8 * GRANULE) : wgmma_matrix(address, 8 * GRANULE, PITCH * GRANULE);
     }
-    // Granules from the first 16 channels of a slice to the second.
-    static constexpr int SECOND = FPROP ? 2 * PITCH : 16;
-
     static DEVICE void load(const ConvProduct& p, const Patch& patch, const Source& w, uint32_t column, uint32_t slice,
                             unsigned char* slot) {
         const uint32_t number = threadIdx.x % NUMBER, line = number / LINE, along = number % LINE;
@@ -85,13 +83,13 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
                                                halo.step * halo.line() * GRANULE);
     const uint64_t weight_matrix = Weights::matrix(shared_address(shared + tiling.matrices));
     const uint32_t cell[2] = {halo.cell(p, 2 * group), halo.cell(p, 2 * group + 1)};
-    int32_t held = -1;  // the phase whose weights are in their slots, if they have a slot each
+    int32_t held = -1;  // the phase whose weights were loaded last
     for (uint32_t number = first_patch; number < last_patch; ++number) {
         const Patch patch = patch_of<FORM>(p, number);
         const int32_t taps = patch.taps_down * patch.taps_across;
         const uint32_t count = taps == 0 ? 0 : all;
         const int32_t phase = FORM == Form::DGRAD ? patch.phase_down * p.stride + patch.phase_across : 0;
-        const bool loads = count > uint32_t(tiling.matrix_slots) || held != phase;
+        const bool loads = !tiling.keeps || held != phase;
         held = phase;
 
         const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
@@ -127,12 +125,12 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         if (count > 0) fill(0);
         sync_threads();
 
-        float d[2][WIDTH / 2];
-        CellTile<Operand, WIDTH> tiles[2] = {{d[0]}, {d[1]}};
+        CellTile<Operand, WIDTH> tiles[2];
         for (int m = 0; m < 2; ++m) tiles[m].clear();
         for (uint32_t i = 0; i < count; ++i) {
             const uint64_t image = image_matrix + i % 2 * uint32_t(tiling.halo_bytes) / GRANULE;
             uint64_t weights = weight_matrix + i % tiling.matrix_slots * uint32_t(tiling.matrix_bytes) / GRANULE;
+            for (int m = 0; m < 2; ++m) wgmma_settle(tiles[m].d);
             wgmma_fence();
             for (int32_t down = 0; down < patch.taps_down; ++down) {
                 for (int32_t across = 0; across < patch.taps_across; ++across) {
@@ -143,7 +141,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
                     for (int k = 0; k < SLICE / 16; ++k) {
                         for (int m = 0; m < 2; ++m) {
                             Operand::template wgmma<false, FORM == Form::DGRAD>(
-                                d[m], at + cell[m] + k * 2 * halo.pitch, weights + k * Weights::SECOND);
+                                tiles[m].d, at + cell[m] + k * 2 * halo.pitch, weights + k * Weights::SECOND);
                         }
                     }
                     weights += Weights::TAP;
@@ -154,7 +152,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
             if (i + 2 < count) describe(i + 2);
             if (i + 1 < count) fill(i + 1);
             wgmma_wait();
-            for (int m = 0; m < 2; ++m) wgmma_settle(d[m]);
+            for (int m = 0; m < 2; ++m) wgmma_settle(tiles[m].d);
             sync_threads();
         }
         for (int m = 0; m < 2; ++m) {
@@ -163,8 +161,11 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
                 return row_of(p, patch, cell_pixel(p, (r / CELL_PIXELS * 2 + m) * CELL_PIXELS + r % CELL_PIXELS));
             };
             const auto column_of = [&](int c) { return column + c; };
+            // One copy of the code that follows, and no array that is indexed at run time.
+            CellTile<Operand, WIDTH> tile;
+            for (int i = 0; i < WIDTH / 2; ++i) tile.d[i] = m == 0 ? tiles[0].d[i] : tiles[1].d[i];
             if (m > 0) sync_threads();
-            conv_finish<Operand, CellTile<Operand, WIDTH>, FORM == Form::FPROP>(p, place, tiles[m], row, column_of);
+            conv_finish<Operand, CellTile<Operand, WIDTH>, FORM == Form::FPROP>(p, place, tile, row, column_of);
         }
     }
 }
@@ -179,11 +180,17 @@ DEVICE void cells_backward(const CellBackwardParams& p) {
     }
 }
 
+// Two blocks of 32 columns fit a multiprocessor, by shared memory and by registers.
+#undef KERNEL_BLOCKS
+#define KERNEL_BLOCKS 2
 KERNEL(conv2d_wgmma_fprop_32_f16, CellParams, 256) { cells<Form::FPROP, F16, 32>(p.product, p.tiling, blockIdx.x); }
-KERNEL(conv2d_wgmma_fprop_64_f16, CellParams, 256) { cells<Form::FPROP, F16, 64>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_32_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 32>(p.product, p.tiling, blockIdx.x); }
-KERNEL(conv2d_wgmma_fprop_64_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 64>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_backward_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32>(p); }
-KERNEL(conv2d_wgmma_backward_64_f16, CellBackwardParams, 256) { cells_backward<F16, 64>(p); }
 KERNEL(conv2d_wgmma_backward_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32>(p); }
+
+#undef KERNEL_BLOCKS
+#define KERNEL_BLOCKS 1
+KERNEL(conv2d_wgmma_fprop_64_f16, CellParams, 256) { cells<Form::FPROP, F16, 64>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_64_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 64>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_backward_64_f16, CellBackwardParams, 256) { cells_backward<F16, 64>(p); }
 KERNEL(conv2d_wgmma_backward_64_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 64>(p); }

@@ -5,6 +5,7 @@ mod common;
 use common::{deviation, on_two_threads};
 use half::{bf16, f16};
 use mlnt::device::cpu::Cpu;
+use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
@@ -239,9 +240,23 @@ fn run(device: &mut dyn Device, plan: Plan, values: &[Operand]) -> Vec<Vec<f64>>
     outputs.iter().map(|port| device.read_output(id, &port.name).unwrap().to_f64()).collect()
 }
 
-fn on_simt(case: &Case, values: &[Operand], operands: Operands, seed: u64) -> Vec<Vec<f64>> {
-    let mut device = Cuda::new(Box::new(Simt::open(seed).unwrap()), operands, Mode::Eager);
-    run(&mut device, case.fused(values), values)
+/// The results of a case, and the kernel of its convolution.
+fn on_simt(
+    case: &Case,
+    values: &[Operand],
+    operands: Operands,
+    generation: Generation,
+    seed: u64,
+) -> (Vec<Vec<f64>>, &'static str) {
+    let machine = Simt::open(seed).unwrap().like(generation);
+    let tally = machine.tally();
+    let mut device = Cuda::new(Box::new(machine), operands, Mode::Eager);
+    let results = run(&mut device, case.fused(values), values);
+    // Copies between tensors of 32 and 16 bits are fprops. Of several kernels that of the case is the one that has another tile or form.
+    let tally = tally.lock().unwrap();
+    let copies = |name: &str| name.contains("fprop") && case.op.form != ConvForm::Fprop && case.op.form != ConvForm::Tangent;
+    let kernels: Vec<_> = tally.keys().filter(|name| !copies(name)).collect();
+    (results, kernels.iter().find(|name| name.contains("wgmma")).or(kernels.first()).unwrap())
 }
 
 /// Mean and biased variance per channel and branch of activations `[M, N, C, H, W]` as the host sees them.
@@ -272,13 +287,13 @@ fn tolerance(operands: Operands) -> f64 {
 }
 
 /// What is wrong with a case.
-fn faults(case: &Case, operands: Operands) -> Vec<String> {
+fn faults(case: &Case, operands: Operands, generation: Generation) -> Vec<String> {
     let wide = matches!(operands, Operands::F32 | Operands::Tf32);
     let case = Case { half: if wide { 0 } else { case.half }, ..case.clone() };
     let values = case.operands(operands);
     let plan = Plan::build(&case.composed(), &PlanOptions { fuse: false, ..PlanOptions::default() }).unwrap();
     let want = run(&mut Cpu::<f64>::new(1).unwrap(), plan, &values);
-    let have = on_simt(&case, &values, operands, 1);
+    let (have, kernel) = on_simt(&case, &values, operands, generation, 1);
     let mut found = Vec::new();
     let mut compare = |what: String, have: &[f64], want: &[f64], tolerance: f64| {
         let rel = deviation(have, want);
@@ -295,7 +310,12 @@ fn faults(case: &Case, operands: Operands) -> Vec<String> {
         compare("mean".into(), &have[1], &mean, 1e-6);
         compare("variance".into(), &have[2], &var, 2e-6);
     }
-    if have != on_simt(&case, &values, operands, 2) {
+    let geom = &case.op.geom;
+    let group = generation == Generation::Hopper && !wide && geom.c % 8 == 0 && geom.k % 8 == 0;
+    if kernel.contains("wgmma") != group {
+        found.push(format!("{} {case:?}: ran {kernel}", operands.name()));
+    }
+    if have != on_simt(&case, &values, operands, generation, 2).0 {
         found.push(format!("{} {case:?}: depends on the order of threads", operands.name()));
     }
     found
@@ -347,42 +367,57 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-fn check(operands: Operands) {
-    let failures = on_two_threads(&cases(), |case| faults(case, operands));
+fn check(cases: &[Case], operands: Operands, generation: Generation) {
+    let failures = on_two_threads(cases, |case| faults(case, operands, generation));
     assert!(failures.is_empty(), "{}:\n{}", failures.len(), failures.join("\n"));
 }
 
 #[test]
 fn fused_convolutions_f32() {
-    check(Operands::F32);
+    check(&cases(), Operands::F32, Generation::Portable);
 }
 
 #[test]
 fn fused_convolutions_tf32() {
-    check(Operands::Tf32);
+    check(&cases(), Operands::Tf32, Generation::Portable);
 }
 
 #[test]
 fn fused_convolutions_f16() {
-    check(Operands::F16);
+    check(&cases(), Operands::F16, Generation::Portable);
 }
 
 #[test]
 fn fused_convolutions_bf16() {
-    check(Operands::Bf16);
+    check(&cases(), Operands::Bf16, Generation::Portable);
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_f16() {
+    check(&cases(), Operands::F16, Generation::Hopper);
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_bf16() {
+    check(&cases(), Operands::Bf16, Generation::Hopper);
 }
 
 /// Deviations of 1 around a mean of 10,000: single precision has the digits for the variance, if they are not thrown away.
 #[test]
 fn statistics_keep_their_digits() {
     // More tiles than are combined at a time, of the kernels that gather and of the direct ones.
-    let tries = [(Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0]), (Operands::F16, [40, 8, 18, 18, 16, 1, 1, 1, 0])];
-    for (operands, size) in tries {
+    let many = [40, 8, 18, 18, 16, 1, 1, 1, 0];
+    let tries = [
+        (Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0], Generation::Portable),
+        (Operands::F16, many, Generation::Portable),
+        (Operands::F16, many, Generation::Hopper),
+    ];
+    for (operands, size, generation) in tries {
         let op = FusedConv { form: ConvForm::Fprop, geom: geom(size), norm: false, start: true, stats: true };
         let case = Case { op, branches: 2, branched: 1, norm_branched: false, summed: [false; 2], half: 0 };
         let mut values = case.operands(operands);
         values.iter_mut().filter(|o| o.name == "start").for_each(|o| o.values.iter_mut().for_each(|v| *v = 1e4));
-        let have = on_simt(&case, &values, operands, 1);
+        let (have, _) = on_simt(&case, &values, operands, generation, 1);
         let [mean, var] = statistics(&case.results()[0], &have[0]);
         assert!(deviation(&have[1], &mean) < 1e-7);
         assert!(deviation(&have[2], &var) < 1e-6, "{:.1e}", deviation(&have[2], &var));

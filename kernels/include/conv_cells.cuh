@@ -26,8 +26,8 @@ struct CellTiling {
     int32_t matrices;
     int32_t matrix_bytes;
     int32_t matrix_slots;
-    int32_t run;  // patches that a block works on one after the other
-    int32_t unused;
+    int32_t run;    // patches that a block works on one after the other
+    int32_t keeps;  // the weights: they have a slot for each iteration, which nothing else is written over
 };
 static_assert(sizeof(CellTiling) == 32);
 

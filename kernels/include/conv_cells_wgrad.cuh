@@ -115,20 +115,21 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         wgmma_matrix(shared_address(shared + tiling.halos), line * GRANULE, uint32_t(tiling.halo_pitch) * GRANULE);
     const uint64_t dy_matrix =
         wgmma_matrix(shared_address(shared + tiling.matrices), 8 * GRANULE, DY_PITCH * GRANULE);
-    const int32_t cells = cells_of(p);
+    uint32_t cells[CELLS];
+    for (int cell = 0; cell < CELLS; ++cell) cells[cell] = halo.cell(p, cell);
     PairsTile<Operand, WIDTH> tile;
     tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
         const uint64_t x = x_matrix + slot * uint32_t(tiling.halo_bytes) / GRANULE;
         uint64_t dy = dy_matrix + slot * uint32_t(tiling.matrix_bytes) / GRANULE;
+        for (int pair = 0; pair < OWN; ++pair) wgmma_settle(tile.d[pair]);
         wgmma_fence();
-        for (int32_t cell = 0; cell < cells; ++cell) {
-            const uint64_t from = x + halo.cell(p, cell);
-            for (int two = 0; two < 4; ++two) {
-                // Pairs that the filter does not have cost time, but no branch.
+        // Cells and pairs that there are not cost time, but no branch: dy is zero there, and columns lie nowhere.
+        for (int cell = 0; cell < CELLS; ++cell) {
+            for (int lines = 0; lines < 8; lines += 2) {
                 for (int pair = 0; pair < OWN; ++pair) {
-                    Operand::template wgmma<true, true>(tile.d[pair], from + 2 * two * line + taps[pair], dy);
+                    Operand::template wgmma<true, true>(tile.d[pair], x + cells[cell] + lines * line + taps[pair], dy);
                 }
                 dy += 16;
             }

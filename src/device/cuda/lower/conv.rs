@@ -1,8 +1,9 @@
-//! Convolutions, plain and fused: `kernels/conv.cu` and `kernels/conv_direct.cu`.
+//! Convolutions, plain and fused: `kernels/conv.cu`, `kernels/conv_direct.cu` and `kernels/conv_wgmma.cu`.
 
+use super::conv_cells::{self, CellTiling, Scale};
 use super::conv_tiles::Tiling;
 use super::{Lowering, Operand, Operands};
-use crate::device::cuda::driver::Address;
+use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{BN_EPS, Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Operation};
 use crate::plan::Args;
@@ -123,6 +124,25 @@ struct ConvBackwardParams {
 }
 const _: () = assert!(size_of::<ConvBackwardParams>() == 744);
 
+/// Twin of `CellParams`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct CellParams {
+    product: ConvProduct,
+    tiling: CellTiling,
+}
+const _: () = assert!(size_of::<CellParams>() == size_of::<ConvParams>() + 32);
+
+/// Twin of `CellBackwardParams`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct CellBackwardParams {
+    both: ConvBackwardParams,
+    dgrad: CellTiling,
+    wgrad: CellTiling,
+}
+const _: () = assert!(size_of::<CellBackwardParams>() == size_of::<ConvBackwardParams>() + 64);
+
 /// A form as the kernels see it: a matrix product of gathered operands.
 struct Shape {
     /// `[height, width, channels]` of the operand that is gathered by pixel and tap.
@@ -195,13 +215,26 @@ impl Job<'_> {
         (0..self.terms.len()).map(|i| self.segments(i, branches)).sum()
     }
 
+    /// Whether kernels can take it that work on patches: if they can take its sizes.
+    fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
+        let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
+        let mut tensors = self.terms.iter().flatten().chain(&self.start).chain([&self.out]);
+        halves && self.out.len() > 0 && tensors.all(|o| o.at.0.is_multiple_of(ALIGN))
+    }
+
     /// Its tiles, if the direct kernels can take it.
     fn direct(&self, lowering: &Lowering<'_>) -> Option<Tiling> {
-        let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
-        let aligned =
-            self.terms.iter().flatten().chain(&self.start).chain([&self.out]).all(|o| o.at.0.is_multiple_of(ALIGN));
         let tiling = Tiling::direct(self.kind, self.geom, self.all_segments(lowering.branches()));
-        if halves && aligned && self.out.len() > 0 { tiling } else { None }
+        tiling.filter(|_| self.by_patches(lowering))
+    }
+
+    /// Its tiles, if the kernels for Hopper can take it.
+    fn cells(&self, lowering: &Lowering<'_>, width: usize) -> Option<(Tiling, CellTiling)> {
+        if lowering.generation != Generation::Hopper || !self.by_patches(lowering) {
+            return None;
+        }
+        let (segments, branches) = (self.all_segments(lowering.branches()), self.out.branches(lowering.branches()));
+        conv_cells::cells(self.kind, self.geom, Scale { segments, branches, width })
     }
 
     /// Its tiles with the kernels that gather.
@@ -228,7 +261,8 @@ impl Job<'_> {
         let branches = self.out.branches(lowering.branches());
         let tiles = row_tiles * column_tiles * branches;
         narrow(inner_tiles * segments)?;
-        let splits = splits(tiling, tiles, inner_tiles * segments, beside);
+        let blocks = row_tiles.div_ceil(tiling.run) * column_tiles * branches;
+        let splits = splits(tiling, [blocks, tiles], inner_tiles * segments, beside);
         let patches = &tiling.patches;
         let mut product = ConvProduct {
             start: self.start.map_or(Address::NULL, |s| s.at),
@@ -296,15 +330,15 @@ impl Job<'_> {
         if splits > 1 || self.stats.is_some() {
             product.arrivals = lowering.counters(tiles + columns * (groups + 1));
         }
-        Ok((product, tiles * splits))
+        Ok((product, blocks * splits))
     }
 }
 
-/// Parts into which the inner dimension of `tiles` tiles of the result is divided; shapes alone decide it.
-fn splits(tiling: &Tiling, tiles: usize, iterations: usize, beside: Beside) -> usize {
+/// Parts into which the inner dimension of the tiles of the result, and of the blocks that make them, is divided; shapes alone decide it.
+fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, beside: Beside) -> usize {
     let wanted = match beside {
-        Beside::Nothing => BLOCKS.div_ceil(tiles),
-        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(tiles).max(iterations.div_ceil(tiling.joint)),
+        Beside::Nothing => BLOCKS.div_ceil(blocks),
+        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(blocks).max(iterations.div_ceil(tiling.joint)),
     };
     let worth = iterations / tiling.least;
     let fit = PARTIAL_BYTES / (4 * tiling.size[0] * tiling.size[1] * tiles);
@@ -333,7 +367,7 @@ struct Kernels {
     bf16: &'static str,
 }
 
-/// The kernels `name` of all operand types, or the direct ones of those that have them.
+/// The kernels `name` of all operand types, or those of 16 bits, which others do not ask for.
 macro_rules! kernels {
     ($name:literal) => {
         Kernels {
@@ -345,15 +379,27 @@ macro_rules! kernels {
     };
 }
 
-/// The kernel of fprop, or else of the gradients; `width`: columns of a tile of a direct kernel.
-fn kernel(operands: Operands, fprop: bool, width: Option<usize>) -> &'static str {
-    let kernels = match (fprop, width) {
-        (true, None) => kernels!("conv2d_fprop"),
-        (true, Some(32)) => kernels!("conv2d_direct_fprop_32"),
-        (true, Some(_)) => kernels!("conv2d_direct_fprop_64"),
-        (false, None) => kernels!("conv2d_backward"),
-        (false, Some(32)) => kernels!("conv2d_direct_backward_32"),
-        (false, Some(_)) => kernels!("conv2d_direct_backward_64"),
+/// Ways to compute a product, with the columns of a tile where there are several.
+#[derive(Clone, Copy)]
+enum Way {
+    Gathered,
+    Direct(usize),
+    Cells(usize),
+}
+
+/// The kernel of fprop, or else of the gradients.
+fn kernel(operands: Operands, fprop: bool, way: Way) -> &'static str {
+    let kernels = match (fprop, way) {
+        (true, Way::Gathered) => kernels!("conv2d_fprop"),
+        (true, Way::Direct(32)) => kernels!("conv2d_direct_fprop_32"),
+        (true, Way::Direct(_)) => kernels!("conv2d_direct_fprop_64"),
+        (true, Way::Cells(32)) => kernels!("conv2d_wgmma_fprop_32"),
+        (true, Way::Cells(_)) => kernels!("conv2d_wgmma_fprop_64"),
+        (false, Way::Gathered) => kernels!("conv2d_backward"),
+        (false, Way::Direct(32)) => kernels!("conv2d_direct_backward_32"),
+        (false, Way::Direct(_)) => kernels!("conv2d_direct_backward_64"),
+        (false, Way::Cells(32)) => kernels!("conv2d_wgmma_backward_32"),
+        (false, Way::Cells(_)) => kernels!("conv2d_wgmma_backward_64"),
     };
     match operands {
         Operands::F32 => kernels.f32,
@@ -366,15 +412,22 @@ fn kernel(operands: Operands, fprop: bool, width: Option<usize>) -> &'static str
 /// Appends the launch of one product, or of the gradients of the input and of the weights together.
 fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> Result<()> {
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
-    // Both gradients are direct, or none.
+    let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
+    let leading = dgrad.unwrap_or(&jobs[0]);
+    // Both gradients go one way: that of warpgroups, else on patches, else gathered.
+    let width = conv_cells::width(leading.kind, leading.geom);
+    let cells: Option<Vec<_>> = jobs.iter().map(|job| job.cells(lowering, width)).collect();
     let direct: Option<Vec<Tiling>> = jobs.iter().map(|job| job.direct(lowering)).collect();
-    let width = |job: &Job<'_>| direct.as_ref().map(|_| Tiling::width(job.kind, job.geom));
-    let tilings = match &direct {
-        Some(tilings) => tilings.clone(),
-        None => jobs.iter().map(|job| job.gathered(lowering)).collect(),
+    let (way, threads, tilings) = match (&cells, direct) {
+        (Some(cells), _) => (Way::Cells(width), conv_cells::THREADS, cells.iter().map(|c| c.0).collect()),
+        (None, Some(direct)) => (Way::Direct(Tiling::width(leading.kind, leading.geom)), THREADS, direct),
+        (None, None) => (Way::Gathered, THREADS, jobs.iter().map(|job| job.gathered(lowering)).collect()),
+    };
+    let cells = |kind: ConvKind| -> Option<CellTiling> {
+        let (_, (_, cells)) = jobs.iter().zip(cells.as_ref()?).find(|(job, _)| job.kind == kind)?;
+        Some(*cells)
     };
     let shared = tilings.iter().map(|t| t.shared).max().unwrap_or(0);
-    let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
     let (mut params, mut blocks) = (ConvBackwardParams::zeroed(), 0);
     for (job, tiling) in jobs.iter().zip(&tilings) {
         let beside = match dgrad {
@@ -392,9 +445,13 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
         let count = lowering.narrow("blocks", own)?;
         match job.kind {
             ConvKind::Fprop => {
-                if own > 0 {
-                    let kernel = kernel(lowering.operands, true, width(job));
-                    lowering.push(kernel, &ConvParams { product }, [own, 1, 1], THREADS, shared);
+                let kernel = kernel(lowering.operands, true, way);
+                match cells(ConvKind::Fprop) {
+                    _ if own == 0 => {}
+                    Some(tiling) => {
+                        lowering.push(kernel, &CellParams { product, tiling }, [own, 1, 1], threads, shared);
+                    }
+                    None => lowering.push(kernel, &ConvParams { product }, [own, 1, 1], threads, shared),
                 }
                 return Ok(());
             }
@@ -403,8 +460,15 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
         }
     }
     if blocks > 0 {
-        let kernel = kernel(lowering.operands, false, width(dgrad.unwrap_or(&jobs[0])));
-        lowering.push(kernel, &params, [blocks, 1, 1], THREADS, shared);
+        let kernel = kernel(lowering.operands, false, way);
+        match (cells(ConvKind::Dgrad), cells(ConvKind::Wgrad)) {
+            (None, None) => lowering.push(kernel, &params, [blocks, 1, 1], threads, shared),
+            (dgrad, wgrad) => {
+                let [dgrad, wgrad] = [dgrad, wgrad].map(|c| c.unwrap_or(CellTiling::zeroed()));
+                let params = CellBackwardParams { both: params, dgrad, wgrad };
+                lowering.push(kernel, &params, [blocks, 1, 1], threads, shared);
+            }
+        }
     }
     Ok(())
 }
