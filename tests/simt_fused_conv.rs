@@ -9,7 +9,7 @@ use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{BnEval, Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Op};
+use mlnt::ops::{BnEval, Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Op, Operation};
 use mlnt::plan::{Args, Buffer, Launch, Place, Plan, PlanOptions, Port};
 use mlnt::rng::{Purpose, normal, stream, uniform};
 use mlnt::tape::{Kind, Meta, Tape, Tensor};
@@ -252,11 +252,9 @@ fn on_simt(
     let tally = machine.tally();
     let mut device = Cuda::new(Box::new(machine), operands, Mode::Eager);
     let results = run(&mut device, case.fused(values), values);
-    // Copies between tensors of 32 and 16 bits are fprops. Of several kernels that of the case is the one that has another tile or form.
-    let tally = tally.lock().unwrap();
-    let copies = |name: &str| name.contains("fprop") && case.op.form != ConvForm::Fprop && case.op.form != ConvForm::Tangent;
-    let kernels: Vec<_> = tally.keys().filter(|name| !copies(name)).collect();
-    (results, kernels.iter().find(|name| name.contains("wgmma")).or(kernels.first()).unwrap())
+    let of_case = |label: &str| label.starts_with(case.op.name());
+    let kernel = tally.lock().unwrap().keys().find(|(_, label)| of_case(label)).unwrap().0;
+    (results, kernel)
 }
 
 /// Mean and biased variance per channel and branch of activations `[M, N, C, H, W]` as the host sees them.

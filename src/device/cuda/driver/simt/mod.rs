@@ -26,8 +26,8 @@ enum Work {
     Launch(Launch),
 }
 
-/// Launches by kernel.
-pub type Tally = Arc<Mutex<BTreeMap<&'static str, u64>>>;
+/// Launches by kernel and label.
+pub type Tally = Arc<Mutex<BTreeMap<(&'static str, Box<str>), u64>>>;
 
 /// The machine.
 pub struct Simt {
@@ -90,7 +90,7 @@ impl Simt {
         self.launches.get()
     }
 
-    /// Where it counts its launches by kernel: what was kept of this tells of them when the machine has gone into a device.
+    /// Where it counts its launches: what was kept of this tells of them when the machine has gone into a device.
     pub fn tally(&self) -> Tally {
         self.tally.clone()
     }
@@ -170,7 +170,8 @@ impl Simt {
             .try_for_each(run_piece)
             .map_err(|what| self.error(format!("{what} ({})", launch.label)))?;
         self.launches.set(self.launches.get() + 1);
-        *self.tally.lock().unwrap_or_else(PoisonError::into_inner).entry(launch.kernel).or_default() += 1;
+        let key = (launch.kernel, launch.label.clone());
+        *self.tally.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default() += 1;
         match self.memory.borrow().fault() {
             Some(what) => Err(self.error(format!("kernel {} ({}): {what}", launch.kernel, launch.label))),
             None => Ok(()),
