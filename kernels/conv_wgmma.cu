@@ -1,20 +1,27 @@
 // sm_90a
 #include "conv_cells_wgrad.cuh"
 
-// A thread's part of the result of one cell of each warpgroup: half of a patch.
-template <class Operand, int WIDTH>
+// A thread's part of the result of both cells of its warpgroup, or of one: a patch, or half of one.
+template <class Operand, int WIDTH, int OF_GROUP>
 struct CellTile {
-    static constexpr int ROWS = 2 * CELL_PIXELS, COLUMNS = WIDTH, THREADS = GROUP_THREADS, RUN = 8;
-    float d[WIDTH / 2];
+    static constexpr int ROWS = 2 * OF_GROUP * CELL_PIXELS, COLUMNS = WIDTH, THREADS = GROUP_THREADS, RUN = 8;
+    float d[OF_GROUP][WIDTH / 2];
 
     DEVICE void clear() {
-        for (int i = 0; i < WIDTH / 2; ++i) d[i] = 0.0f;
+        for (int m = 0; m < OF_GROUP; ++m) {
+            for (int i = 0; i < WIDTH / 2; ++i) d[m][i] = 0.0f;
+        }
     }
 
     template <class F>
     DEVICE void each(F f) {
-        const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 16 + lane / 4, column = lane % 4 * 2;
-        for (int i = 0; i < WIDTH / 2; ++i) f(i, row + i % 4 / 2 * 8, column + i / 4 * 8 + i % 2, d[i]);
+        const int lane = int(threadIdx.x) % 32, column = lane % 4 * 2;
+        const int row = int(threadIdx.x) / 128 * OF_GROUP * CELL_PIXELS + int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+        for (int m = 0; m < OF_GROUP; ++m) {
+            for (int i = 0; i < WIDTH / 2; ++i) {
+                f(m * (WIDTH / 2) + i, row + m * CELL_PIXELS + i % 4 / 2 * 8, column + i / 4 * 8 + i % 2, d[m][i]);
+            }
+        }
     }
 };
 
@@ -51,16 +58,18 @@ struct CellWeights {
             }
             for (int i = 0; i < IN_FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST;
-                if (t < taps) store_operand(slot + t * TAP * GRANULE, chunk_round<Operand>(chunks[i], w.half, there, nullptr));
+                if (t < taps) store_operand(slot + t * TAP * GRANULE, chunk_round<Operand>(chunks[i], w.half, there));
             }
         }
     }
 };
 
-template <Form FORM, class Operand, int WIDTH>
+template <Form FORM, class Operand, int WIDTH, bool PAIRS>
 DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block) {
     using Weights = CellWeights<FORM, Operand, WIDTH>;
-    const uint32_t patches = uint32_t(p.row_tiles) / 2, runs = (patches + tiling.run - 1) / tiling.run;
+    // What follows a product takes twice the shared memory of a block of 64 columns than of one of 32: it is done by halves.
+    constexpr int HALVES = WIDTH / 32, OF_GROUP = 2 / HALVES;
+    const uint32_t patches = uint32_t(p.row_tiles) / HALVES, runs = (patches + tiling.run - 1) / tiling.run;
     ConvPlace place;
     place.column_tile = block % p.column_tiles;
     block /= p.column_tiles;
@@ -96,20 +105,24 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         const auto term_of = [&](const ConvStep& step) -> const ConvTerm& {
             return FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
         };
+        const auto made_of = [&](const ConvStep& step) {
+            if (PAIRS && p.image.at && !(FORM == Form::FPROP && step.second)) return Made::PAIR;
+            return FORM == Form::FPROP && term_of(step).norm ? Made::NORM : Made::PLAIN;
+        };
         const auto describe = [&](uint32_t i) {
             const ConvStep step = step_of(i);
-            if (FORM == Form::FPROP && term_of(step).norm) {
-                tables.describe_norm(p, step.branch, step.inner_tile * SLICE, i % 2);
-            }
+            tables.describe_image<FORM, PAIRS>(p, made_of(step), step.branch, step.inner_tile * SLICE, i % 2);
         };
         const auto fill = [&](uint32_t i) {
             const ConvStep step = step_of(i);
             const ConvTerm& term = term_of(step);
             const uint32_t slice = step.inner_tile * SLICE;
             const Source image = {term.image, step.branch * term.image_branch, term.image_half};
-            load_halo<Operand>(p, patch, halo, image, int32_t(slice),
-                               FORM == Form::FPROP && term.norm ? tables.norm[i % 2] : nullptr,
-                               shared + tiling.halos + i % 2 * tiling.halo_bytes);
+            Source with = {};
+            if constexpr (PAIRS) with = {p.image.at, step.branch * p.image.branch, p.image.half};
+            load_halo<Operand, IMAGE_PAIR<FORM>, PAIRS>(p, patch, halo, image, with, made_of(step), int32_t(slice),
+                                                        tables.image[i % 2],
+                                                        shared + tiling.halos + i % 2 * tiling.halo_bytes);
             if (loads) {
                 const Source matrix = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
                 Weights::load(p, patch, matrix, column, slice,
@@ -125,12 +138,12 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         if (count > 0) fill(0);
         sync_threads();
 
-        CellTile<Operand, WIDTH> tiles[2];
-        for (int m = 0; m < 2; ++m) tiles[m].clear();
+        CellTile<Operand, WIDTH, 2> tile;
+        tile.clear();
         for (uint32_t i = 0; i < count; ++i) {
             const uint64_t image = image_matrix + i % 2 * uint32_t(tiling.halo_bytes) / GRANULE;
             uint64_t weights = weight_matrix + i % tiling.matrix_slots * uint32_t(tiling.matrix_bytes) / GRANULE;
-            for (int m = 0; m < 2; ++m) wgmma_settle(tiles[m].d);
+            for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
             wgmma_fence();
             for (int32_t down = 0; down < patch.taps_down; ++down) {
                 for (int32_t across = 0; across < patch.taps_across; ++across) {
@@ -141,7 +154,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
                     for (int k = 0; k < SLICE / 16; ++k) {
                         for (int m = 0; m < 2; ++m) {
                             Operand::template wgmma<false, FORM == Form::DGRAD>(
-                                tiles[m].d, at + cell[m] + k * 2 * halo.pitch, weights + k * Weights::SECOND);
+                                tile.d[m], at + cell[m] + k * 2 * halo.pitch, weights + k * Weights::SECOND);
                         }
                     }
                     weights += Weights::TAP;
@@ -152,45 +165,65 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
             if (i + 2 < count) describe(i + 2);
             if (i + 1 < count) fill(i + 1);
             wgmma_wait();
-            for (int m = 0; m < 2; ++m) wgmma_settle(tiles[m].d);
+            for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
             sync_threads();
         }
-        for (int m = 0; m < 2; ++m) {
-            place.row_tile = 2 * number + m;
+        const auto column_of = [&](int c) { return column + c; };
+        for (int half = 0; half < HALVES; ++half) {
+            place.row_tile = HALVES * number + half;
             const auto row = [&](int r) {
-                return row_of(p, patch, cell_pixel(p, (r / CELL_PIXELS * 2 + m) * CELL_PIXELS + r % CELL_PIXELS));
+                const int cell = r / CELL_PIXELS;
+                const int of_patch = HALVES == 1 ? cell : 2 * cell + half;
+                return row_of(p, patch, cell_pixel(p, of_patch * CELL_PIXELS + r % CELL_PIXELS));
             };
-            const auto column_of = [&](int c) { return column + c; };
             // One copy of the code that follows, and no array that is indexed at run time.
-            CellTile<Operand, WIDTH> tile;
-            for (int i = 0; i < WIDTH / 2; ++i) tile.d[i] = m == 0 ? tiles[0].d[i] : tiles[1].d[i];
-            if (m > 0) sync_threads();
-            conv_finish<Operand, CellTile<Operand, WIDTH>, FORM == Form::FPROP>(p, place, tile, row, column_of);
+            CellTile<Operand, WIDTH, OF_GROUP> part;
+            for (int m = 0; m < OF_GROUP; ++m) {
+                for (int i = 0; i < WIDTH / 2; ++i) part.d[m][i] = half == 0 ? tile.d[m][i] : tile.d[1][i];
+            }
+            if (half > 0) sync_threads();
+            conv_finish<Operand, CellTile<Operand, WIDTH, OF_GROUP>, FORM>(p, place, part, row, column_of);
         }
     }
 }
 
-template <class Operand, int WIDTH>
+template <class Operand, int WIDTH, bool PAIRS>
 DEVICE void cells_backward(const CellBackwardParams& p) {
     uint32_t block;
     if (is_wgrad_block(p.both, block)) {
-        cells_wgrad<Operand, WIDTH>(p.both.wgrad, p.wgrad, block);
+        cells_wgrad<Operand, WIDTH, PAIRS>(p.both.wgrad, p.wgrad, block);
     } else {
-        cells<Form::DGRAD, Operand, WIDTH>(p.both.dgrad, p.dgrad, block);
+        cells<Form::DGRAD, Operand, WIDTH, PAIRS>(p.both.dgrad, p.dgrad, block);
     }
 }
 
 // Two blocks of 32 columns fit a multiprocessor, by shared memory and by registers.
 #undef KERNEL_BLOCKS
-#define KERNEL_BLOCKS 2
-KERNEL(conv2d_wgmma_fprop_32_f16, CellParams, 256) { cells<Form::FPROP, F16, 32>(p.product, p.tiling, blockIdx.x); }
-KERNEL(conv2d_wgmma_fprop_32_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 32>(p.product, p.tiling, blockIdx.x); }
-KERNEL(conv2d_wgmma_backward_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32>(p); }
-KERNEL(conv2d_wgmma_backward_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32>(p); }
+#define KERNEL_BLOCKS 1
+KERNEL(conv2d_wgmma_fprop_32_f16, CellParams, 256) { cells<Form::FPROP, F16, 32, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_32_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 32, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_pair_32_f16, CellParams, 256) {
+    cells<Form::FPROP, F16, 32, true>(p.product, p.tiling, blockIdx.x);
+}
+KERNEL(conv2d_wgmma_fprop_pair_32_bf16, CellParams, 256) {
+    cells<Form::FPROP, Bf16, 32, true>(p.product, p.tiling, blockIdx.x);
+}
+KERNEL(conv2d_wgmma_backward_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, false>(p); }
+KERNEL(conv2d_wgmma_backward_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, false>(p); }
+KERNEL(conv2d_wgmma_backward_pair_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, true>(p); }
+KERNEL(conv2d_wgmma_backward_pair_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, true>(p); }
 
 #undef KERNEL_BLOCKS
 #define KERNEL_BLOCKS 1
-KERNEL(conv2d_wgmma_fprop_64_f16, CellParams, 256) { cells<Form::FPROP, F16, 64>(p.product, p.tiling, blockIdx.x); }
-KERNEL(conv2d_wgmma_fprop_64_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 64>(p.product, p.tiling, blockIdx.x); }
-KERNEL(conv2d_wgmma_backward_64_f16, CellBackwardParams, 256) { cells_backward<F16, 64>(p); }
-KERNEL(conv2d_wgmma_backward_64_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 64>(p); }
+KERNEL(conv2d_wgmma_fprop_64_f16, CellParams, 256) { cells<Form::FPROP, F16, 64, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_64_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 64, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_pair_64_f16, CellParams, 256) {
+    cells<Form::FPROP, F16, 64, true>(p.product, p.tiling, blockIdx.x);
+}
+KERNEL(conv2d_wgmma_fprop_pair_64_bf16, CellParams, 256) {
+    cells<Form::FPROP, Bf16, 64, true>(p.product, p.tiling, blockIdx.x);
+}
+KERNEL(conv2d_wgmma_backward_64_f16, CellBackwardParams, 256) { cells_backward<F16, 64, false>(p); }
+KERNEL(conv2d_wgmma_backward_64_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 64, false>(p); }
+KERNEL(conv2d_wgmma_backward_pair_64_f16, CellBackwardParams, 256) { cells_backward<F16, 64, true>(p); }
+KERNEL(conv2d_wgmma_backward_pair_64_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 64, true>(p); }

@@ -49,8 +49,8 @@ fn compile(sources: &[&str], flags: &[&str], out: &str) -> Option<(PathBuf, Outp
 
 /// Loads the tests' kernels, compiled with `flags`.
 fn load(flags: &[&str], out: &str) -> Option<libloading::Library> {
-    let sources =
-        ["waiting", "bounds", "tensor_cores", "conversions", "matrices", "warpgroups"].map(|s| format!("tests/simt/{s}.cu"));
+    let sources = ["waiting", "bounds", "tensor_cores", "conversions", "matrices", "warpgroups"]
+        .map(|s| format!("tests/simt/{s}.cu"));
     let flags = [&["-shared", "-fPIC"], flags].concat();
     let (path, output) = compile(&sources.each_ref().map(String::as_str), &flags, out)?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

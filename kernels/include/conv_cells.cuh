@@ -87,33 +87,32 @@ struct CellHalo : Halo {
     DEVICE uint32_t tap(uint32_t down, uint32_t across) const { return down * line() + column(across); }
 };
 
-// Loads the halo of a slice of channels into a slot. `norm` is null, or that of the slice's channels.
-template <class Operand>
-DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, const Source& image, int32_t slice,
-                      const BnScaleShift* norm, unsigned char* slot) {
+// Loads the halo of a slice of channels into a slot.
+template <class Operand, Pair PAIR, bool PAIRS>
+DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, const Source& of, const Source& with,
+                      Made made, int32_t slice, const FactorTable<SLICE>& factors, unsigned char* slot) {
     const int32_t part = int32_t(threadIdx.x) % PARTS * 8;
     uint32_t offset;
-    if (image.half && !norm) {
+    if (of.half && made == Made::PLAIN) {
         for (; halo.more(); halo.next(p)) {
             const bool inside = halo.inside(p, patch, slice + part, offset);
-            const uint16_t* from = static_cast<const uint16_t*>(image.at);
+            const uint16_t* from = static_cast<const uint16_t*>(of.at);
             if (halo.at < halo.pixels) {
-                copy_async(slot + halo.granule(p) * GRANULE, inside ? from + image.branch + offset : from, inside);
+                copy_async(slot + halo.granule(p) * GRANULE, inside ? from + of.branch + offset : from, inside);
             }
         }
         return;
     }
     while (halo.more()) {
         CellHalo ahead = halo;
-        Chunk chunks[IN_FLIGHT];
-        bool inside[IN_FLIGHT];
+        Loaded loaded[IN_FLIGHT];
         for (int i = 0; i < IN_FLIGHT; ++i) {
-            inside[i] = ahead.inside(p, patch, slice + part, offset);
-            chunks[i] = inside[i] ? chunk_load<Operand>(image.at, image.branch + offset, image.half) : Chunk{};
+            const bool inside = ahead.inside(p, patch, slice + part, offset);
+            loaded[i] = load_pair<Operand, PAIRS>(of, with, made, offset, inside);
             ahead.next(p);
         }
         for (int i = 0; i < IN_FLIGHT; ++i) {
-            const uint4 coded = chunk_round<Operand>(chunks[i], image.half, inside[i], norm ? norm + part : nullptr);
+            const uint4 coded = chunk_round<Operand, PAIR, PAIRS>(loaded[i], of.half, with.half, made, factors, part);
             if (halo.at < halo.pixels) store_operand(slot + halo.granule(p) * GRANULE, coded);
             halo.next(p);
         }
@@ -122,12 +121,29 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, c
 
 // The beginning of a block's shared memory.
 struct CellTables {
-    BnScaleShift norm[2][SLICE];  // of the present iteration and the next
+    FactorTable<SLICE> image[2];  // of the present iteration and the next
+    FactorTable<64> matrix[2];    // wgrad's
 
-    DEVICE void describe_norm(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
-        if (threadIdx.x >= SLICE) return;
-        const uint32_t channel = first + threadIdx.x;
-        norm[slot][threadIdx.x] = p.norm.of(branch, channel < uint32_t(p.image_channels) ? channel : 0);
+    // The factors of channels from `first` on in a branch, for what the image is made of.
+    template <Form FORM, bool PAIRS>
+    DEVICE void describe_image(const ConvProduct& p, Made made, int64_t branch, uint32_t first, uint32_t slot) {
+        if (made == Made::PLAIN || threadIdx.x >= SLICE) return;
+        uint32_t channel = first + threadIdx.x;
+        if (channel >= uint32_t(p.image_channels)) channel = 0;
+        if (made == Made::NORM) image[slot].put(int(threadIdx.x), p.norm.of(branch, channel));
+        if constexpr (PAIRS) {
+            if (made == Made::PAIR) {
+                image[slot].put(int(threadIdx.x), pair_factors<IMAGE_PAIR<FORM>>(p.image, branch, channel));
+            }
+        }
+    }
+    // The same for wgrad's matrix, by other warps.
+    template <int WIDTH>
+    DEVICE void describe_matrix(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
+        if (!p.matrix.at || threadIdx.x < SLICE || threadIdx.x >= SLICE + WIDTH) return;
+        const int i = int(threadIdx.x) - SLICE;
+        const uint32_t channel = first + uint32_t(i);
+        matrix[slot].put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
     }
 };
-static_assert(sizeof(CellTables) == 512);
+static_assert(sizeof(CellTables) == 3072);

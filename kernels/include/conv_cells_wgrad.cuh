@@ -32,7 +32,7 @@ struct PairsTile {
     }
 };
 
-template <class Operand, int WIDTH>
+template <class Operand, int WIDTH, bool PAIRS>
 DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t block) {
     const ConvPlace place = conv_place(p, block);
     const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
@@ -49,17 +49,23 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
 
     auto& tables = *shared_memory<CellTables>();
     unsigned char* shared = shared_memory<unsigned char>();
+    const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
+    const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
     const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
-    for (uint32_t i = 0; i < 2 && i < count; ++i) {
-        if (term.norm) tables.describe_norm(p, step_of(i).branch, uint32_t(c), i);
-    }
+    const auto describe = [&](uint32_t i) {
+        const int64_t branch = step_of(i).branch;
+        tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, uint32_t(c), i % 2);
+        if constexpr (PAIRS) tables.describe_matrix<WIDTH>(p, branch, uint32_t(k), i % 2);
+    };
+    for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i);
     sync_threads();
 
     const CellHalo halo(p, tiling, patch_of<Form::WGRAD>(p, 0).pixel_step);
     // dy: for each eight output channels all pixels, a granule each. Stores of eight threads meet no bank twice.
     constexpr int DY_PARTS = WIDTH / 8, DY_PITCH = CELLS * CELL_PIXELS + (WIDTH == 64 ? 1 : 2);
     constexpr int DY_ABREAST = GROUP_THREADS / DY_PARTS;
-    const auto load_dy = [&](const Patch& patch, const Source& dy, unsigned char* slot) {
+    const auto load_dy = [&](const Patch& patch, const Source& dy, const Source& with, const FactorTable<64>& factors,
+                             unsigned char* slot) {
         const int part = int(threadIdx.x) % DY_PARTS, channel = k + part * 8;
         slot += part * DY_PITCH * GRANULE;
         const auto inside = [&](int pixel, uint32_t& offset) {
@@ -68,7 +74,7 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
             return row != NO_ROW && channel < p.rows;
         };
         uint32_t offset;
-        if (dy.half) {
+        if (dy.half && dy_made == Made::PLAIN) {
             for (int pixel = int(threadIdx.x) / DY_PARTS; pixel < CELLS * CELL_PIXELS; pixel += DY_ABREAST) {
                 const bool there = inside(pixel, offset);
                 const uint16_t* from = static_cast<const uint16_t*>(dy.at) + (there ? dy.branch + offset : 0);
@@ -78,15 +84,15 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         }
         for (int pixel = int(threadIdx.x) / DY_PARTS; pixel < CELLS * CELL_PIXELS; pixel += IN_FLIGHT * DY_ABREAST) {
             static_assert(CELLS * CELL_PIXELS % (IN_FLIGHT * DY_ABREAST) == 0);
-            Chunk chunks[IN_FLIGHT];
-            bool there[IN_FLIGHT];
+            Loaded loaded[IN_FLIGHT];
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                there[i] = inside(pixel + i * DY_ABREAST, offset);
-                chunks[i] = there[i] ? chunk_load<Operand>(dy.at, dy.branch + offset, dy.half) : Chunk{};
+                const bool there = inside(pixel + i * DY_ABREAST, offset);
+                loaded[i] = load_pair<Operand, PAIRS>(dy, with, dy_made, offset, there);
             }
             for (int i = 0; i < IN_FLIGHT; ++i) {
                 store_operand(slot + (pixel + i * DY_ABREAST) * GRANULE,
-                              chunk_round<Operand>(chunks[i], dy.half, there[i], nullptr));
+                              chunk_round<Operand, Pair::DELTA, PAIRS>(loaded[i], dy.half, with.half, dy_made, factors,
+                                                                      part * 8));
             }
         }
     };
@@ -96,9 +102,14 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         const Patch patch = patch_of<Form::WGRAD>(p, step.inner_tile);
         const Source x = {term.image, step.branch * term.image_branch, term.image_half};
         const Source dy = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
-        load_halo<Operand>(p, patch, halo, x, c, term.norm ? tables.norm[slot] : nullptr,
-                           shared + tiling.halos + slot * tiling.halo_bytes);
-        load_dy(patch, dy, shared + tiling.matrices + slot * tiling.matrix_bytes);
+        Source x_with = {}, dy_with = {};
+        if constexpr (PAIRS) {
+            x_with = {p.image.at, step.branch * p.image.branch, p.image.half};
+            dy_with = {p.matrix.at, step.branch * p.matrix.branch, p.matrix.half};
+        }
+        load_halo<Operand, Pair::TANGENT, PAIRS>(p, patch, halo, x, x_with, x_made, c, tables.image[slot],
+                                                 shared + tiling.halos + slot * tiling.halo_bytes);
+        load_dy(patch, dy, dy_with, tables.matrix[slot], shared + tiling.matrices + slot * tiling.matrix_bytes);
         copies_done();
         fence_operands();
     };
@@ -136,7 +147,7 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         }
         wgmma_commit();
         // Its slot served this iteration's halo, which is loaded.
-        if (term.norm && i + 2 < count) tables.describe_norm(p, step_of(i + 2).branch, uint32_t(c), slot);
+        if (i + 2 < count) describe(i + 2);
         if (i + 1 < count) fill(i + 1);
         wgmma_wait();
         for (int pair = 0; pair < OWN; ++pair) wgmma_settle(tile.d[pair]);
@@ -149,5 +160,5 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         const bool there = r < p.kernel_height && in_slice < p.image_channels;
         return there ? uint32_t((r * p.kernel_width + s) * p.image_channels + in_slice) : NO_ROW;
     };
-    conv_finish<Operand, PairsTile<Operand, WIDTH>, false>(p, place, tile, row, column_of);
+    conv_finish<Operand, PairsTile<Operand, WIDTH>, Form::WGRAD>(p, place, tile, row, column_of);
 }

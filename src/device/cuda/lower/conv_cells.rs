@@ -23,7 +23,7 @@ const PAIRS: usize = 6;
 /// Columns of such a tile.
 const PAIRS_COLUMNS: usize = PAIRS * 2 * SLICE;
 /// Bytes of `CellTables`.
-const TABLES: usize = 512;
+const TABLES: usize = 3072;
 /// Blocks that a card of this kind can run at a time, so that the blocks of a product end at about the same time.
 const BLOCKS: usize = 264;
 
@@ -128,7 +128,9 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
             let stages = slices(inner) * segments;
             run = (number * column_tiles * branches).div_ceil(BLOCKS).min(number);
             let halos = TABLES + stages.min(2) * halo_bytes;
-            let finish = finish(PIXELS / 2, width);
+            // Of 64 columns a patch makes two tiles.
+            let halves = width / 32;
+            let finish = finish(PIXELS / halves, width);
             // A block that works on several patches keeps the weights, if they fit beside all that comes and goes.
             let kept = finish.max(halos) + stages * matrix_bytes;
             let shared;
@@ -139,9 +141,9 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
                 (matrices, matrix_slots) = (halos, stages.min(2));
                 shared = finish.max(halos + matrix_slots * matrix_bytes);
             }
-            let tiles = [2 * number, column_tiles, slices(inner)];
-            let size = [PIXELS / 2, width];
-            tiling = Tiling { patches, tiles, size, run: 2 * run, least: 1, joint: usize::MAX, shared };
+            let tiles = [halves * number, column_tiles, slices(inner)];
+            let size = [PIXELS / halves, width];
+            tiling = Tiling { patches, tiles, size, run: halves * run, least: 1, joint: usize::MAX, shared };
         }
     }
     // Descriptors have 14 bits for steps, in granules.

@@ -14,7 +14,7 @@ pub(super) const SLICE: usize = 32;
 /// `MOST_TAPS`: taps of a tile of a weight gradient.
 const MOST_TAPS: usize = 9;
 /// Bytes of `DirectTables`.
-const TABLES: usize = 1536;
+const TABLES: usize = 3072;
 /// Bytes of a pixel of a halo.
 const PIXEL: usize = 80;
 /// Most bytes of shared memory of a direct kernel: what every card has.

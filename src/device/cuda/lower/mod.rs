@@ -5,6 +5,7 @@
 mod batch_norm;
 mod conv;
 mod conv_cells;
+mod conv_params;
 mod conv_tiles;
 mod elementwise;
 mod finite;
@@ -197,6 +198,8 @@ impl<'a> Lowering<'a> {
             Op::BnStats(_) => batch_norm::stats(self, args),
             Op::BnReluBackward(_) => batch_norm::backward(self, Mask::Recomputed, args),
             Op::BnReluDoubleBackward(_) => batch_norm::double_backward(self, Mask::Recomputed, args),
+            Op::BnReluBackwardApply(_) => batch_norm::backward_apply(self, args),
+            Op::BnReluDoubleBackwardApply(_) => batch_norm::double_backward_apply(self, args),
             Op::FusedConv(op) => conv::fused(self, op, args),
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),
