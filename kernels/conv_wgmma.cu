@@ -1,4 +1,22 @@
-// sm_90a
+// 2-D convolutions of 16-bit operands by products of warpgroups (wgmma), for cards of compute capability 9.0: the kernels of
+// `conv_direct.cu` with another tile. Forms, operands and blocks: `conv_params.cuh`; patches and halos: `conv_cells.cuh`.
+//
+// Both operands come from shared memory by descriptors without swizzle. A in registers would take any geometry, but an `ldmatrix`
+// for each product, registers that cannot be written while it runs, and as much of shared memory's bandwidth; the layout of the halo takes
+// any geometry too, for the price of cells that stick out of small images. There is then nothing in the loop over the taps but
+// products, each with two descriptors that are sums of few numbers.
+//
+// An iteration is a slice of 32 channels with all its taps, 36 products for each warpgroup and a filter of 3 × 3. They run while the next
+// slice is loaded: to the other slot, with batch norm and rounding; one fence and one barrier later they are waited for and the next begin.
+// What a patch needs of f32 weights is more than the halo, and more than the second-level cache can give to all multiprocessors at
+// the tensor cores' speed (9 · 32 · 64 · 4 bytes for 2300 cycles, and 24 bytes a cycle): so a block works on several patches, one after the
+// other, and keeps the weights of all its iterations if shared memory has room for them. The blocks are about as many as a
+// card runs at a time. From a patch to the next nothing overlaps, for what follows a product uses the halo's memory; where two blocks
+// share a multiprocessor, they fill each other's gaps.
+//
+// A product of 64 × 32 × 16 reads 3 KiB of shared memory in 24 cycles and computes 16; one of 64 × 64 × 16 reads and
+// computes 32.
+#define KERNEL_SM_90A
 #include "conv_cells_wgrad.cuh"
 
 // A thread's part of the result of both cells of its warpgroup, or of one: a patch, or half of one.

@@ -11,6 +11,12 @@
 
 #define DEVICE __device__ __forceinline__
 
+// A file with instructions of sm_90a defines KERNEL_SM_90A before it includes this, on a line of its own: the build then compiles it for
+// no other card.
+#if defined(KERNEL_SM_90A) && defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "these kernels are for sm_90a alone"
+#endif
+
 // Blocks that should fit a multiprocessor at least by their registers; a file may define it before it includes this.
 #ifndef KERNEL_BLOCKS
 #define KERNEL_BLOCKS 1
