@@ -148,8 +148,10 @@ struct Block {
 
     // What the image is made of in an iteration.
     DEVICE Made image_made(const ConvStep& step) const {
-        if (PAIRS && p.image.at && !(FORM == Form::FPROP && step.second)) return Made::PAIR;
-        return FORM != Form::DGRAD && term(step).norm ? Made::NORM : Made::PLAIN;
+        if constexpr (PAIRS) {
+            if (p.image.at && !(FORM == Form::FPROP && step.second)) return Made::PAIR;
+        }
+        return term(step).norm ? Made::NORM : Made::PLAIN;
     }
     DEVICE bool matrix_pair() const { return PAIRS && WGRAD && p.matrix.at; }
 
@@ -202,8 +204,16 @@ struct Block {
                             uint32_t(a.w + b.w) < uint32_t(p.image_width);
         const uint32_t at = a.offset + b.offset;
         const float v = inside ? image[at] : 0.0f;
-        if (PAIRS && made == Made::PAIR && inside) return factors.of<IMAGE_PAIR<FORM>>(v, with[at]);
-        return made == Made::NORM && inside ? factors.norm.relu(v) : v;
+        if constexpr (PAIRS) {
+            if (made == Made::PAIR) return inside ? factors.of<IMAGE_PAIR<FORM>>(v, with[at]) : v;
+        }
+        return FORM != Form::DGRAD && made == Made::NORM && inside ? factors.norm.relu(v) : v;
+    }
+
+    // What there is in a table for what an operand is made of.
+    static DEVICE PairFactors factors_of(Made made, const PairFactors& at) {
+        if constexpr (!PAIRS) return {made == Made::NORM ? at.norm : BnScaleShift{}, 0.0f, 0.0f};
+        return made == Made::PLAIN ? PairFactors{} : at;
     }
 
     // Loads this thread's elements of both tiles.
@@ -218,14 +228,14 @@ struct Block {
         const Made made = image_made(step);
         if constexpr (!WGRAD) {
             const Position inner = shared.inner[slot][lane];
-            const PairFactors factors = made != Made::PLAIN ? shared.of_image[slot][lane] : PairFactors{};
+            const PairFactors factors = factors_of(made, shared.of_image[slot][lane]);
             for (int i = 0; i < HELD; ++i) {
                 image_held[i] = image_element(image, image_with, shared.lines[HELD * warp + i], inner, made, factors);
             }
         } else {
             for (int i = 0; i < HELD; ++i) {
                 const int line = lane + i / INNER_HELD * 32;
-                const PairFactors factors = made != Made::PLAIN ? shared.of_image[slot][line] : PairFactors{};
+                const PairFactors factors = factors_of(made, shared.of_image[slot][line]);
                 const Position& inner = shared.inner[slot][INNER_HELD * warp + i % INNER_HELD];
                 image_held[i] = image_element(image, image_with, inner, shared.lines[line], made, factors);
             }

@@ -46,16 +46,12 @@ struct Weights {
     static_assert(HELD <= SLICE / 16);
     static_assert(WIDTH * SLICE / LINE * PITCH <= ELEMENTS);
     Chunk held;
-    const void* from;
-    int64_t branch;
+    Source from;
     uint32_t at[HELD];  // of tap (0, 0), or NO_ROW
-    int32_t half;
 
     // Turns to the weights of a slice.
     DEVICE void begin(const ConvProduct& p, const Source& w, uint32_t column, uint32_t slice) {
-        from = w.at;
-        branch = w.branch;
-        half = w.half;
+        from = w;
         for (int i = 0; i < HELD; ++i) {
             const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
             const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
@@ -71,13 +67,12 @@ struct Weights {
     }
     // Loads and stores part `i` of HELD.
     DEVICE void load(const ConvProduct& p, uint32_t filter_pixel, int i) {
-        const int64_t element = branch + (at[i] + filter_pixel * channels(p));
-        held = at[i] != NO_ROW ? chunk_load<Operand>(from, element, half) : Chunk{};
+        held = at[i] != NO_ROW ? from.load<Operand>(at[i] + filter_pixel * channels(p)) : Chunk{};
     }
     DEVICE void store(uint16_t* to, int i) const {
         const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
         const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
-        *reinterpret_cast<uint4*>(to + line * PITCH + along) = chunk_round<Operand>(held, half, at[i] != NO_ROW);
+        *reinterpret_cast<uint4*>(to + line * PITCH + along) = chunk_round<Operand>(held, from.half, at[i] != NO_ROW);
     }
 };
 
@@ -101,28 +96,25 @@ DEVICE void direct_add(DirectTile<Operand, WIDTH>& tile, const uint16_t* const i
 }
 
 // What an iteration reads: a slice of channels of a branch of a term.
+template <Form FORM, class Operand, bool PAIRS>
 struct Slice {
-    Source image, with, matrix;
+    Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image;
+    Source matrix;
     int64_t branch;
     uint32_t first;  // channel
-    Made made;
 };
 
-template <Form FORM, bool PAIRS>
-DEVICE Slice slice_of(const ConvProduct& p, uint32_t branch, uint32_t iteration) {
+template <Form FORM, class Operand, bool PAIRS>
+DEVICE Slice<FORM, Operand, PAIRS> slice_of(const ConvProduct& p, uint32_t branch, uint32_t iteration) {
     const ConvStep step = conv_step(p, branch, iteration);
     const bool second = FORM == Form::FPROP && step.second;
     const ConvTerm& term = second ? p.terms[1] : p.terms[0];
-    Slice slice = {{term.image, step.branch * term.image_branch, term.image_half},
-                   {},
-                   {term.matrix, step.branch * term.matrix_branch, term.matrix_half},
-                   step.branch, step.inner_tile * SLICE,
-                   FORM == Form::FPROP && term.norm ? Made::NORM : Made::PLAIN};
-    if constexpr (PAIRS) {
-        slice.with = {p.image.at, step.branch * p.image.branch, p.image.half};
-        if (p.image.at && !second) slice.made = Made::PAIR;
-    }
-    return slice;
+    const Made made = PAIRS && p.image.at && !second         ? Made::PAIR
+                      : FORM == Form::FPROP && term.norm != 0 ? Made::NORM
+                                                              : Made::PLAIN;
+    const Source image = {term.image, step.branch * term.image_branch, term.image_half};
+    return {prologue<Operand, IMAGE_PAIR<FORM>, PAIRS>(image, p.image, step.branch, made),
+            {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, step.inner_tile * SLICE};
 }
 
 // The present place in a walk over the taps of a patch.
@@ -167,10 +159,13 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
     const uint32_t column = place.column_tile * WIDTH;
 
+    // Of the tile's rows this thread's own, which is all that is known of the patch's place in the result when the product is done.
+    static_assert(PATCH == DIRECT_THREADS);
+    const uint32_t own_row = row_of(p, patch, pixel_of(p, int(threadIdx.x)));
     tables.describe(p, patch.pixel_step);
     for (uint32_t i = 0; i < 2 && i < count; ++i) {
-        const Slice slice = slice_of<FORM, PAIRS>(p, place.branch, first + i);
-        tables.describe_image<FORM, PAIRS>(p, slice.made, slice.branch, slice.first, i);
+        const auto slice = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i);
+        tables.describe_image<FORM, PAIRS>(p, slice.image.made, slice.branch, slice.first, i);
     }
     sync_threads();
 
@@ -178,41 +173,39 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     Halo halo;
     halo.begin(p);
     const uint32_t slot_elements = halo.pixels * PIXEL;
-    const auto load = [&](const Halo& from, const Slice& slice) {
+    using Piece = Slice<FORM, Operand, PAIRS>;
+    const auto load = [&](const Halo& from, const Piece& slice, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
-        return load_pair<Operand, PAIRS>(slice.image, slice.with, slice.made, offset, inside);
+        return slice.image.load(offset, inside, tables.image[slot], channel);
     };
-    const auto store = [&](const Slice& slice, uint32_t slot, const Loaded& loaded) {
-        halo.put(halos + slot * slot_elements,
-                 chunk_round<Operand, IMAGE_PAIR<FORM>, PAIRS>(loaded, slice.image.half, slice.with.half, slice.made,
-                                                               tables.image[slot], channel));
+    const auto store = [&](const Piece& slice, uint32_t slot, const auto& loaded) {
+        halo.put(halos + slot * slot_elements, slice.image.round(loaded, tables.image[slot], channel));
         halo.next(p);
     };
     // Begins to copy a whole halo if nothing is to be done to it.
-    const auto copy = [&](const Slice& slice, uint32_t slot) {
-        if (slice.made != Made::PLAIN || !slice.image.half) return;
+    const auto copy = [&](const Piece& slice, uint32_t slot) {
+        if (!slice.image.plain()) return;
         for (; halo.more(); halo.next(p)) {
             uint32_t offset;
             const bool inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
-            const uint16_t* image = static_cast<const uint16_t*>(slice.image.at);
-            halo.copy(halos + slot * slot_elements, inside ? image + slice.image.branch + offset : image, inside);
+            halo.copy(halos + slot * slot_elements, slice.image.of.place(offset, inside), inside);
         }
     };
-    const auto load_rest = [&](const Slice& slice, uint32_t slot) {
+    const auto load_rest = [&](const Piece& slice, uint32_t slot) {
         while (halo.more()) {
             Halo ahead = halo;
-            Loaded loaded[IN_FLIGHT];
+            decltype(load(halo, slice, slot)) loaded[IN_FLIGHT];
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                loaded[i] = load(ahead, slice);
+                loaded[i] = load(ahead, slice, slot);
                 ahead.next(p);
             }
             for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, loaded[i]);
         }
     };
-    Slice next = {};
+    Piece next = {};
     if (count > 0) {
-        next = slice_of<FORM, PAIRS>(p, place.branch, first);
+        next = slice_of<FORM, Operand, PAIRS>(p, place.branch, first);
         copy(next, 0);
         matrix.begin(p, next.matrix, column, next.first);
         for (int part = 0; part < Matrix::HELD; ++part) {
@@ -237,11 +230,11 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
         const bool more = i + 1 < count;
-        if (more) next = slice_of<FORM, PAIRS>(p, place.branch, first + i + 1);
+        if (more) next = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i + 1);
         if (i + 2 < count) {
             // Its slot served this iteration's halo, which is loaded.
-            const Slice after = slice_of<FORM, PAIRS>(p, place.branch, first + i + 2);
-            tables.describe_image<FORM, PAIRS>(p, after.made, after.branch, after.first, slot);
+            const auto after = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i + 2);
+            tables.describe_image<FORM, PAIRS>(p, after.image.made, after.branch, after.first, slot);
         }
         halo.begin(p);
         if (more) copy(next, 1 - slot);
@@ -256,8 +249,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             const uint32_t filter_pixel = tap.filter_pixel<FORM>(p, patch);
             const bool loads = more && halo.more();
-            Loaded loaded = {};
-            if (loads) loaded = load(halo, next);
+            decltype(load(halo, next, slot)) loaded = {};
+            if (loads) loaded = load(halo, next, 1 - slot);
             for (int k = 0; k < SLICE / 16; ++k) {
                 const bool part = k < Matrix::HELD && (!last || more);
                 if (part) matrix.load(p, filter_pixel, k);
@@ -268,14 +261,14 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             if (loads) store(next, 1 - slot, loaded);
             if (last && more) {
-                while (halo.more()) store(next, 1 - slot, load(halo, next));
+                while (halo.more()) store(next, 1 - slot, load(halo, next, 1 - slot));
                 copies_done();
             }
             weight_slot = 1 - weight_slot;
             sync_threads();
         }
     }
-    const auto row = [&](int r) { return row_of(p, patch, pixel_of(p, r)); };
+    const auto row = [&](int) { return own_row; };
     const auto column_of = [&](int c) { return column + c; };
     conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, place, tile, row, column_of);
 }

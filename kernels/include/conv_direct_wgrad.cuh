@@ -69,28 +69,26 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     halo.begin(p);
     const uint32_t halo_elements = halo.pixels * PIXEL, slot_elements = halo_elements + PATCH * PIXEL;
     Patch patch = {};
-    Source x = {}, x_with = {}, dy = {}, dy_with = {};
+    Prologue<Operand, Pair::TANGENT, PAIRS> x = {};
+    Prologue<Operand, Pair::DELTA, PAIRS> dy = {};
     uint32_t dy_at = 0;
     const auto begin = [&](uint32_t i) {
         const ConvStep step = step_of(i);
         patch = patch_of<Form::WGRAD>(p, step.inner_tile);
-        x = {term.image, step.branch * term.image_branch, term.image_half};
-        dy = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
-        if constexpr (PAIRS) {
-            x_with = {p.image.at, step.branch * p.image.branch, p.image.half};
-            dy_with = {p.matrix.at, step.branch * p.matrix.branch, p.matrix.half};
-        }
+        x = prologue<Operand, Pair::TANGENT, PAIRS>({term.image, step.branch * term.image_branch, term.image_half},
+                                                    p.image, step.branch, x_made);
+        dy = prologue<Operand, Pair::DELTA, PAIRS>({term.matrix, step.branch * term.matrix_branch, term.matrix_half},
+                                                   p.matrix, step.branch, dy_made);
         halo.begin(p);
         dy_at = threadIdx.x / CHUNKS;
     };
-    const auto load_x = [&](const Halo& from) {
+    const auto load_x = [&](const Halo& from, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, c + channel, offset);
-        return load_pair<Operand, PAIRS>(x, x_with, x_made, offset, inside);
+        return x.load(offset, inside, tables.image[slot], channel);
     };
-    const auto store_x = [&](uint32_t slot, const Loaded& loaded) {
-        halo.put(slots + slot * slot_elements, chunk_round<Operand, Pair::TANGENT, PAIRS>(
-                                                   loaded, x.half, x_with.half, x_made, tables.image[slot], channel));
+    const auto store_x = [&](uint32_t slot, const auto& loaded) {
+        halo.put(slots + slot * slot_elements, x.round(loaded, tables.image[slot], channel));
         halo.next(p);
     };
     const auto dy_inside = [&](uint32_t at, uint32_t& offset) {
@@ -98,49 +96,47 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         offset = row * uint32_t(p.rows) + uint32_t(k + channel);
         return row != NO_ROW && k + channel < p.rows;
     };
-    const auto load_dy = [&](uint32_t at) {
+    const auto load_dy = [&](uint32_t at, uint32_t slot) {
         uint32_t offset;
         const bool inside = dy_inside(at, offset);
-        return load_pair<Operand, PAIRS>(dy, dy_with, dy_made, offset, inside);
+        return dy.load(offset, inside, tables.matrix[slot], channel);
     };
-    const auto store_dy = [&](uint32_t slot, const Loaded& loaded) {
+    const auto store_dy = [&](uint32_t slot, const auto& loaded) {
         uint16_t* to = slots + slot * slot_elements + halo_elements + dy_at * PIXEL + channel;
-        *reinterpret_cast<uint4*>(to) = chunk_round<Operand, Pair::DELTA, PAIRS>(loaded, dy.half, dy_with.half, dy_made,
-                                                                                tables.matrix[slot], channel);
+        *reinterpret_cast<uint4*>(to) = dy.round(loaded, tables.matrix[slot], channel);
         dy_at += ABREAST;
     };
     // Begins to copy what needs nothing done to it.
     const auto copy = [&](uint32_t slot) {
         uint16_t* to = slots + slot * slot_elements;
         uint32_t offset;
-        if (x.half && x_made == Made::PLAIN) {
+        if (x.plain()) {
             for (; halo.more(); halo.next(p)) {
                 const bool inside = halo.inside(p, patch, c + channel, offset);
-                const uint16_t* image = static_cast<const uint16_t*>(x.at);
-                halo.copy(to, inside ? image + x.branch + offset : image, inside);
+                halo.copy(to, x.of.place(offset, inside), inside);
             }
         }
-        if (dy.half && dy_made == Made::PLAIN) {
+        if (dy.plain()) {
             for (; dy_at < PATCH; dy_at += ABREAST) {
                 const bool inside = dy_inside(dy_at, offset);
-                const uint16_t* from = static_cast<const uint16_t*>(dy.at) + (inside ? dy.branch + offset : 0);
-                copy_async(to + halo_elements + dy_at * PIXEL + channel, from, inside);
+                copy_async(to + halo_elements + dy_at * PIXEL + channel, dy.of.place(offset, inside), inside);
             }
         }
     };
     const auto load_rest = [&](uint32_t slot) {
-        Loaded loaded[IN_FLIGHT];
         while (halo.more()) {
+            decltype(load_x(halo, slot)) loaded[IN_FLIGHT];
             Halo ahead = halo;
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                loaded[i] = load_x(ahead);
+                loaded[i] = load_x(ahead, slot);
                 ahead.next(p);
             }
             for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, loaded[i]);
         }
         static_assert(PATCH % (ABREAST * IN_FLIGHT) == 0);
         while (dy_at + (IN_FLIGHT - 1) * ABREAST < PATCH) {
-            for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST);
+            decltype(load_dy(dy_at, slot)) loaded[IN_FLIGHT];
+            for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST, slot);
             for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, loaded[i]);
         }
     };
@@ -174,9 +170,10 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
-            Loaded of_x = {}, of_dy = {};
-            if (loads_x) of_x = load_x(halo);
-            if (loads_dy) of_dy = load_dy(dy_at);
+            decltype(load_x(halo, slot)) of_x = {};
+            decltype(load_dy(dy_at, slot)) of_dy = {};
+            if (loads_x) of_x = load_x(halo, 1 - slot);
+            if (loads_dy) of_dy = load_dy(dy_at, 1 - slot);
             const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
             uint32_t a[2][4];
             for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
@@ -193,7 +190,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
             if (loads_dy) store_dy(1 - slot, of_dy);
         }
         if (more) {
-            while (halo.more()) store_x(1 - slot, load_x(halo));
+            while (halo.more()) store_x(1 - slot, load_x(halo, 1 - slot));
             copies_done();
         }
         sync_threads();

@@ -49,18 +49,26 @@ DEVICE Chunk chunk_load(const void* from, int64_t at, int half) {
     return {words[0], words[1]};
 }
 
+// Its first four, or its second.
+template <class Operand, int SECOND>
+DEVICE void chunk_decode(float (&v)[4], const Chunk& chunk, int half) {
+    if (half) {
+        const float2 a = Operand::decode_pair(SECOND ? chunk.low.z : chunk.low.x);
+        const float2 b = Operand::decode_pair(SECOND ? chunk.low.w : chunk.low.y);
+        v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+    } else {
+        __builtin_memcpy(v, SECOND ? &chunk.high : &chunk.low, 16);
+    }
+}
+
 template <class Operand>
 DEVICE void chunk_decode(float (&v)[8], const Chunk& chunk, int half) {
-    if (half) {
-        const uint32_t words[4] = {chunk.low.x, chunk.low.y, chunk.low.z, chunk.low.w};
-        for (int i = 0; i < 4; ++i) {
-            const float2 pair = Operand::decode_pair(words[i]);
-            v[2 * i] = pair.x;
-            v[2 * i + 1] = pair.y;
-        }
-    } else {
-        __builtin_memcpy(v, &chunk.low, 16);
-        __builtin_memcpy(v + 4, &chunk.high, 16);
+    float low[4], high[4];
+    chunk_decode<Operand, 0>(low, chunk, half);
+    chunk_decode<Operand, 1>(high, chunk, half);
+    for (int i = 0; i < 4; ++i) {
+        v[i] = low[i];
+        v[4 + i] = high[i];
     }
 }
 

@@ -10,7 +10,6 @@
 #include "tile_product.cuh"
 
 constexpr int PATCH = 128;        // pixels, some of which the result may not have
-constexpr int SLICE = 32;         // channels
 constexpr int PIXEL = SLICE + 8;  // elements from a pixel to the next in shared memory: a matrix's rows meet no bank twice
 constexpr int DIRECT_THREADS = 128;
 constexpr int CHUNKS = SLICE / 8;  // of eight channels, of a pixel

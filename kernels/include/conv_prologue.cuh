@@ -52,6 +52,8 @@ DEVICE PairFactors pair_factors(const ConvPair& pair, int64_t branch, uint32_t c
     return {norm, slope, fmaf(-slope, mean, rest)};
 }
 
+constexpr int SLICE = 32;  // channels that a direct kernel loads at a time
+
 // The factors of neighbouring channels, so that a thread loads those of eight without meeting another's banks.
 template <int CHANNELS>
 struct FactorTable {
@@ -75,42 +77,103 @@ enum class Made { PLAIN, NORM, PAIR };
 
 // A tensor as an iteration sees it.
 struct Source {
-    const void* at;
-    int64_t branch;  // first element
+    const void* at;  // its first element
     int32_t half;
-};
 
-// Eight elements as they are loaded: of the given tensor and, in a pair, of the other.
-struct Loaded {
-    Chunk of, with;
-    bool inside;
-};
+    DEVICE Source() = default;
+    DEVICE Source(const void* tensor, int64_t first, int32_t half)
+        : at(static_cast<const unsigned char*>(tensor) + first * (half ? 2 : 4)), half(half) {}
 
-template <class Operand, bool PAIRS>
-DEVICE Loaded load_pair(const Source& of, const Source& with, Made made, uint32_t offset, bool inside) {
-    Loaded loaded = {{}, {}, inside};
-    if (!inside) return loaded;
-    loaded.of = chunk_load<Operand>(of.at, of.branch + offset, of.half);
-    if (PAIRS && made == Made::PAIR) loaded.with = chunk_load<Operand>(with.at, with.branch + offset, with.half);
-    return loaded;
-}
-
-// Rounds eight elements, `channel` the first of theirs in the table; zeros stay for what is not inside.
-template <class Operand, Pair PAIR, bool PAIRS, int CHANNELS>
-DEVICE uint4 chunk_round(const Loaded& loaded, int half, int with_half, Made made, const FactorTable<CHANNELS>& factors,
-                         int channel) {
-    if (!loaded.inside || made == Made::PLAIN) return chunk_round<Operand>(loaded.of, half, loaded.inside);
-    float v[8];
-    chunk_decode<Operand>(v, loaded.of, half);
-    if (made == Made::NORM) {
-        for (int i = 0; i < 8; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
+    template <class Operand>
+    DEVICE Chunk load(uint32_t offset) const {
+        return chunk_load<Operand>(at, int64_t(offset), half);
     }
-    if constexpr (PAIRS) {
-        if (made == Made::PAIR) {
-            float x[8];
-            chunk_decode<Operand>(x, loaded.with, with_half);
-            for (int i = 0; i < 8; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
+    // An element of a tensor of 16 bits, or the tensor itself if it is not there.
+    DEVICE const uint16_t* place(uint32_t offset, bool there) const {
+        return static_cast<const uint16_t*>(at) + (there ? int64_t(offset) : 0);
+    }
+};
+
+// Eight elements at a time of an operand that is made of others as it is loaded. What is loaded waits in registers until there is
+// time for it.
+template <class Operand, Pair PAIR, bool PAIRS>
+struct Prologue {
+    Source of;
+    Made made;
+
+    struct Loaded {
+        Chunk of;
+        bool inside;
+    };
+    DEVICE Loaded load(uint32_t offset, bool inside, const FactorTable<SLICE>&, int) const {
+        return {inside ? of.template load<Operand>(offset) : Chunk{}, inside};
+    }
+    // Rounds what is loaded, `channel` the first of its channels in the table; zeros stay for what is not inside.
+    DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
+        if (!loaded.inside || made == Made::PLAIN) return chunk_round<Operand>(loaded.of, of.half, loaded.inside);
+        float v[8];
+        chunk_decode<Operand>(v, loaded.of, of.half);
+        for (int i = 0; i < 8; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
+        return chunk_encode<Operand>(v);
+    }
+    // Whether nothing is to be done to it.
+    DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
+};
+
+// There are registers for two tensors of 16 bits. Wider ones are rounded at once.
+template <class Operand, Pair PAIR>
+struct Prologue<Operand, PAIR, true> {
+    Source of, with;
+    Made made;
+
+    struct Loaded {
+        uint4 of, with;
+        bool inside;
+    };
+    DEVICE bool waits() const { return of.half && (made != Made::PAIR || with.half); }
+    DEVICE Loaded load(uint32_t offset, bool inside, const FactorTable<SLICE>& factors, int channel) const {
+        if (!inside) return {{}, {}, false};
+        const Chunk mine = of.template load<Operand>(offset);
+        Chunk other = {};
+        if (made == Made::PAIR) other = with.template load<Operand>(offset);
+        if (waits()) return {mine.low, other.low, true};
+        return {made_of(mine, of.half, other, with.half, factors, channel), {}, true};
+    }
+    DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
+        if (!loaded.inside) return {};
+        if (!waits() || made == Made::PLAIN) return loaded.of;
+        return made_of({loaded.of, {}}, 1, {loaded.with, {}}, 1, factors, channel);
+    }
+    // Four at a time: with the factors of all eight, registers would run short.
+    DEVICE uint4 made_of(const Chunk& mine, int half, const Chunk& other, int other_half,
+                         const FactorTable<SLICE>& factors, int channel) const {
+        float v[4];
+        quad<0>(v, mine, half, other, other_half, factors, channel);
+        const uint2 low = {Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
+        quad<1>(v, mine, half, other, other_half, factors, channel + 4);
+        return {low.x, low.y, Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
+    }
+    template <int SECOND>
+    DEVICE void quad(float (&v)[4], const Chunk& mine, int half, const Chunk& other, int other_half,
+                     const FactorTable<SLICE>& factors, int channel) const {
+        chunk_decode<Operand, SECOND>(v, mine, half);
+        if (made == Made::NORM) {
+            for (int i = 0; i < 4; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
+        } else if (made == Made::PAIR) {
+            float x[4];
+            chunk_decode<Operand, SECOND>(x, other, other_half);
+            for (int i = 0; i < 4; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
         }
     }
-    return chunk_encode<Operand>(v);
+    DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
+};
+
+// That of a tensor, and of the other of a pair, in a branch.
+template <class Operand, Pair PAIR, bool PAIRS>
+DEVICE Prologue<Operand, PAIR, PAIRS> prologue(const Source& of, const ConvPair& pair, int64_t branch, Made made) {
+    if constexpr (PAIRS) {
+        return {of, {pair.at, branch * pair.branch, pair.half}, made};
+    } else {
+        return {of, made};
+    }
 }

@@ -185,16 +185,18 @@ template <class Operand, class Tile, bool TANGENT, class ColumnOf>
 DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, ColumnOf column_of) {
     constexpr int RUN = Tile::RUN, ROWS_ABREAST = Tile::THREADS * RUN / Tile::COLUMNS, PARTS = Tile::ROWS / ROWS_ABREAST;
     // Rows that a thread has in flight at a time.
-    constexpr int AHEAD = RUN == 1 ? 8 : 4;
+    constexpr int AHEAD = TANGENT && RUN > 1 ? 2 : 4;
     static_assert(Tile::THREADS * RUN % Tile::COLUMNS == 0 && Tile::ROWS % (ROWS_ABREAST * AHEAD) == 0);
     const ConvSums& sums = p.sums;
     const int first = int(threadIdx.x) * RUN, c = first % Tile::COLUMNS;
     const uint32_t column = column_of(c);
     const bool there = column < uint32_t(p.columns);
     ThreadSums<Operand, TANGENT, RUN> mine(p, place.branch, column);
+    ROLLED
     for (int part = 0; part < PARTS; part += AHEAD) {
         SumOperand<Operand, RUN> next[AHEAD], cotangent[AHEAD];
         bool has[AHEAD];
+        UNROLLED
         for (int i = 0; i < AHEAD; ++i) {
             const uint32_t row = shared.rows[first / Tile::COLUMNS + (part + i) * ROWS_ABREAST];
             has[i] = there && row != NO_ROW;
@@ -203,6 +205,7 @@ DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<T
             next[i].load(sums.next, place.branch * sums.next_branch + at, sums.next_half);
             if (TANGENT) cotangent[i].load(sums.dy, place.branch * sums.dy_branch + at, sums.dy_half);
         }
+        UNROLLED
         for (int i = 0; i < AHEAD; ++i) {
             if (!has[i]) continue;
             const float* values =

@@ -22,6 +22,11 @@
 #define KERNEL_BLOCKS 1
 #endif
 
+// Before a loop: all of its rounds one after the other, so that arrays that it indexes are registers; or as they are written, since
+// unrolled they would take more registers.
+#define UNROLLED _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
+
 // Defines a kernel: `p` is its parameter struct, `threads` the most threads a block may have.
 #define KERNEL(name, Params, threads) \
     extern "C" __global__ void __launch_bounds__(threads, KERNEL_BLOCKS) name(const __grid_constant__ Params p)
@@ -39,6 +44,9 @@ DEVICE T* shared_memory() {
 
 // Always inlined, as on CUDA: helpers of one name in different `.cu` files then never meet in the linker.
 #define DEVICE inline __attribute__((always_inline))
+
+#define UNROLLED
+#define ROLLED
 
 #define KERNEL(name, Params, threads)                                                                             \
     static void name##_body(const Params& p);                                                                     \
