@@ -63,16 +63,18 @@ struct CellWeights {
         const uint32_t k = FPROP ? column + line : slice + line, c = (FPROP ? slice : column) + along * 8;
         const uint32_t channels = uint32_t(FPROP ? p.image_channels : p.columns);
         const bool there = c < channels && k < uint32_t(FPROP ? p.columns : p.image_channels);
-        const int64_t from = w.branch + (there ? k * uint32_t(p.filter) + c : 0);
+        const uint32_t from = there ? k * uint32_t(p.filter) + c : 0;
         const int32_t step = FPROP ? 1 : p.stride, taps = patch.taps_down * patch.taps_across;
         slot += (along * PITCH + line) * GRANULE;
+        ROLLED
         for (int32_t tap = int32_t(threadIdx.x) / NUMBER; tap < taps; tap += IN_FLIGHT * ABREAST) {
             Chunk chunks[IN_FLIGHT];
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST, down = t / patch.taps_across, across = t - down * patch.taps_across;
                 const int32_t pixel =
                     (patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step;
-                chunks[i] = there && t < taps ? chunk_load<Operand>(w.at, from + uint32_t(pixel) * channels, w.half) : Chunk{};
+                chunks[i] = there && t < taps ? w.load<Operand>(from + uint32_t(pixel) * channels) : Chunk{};
             }
             for (int i = 0; i < IN_FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST;
@@ -135,12 +137,10 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
             const ConvStep step = step_of(i);
             const ConvTerm& term = term_of(step);
             const uint32_t slice = step.inner_tile * SLICE;
-            const Source image = {term.image, step.branch * term.image_branch, term.image_half};
-            Source with = {};
-            if constexpr (PAIRS) with = {p.image.at, step.branch * p.image.branch, p.image.half};
-            load_halo<Operand, IMAGE_PAIR<FORM>, PAIRS>(p, patch, halo, image, with, made_of(step), int32_t(slice),
-                                                        tables.image[i % 2],
-                                                        shared + tiling.halos + i % 2 * tiling.halo_bytes);
+            const auto image = prologue<Operand, IMAGE_PAIR<FORM>, PAIRS>(
+                {term.image, step.branch * term.image_branch, term.image_half}, p.image, step.branch, made_of(step));
+            load_halo(p, patch, halo, image, int32_t(slice), tables.image[i % 2],
+                      shared + tiling.halos + i % 2 * tiling.halo_bytes);
             if (loads) {
                 const Source matrix = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
                 Weights::load(p, patch, matrix, column, slice,

@@ -87,32 +87,33 @@ struct CellHalo : Halo {
     DEVICE uint32_t tap(uint32_t down, uint32_t across) const { return down * line() + column(across); }
 };
 
-// Loads the halo of a slice of channels into a slot.
-template <class Operand, Pair PAIR, bool PAIRS>
-DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, const Source& of, const Source& with,
-                      Made made, int32_t slice, const FactorTable<SLICE>& factors, unsigned char* slot) {
+// Loads the halo of a slice of channels from `slice` on into a slot.
+template <class Image>
+DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, const Image& image, int32_t slice,
+                      const FactorTable<SLICE>& factors, unsigned char* slot) {
     const int32_t part = int32_t(threadIdx.x) % PARTS * 8;
     uint32_t offset;
-    if (of.half && made == Made::PLAIN) {
+    if (image.plain()) {
         for (; halo.more(); halo.next(p)) {
             const bool inside = halo.inside(p, patch, slice + part, offset);
-            const uint16_t* from = static_cast<const uint16_t*>(of.at);
-            if (halo.at < halo.pixels) {
-                copy_async(slot + halo.granule(p) * GRANULE, inside ? from + of.branch + offset : from, inside);
-            }
+            if (halo.at >= halo.pixels) continue;
+            copy_async(slot + halo.granule(p) * GRANULE, image.of.place(offset, inside), inside);
         }
         return;
     }
+    ROLLED
     while (halo.more()) {
         CellHalo ahead = halo;
-        Loaded loaded[IN_FLIGHT];
+        typename Image::Loaded loaded[IN_FLIGHT];
+        UNROLLED
         for (int i = 0; i < IN_FLIGHT; ++i) {
             const bool inside = ahead.inside(p, patch, slice + part, offset);
-            loaded[i] = load_pair<Operand, PAIRS>(of, with, made, offset, inside);
+            loaded[i] = image.load(offset, inside, factors, part);
             ahead.next(p);
         }
+        UNROLLED
         for (int i = 0; i < IN_FLIGHT; ++i) {
-            const uint4 coded = chunk_round<Operand, PAIR, PAIRS>(loaded[i], of.half, with.half, made, factors, part);
+            const uint4 coded = image.round(loaded[i], factors, part);
             if (halo.at < halo.pixels) store_operand(slot + halo.granule(p) * GRANULE, coded);
             halo.next(p);
         }
@@ -121,8 +122,8 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, c
 
 // The beginning of a block's shared memory.
 struct CellTables {
-    FactorTable<SLICE> image[2];  // of the present iteration and the next
-    FactorTable<64> matrix[2];    // wgrad's
+    FactorTable<SLICE> image[2];      // of the present iteration and the next
+    FactorTable<SLICE> matrix[2][2];  // wgrad's, of two slices
 
     // The factors of channels from `first` on in a branch, for what the image is made of.
     template <Form FORM, bool PAIRS>
@@ -143,7 +144,7 @@ struct CellTables {
         if (!p.matrix.at || threadIdx.x < SLICE || threadIdx.x >= SLICE + WIDTH) return;
         const int i = int(threadIdx.x) - SLICE;
         const uint32_t channel = first + uint32_t(i);
-        matrix[slot].put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
+        matrix[slot][i / SLICE].put(i % SLICE, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
     }
 };
 static_assert(sizeof(CellTables) == 3072);

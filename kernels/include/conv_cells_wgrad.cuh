@@ -64,35 +64,36 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     // dy: for each eight output channels all pixels, a granule each. Stores of eight threads meet no bank twice.
     constexpr int DY_PARTS = WIDTH / 8, DY_PITCH = CELLS * CELL_PIXELS + (WIDTH == 64 ? 1 : 2);
     constexpr int DY_ABREAST = GROUP_THREADS / DY_PARTS;
-    const auto load_dy = [&](const Patch& patch, const Source& dy, const Source& with, const FactorTable<64>& factors,
-                             unsigned char* slot) {
+    const auto load_dy = [&](const Patch& patch, const auto& dy, uint32_t slot) {
         const int part = int(threadIdx.x) % DY_PARTS, channel = k + part * 8;
-        slot += part * DY_PITCH * GRANULE;
+        const FactorTable<SLICE>& factors = tables.matrix[slot][part / PARTS];
+        unsigned char* to = shared + tiling.matrices + slot * tiling.matrix_bytes + part * DY_PITCH * GRANULE;
         const auto inside = [&](int pixel, uint32_t& offset) {
             const uint32_t row = row_of(p, patch, cell_pixel(p, pixel));
             offset = row * uint32_t(p.rows) + uint32_t(channel);
             return row != NO_ROW && channel < p.rows;
         };
         uint32_t offset;
-        if (dy.half && dy_made == Made::PLAIN) {
-            for (int pixel = int(threadIdx.x) / DY_PARTS; pixel < CELLS * CELL_PIXELS; pixel += DY_ABREAST) {
+        int pixel = int(threadIdx.x) / DY_PARTS;
+        if (dy.plain()) {
+            for (; pixel < CELLS * CELL_PIXELS; pixel += DY_ABREAST) {
                 const bool there = inside(pixel, offset);
-                const uint16_t* from = static_cast<const uint16_t*>(dy.at) + (there ? dy.branch + offset : 0);
-                copy_async(slot + pixel * GRANULE, from, there);
+                copy_async(to + pixel * GRANULE, dy.of.place(offset, there), there);
             }
             return;
         }
-        for (int pixel = int(threadIdx.x) / DY_PARTS; pixel < CELLS * CELL_PIXELS; pixel += IN_FLIGHT * DY_ABREAST) {
+        ROLLED
+        for (; pixel < CELLS * CELL_PIXELS; pixel += IN_FLIGHT * DY_ABREAST) {
             static_assert(CELLS * CELL_PIXELS % (IN_FLIGHT * DY_ABREAST) == 0);
-            Loaded loaded[IN_FLIGHT];
+            decltype(dy.load(0, false, factors, 0)) loaded[IN_FLIGHT];
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
                 const bool there = inside(pixel + i * DY_ABREAST, offset);
-                loaded[i] = load_pair<Operand, PAIRS>(dy, with, dy_made, offset, there);
+                loaded[i] = dy.load(offset, there, factors, part % PARTS * 8);
             }
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                store_operand(slot + (pixel + i * DY_ABREAST) * GRANULE,
-                              chunk_round<Operand, Pair::DELTA, PAIRS>(loaded[i], dy.half, with.half, dy_made, factors,
-                                                                      part * 8));
+                store_operand(to + (pixel + i * DY_ABREAST) * GRANULE, dy.round(loaded[i], factors, part % PARTS * 8));
             }
         }
     };
@@ -100,16 +101,12 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         const ConvStep step = step_of(i);
         const uint32_t slot = i % 2;
         const Patch patch = patch_of<Form::WGRAD>(p, step.inner_tile);
-        const Source x = {term.image, step.branch * term.image_branch, term.image_half};
-        const Source dy = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
-        Source x_with = {}, dy_with = {};
-        if constexpr (PAIRS) {
-            x_with = {p.image.at, step.branch * p.image.branch, p.image.half};
-            dy_with = {p.matrix.at, step.branch * p.matrix.branch, p.matrix.half};
-        }
-        load_halo<Operand, Pair::TANGENT, PAIRS>(p, patch, halo, x, x_with, x_made, c, tables.image[slot],
-                                                 shared + tiling.halos + slot * tiling.halo_bytes);
-        load_dy(patch, dy, dy_with, tables.matrix[slot], shared + tiling.matrices + slot * tiling.matrix_bytes);
+        const auto x = prologue<Operand, Pair::TANGENT, PAIRS>(
+            {term.image, step.branch * term.image_branch, term.image_half}, p.image, step.branch, x_made);
+        const auto dy = prologue<Operand, Pair::DELTA, PAIRS>(
+            {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, p.matrix, step.branch, dy_made);
+        load_halo(p, patch, halo, x, c, tables.image[slot], shared + tiling.halos + slot * tiling.halo_bytes);
+        load_dy(patch, dy, slot);
         copies_done();
         fence_operands();
     };
