@@ -67,16 +67,16 @@ struct CellWeights {
         const int32_t step = FPROP ? 1 : p.stride, taps = patch.taps_down * patch.taps_across;
         slot += (along * PITCH + line) * GRANULE;
         ROLLED
-        for (int32_t tap = int32_t(threadIdx.x) / NUMBER; tap < taps; tap += IN_FLIGHT * ABREAST) {
-            Chunk chunks[IN_FLIGHT];
+        for (int32_t tap = int32_t(threadIdx.x) / NUMBER; tap < taps; tap += CELL_FLIGHT * ABREAST) {
+            Chunk chunks[CELL_FLIGHT];
             UNROLLED
-            for (int i = 0; i < IN_FLIGHT; ++i) {
+            for (int i = 0; i < CELL_FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST, down = t / patch.taps_across, across = t - down * patch.taps_across;
                 const int32_t pixel =
                     (patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step;
                 chunks[i] = there && t < taps ? w.load<Operand>(from + uint32_t(pixel) * channels) : Chunk{};
             }
-            for (int i = 0; i < IN_FLIGHT; ++i) {
+            for (int i = 0; i < CELL_FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST;
                 if (t < taps) store_operand(slot + t * TAP * GRANULE, chunk_round<Operand>(chunks[i], w.half, there));
             }
@@ -159,20 +159,22 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         CellTile<Operand, WIDTH, 2> tile;
         tile.clear();
         for (uint32_t i = 0; i < count; ++i) {
-            const uint64_t image = image_matrix + i % 2 * uint32_t(tiling.halo_bytes) / GRANULE;
-            uint64_t weights = weight_matrix + i % tiling.matrix_slots * uint32_t(tiling.matrix_bytes) / GRANULE;
+            const uint32_t image = i % 2 * uint32_t(tiling.halo_bytes) / GRANULE;
+            uint32_t weights = i % tiling.matrix_slots * uint32_t(tiling.matrix_bytes) / GRANULE;
             for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
             wgmma_fence();
             for (int32_t down = 0; down < patch.taps_down; ++down) {
+                ROLLED
                 for (int32_t across = 0; across < patch.taps_across; ++across) {
                     // In dgrad taps go up and left.
                     const int32_t h = FORM == Form::DGRAD ? patch.taps_down - 1 - down : down;
                     const int32_t w = FORM == Form::DGRAD ? patch.taps_across - 1 - across : across;
-                    const uint64_t at = image + halo.tap(uint32_t(h), uint32_t(w));
+                    const uint32_t at = image + halo.tap(uint32_t(h), uint32_t(w));
                     for (int k = 0; k < SLICE / 16; ++k) {
                         for (int m = 0; m < 2; ++m) {
                             Operand::template wgmma<false, FORM == Form::DGRAD>(
-                                tile.d[m], at + cell[m] + k * 2 * halo.pitch, weights + k * Weights::SECOND);
+                                tile.d[m], wgmma_behind(image_matrix, at + cell[m] + k * 2 * halo.pitch),
+                                wgmma_behind(weight_matrix, weights + k * Weights::SECOND));
                         }
                     }
                     weights += Weights::TAP;
@@ -215,24 +217,24 @@ DEVICE void cells_backward(const CellBackwardParams& p) {
     }
 }
 
-// Two blocks of 32 columns fit a multiprocessor, by shared memory and by registers.
+// Two blocks of 32 columns fit a multiprocessor, by shared memory and by registers; pairs take too many of these.
 #undef KERNEL_BLOCKS
-#define KERNEL_BLOCKS 1
+#define KERNEL_BLOCKS 2
 KERNEL(conv2d_wgmma_fprop_32_f16, CellParams, 256) { cells<Form::FPROP, F16, 32, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_32_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 32, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_backward_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, false>(p); }
+KERNEL(conv2d_wgmma_backward_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, false>(p); }
+
+#undef KERNEL_BLOCKS
+#define KERNEL_BLOCKS 1
 KERNEL(conv2d_wgmma_fprop_pair_32_f16, CellParams, 256) {
     cells<Form::FPROP, F16, 32, true>(p.product, p.tiling, blockIdx.x);
 }
 KERNEL(conv2d_wgmma_fprop_pair_32_bf16, CellParams, 256) {
     cells<Form::FPROP, Bf16, 32, true>(p.product, p.tiling, blockIdx.x);
 }
-KERNEL(conv2d_wgmma_backward_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, false>(p); }
-KERNEL(conv2d_wgmma_backward_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, false>(p); }
 KERNEL(conv2d_wgmma_backward_pair_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, true>(p); }
 KERNEL(conv2d_wgmma_backward_pair_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, true>(p); }
-
-#undef KERNEL_BLOCKS
-#define KERNEL_BLOCKS 1
 KERNEL(conv2d_wgmma_fprop_64_f16, CellParams, 256) { cells<Form::FPROP, F16, 64, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_64_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 64, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_pair_64_f16, CellParams, 256) {

@@ -16,6 +16,7 @@ constexpr int CELLS = 4;            // of a patch, two for each warpgroup
 constexpr int CELL_PIXELS = 64;
 constexpr int GRANULE = 16;  // bytes: eight elements, what descriptors and copies count in
 constexpr int PARTS = SLICE / 8;  // granules of a pixel
+constexpr int CELL_FLIGHT = 2;    // chunks that a thread loads at a time: two blocks of these share the registers of a multiprocessor
 
 // How the blocks of one product use their shared memory, in bytes from its beginning. The tables come first.
 struct CellTiling {
@@ -103,19 +104,19 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, c
     }
     ROLLED
     while (halo.more()) {
-        CellHalo ahead = halo;
-        typename Image::Loaded loaded[IN_FLIGHT];
+        typename Image::Loaded loaded[CELL_FLIGHT];
+        uint32_t places[CELL_FLIGHT];
         UNROLLED
-        for (int i = 0; i < IN_FLIGHT; ++i) {
-            const bool inside = ahead.inside(p, patch, slice + part, offset);
+        for (int i = 0; i < CELL_FLIGHT; ++i) {
+            const bool inside = halo.inside(p, patch, slice + part, offset);
             loaded[i] = image.load(offset, inside, factors, part);
-            ahead.next(p);
+            places[i] = halo.at < halo.pixels ? halo.granule(p) : NO_ROW;
+            halo.next(p);
         }
         UNROLLED
-        for (int i = 0; i < IN_FLIGHT; ++i) {
+        for (int i = 0; i < CELL_FLIGHT; ++i) {
             const uint4 coded = image.round(loaded[i], factors, part);
-            if (halo.at < halo.pixels) store_operand(slot + halo.granule(p) * GRANULE, coded);
-            halo.next(p);
+            if (places[i] != NO_ROW) store_operand(slot + places[i] * GRANULE, coded);
         }
     }
 }
@@ -124,6 +125,8 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, c
 struct CellTables {
     FactorTable<SLICE> image[2];      // of the present iteration and the next
     FactorTable<SLICE> matrix[2][2];  // wgrad's, of two slices
+    uint32_t cells[CELLS];            // wgrad's: `CellHalo::cell`
+    uint32_t taps[12];                // of its pairs: `CellHalo::tap`
 
     // The factors of channels from `first` on in a branch, for what the image is made of.
     template <Form FORM, bool PAIRS>
@@ -147,4 +150,4 @@ struct CellTables {
         matrix[slot][i / SLICE].put(i % SLICE, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
     }
 };
-static_assert(sizeof(CellTables) == 3072);
+static_assert(sizeof(CellTables) == 3136);

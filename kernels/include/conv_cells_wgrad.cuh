@@ -45,22 +45,28 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     // Pairs are numbered along the filter's lines, from one pair of lines to the next.
     const int32_t pairs = (p.kernel_height + 1) / 2 * p.kernel_width;
     const int32_t first_pair = int32_t(place.column_tile / slices) * PAIRS;
-    const int32_t own = first_pair + int32_t(threadIdx.x) / 128 * OWN;
 
     auto& tables = *shared_memory<CellTables>();
     unsigned char* shared = shared_memory<unsigned char>();
     const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
     const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
     const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
+    const CellHalo halo(p, tiling, patch_of<Form::WGRAD>(p, 0).pixel_step);
+    // In shared memory: there are no registers for what only the products read.
+    static_assert(PAIRS <= sizeof(tables.taps) / 4);
     const auto describe = [&](uint32_t i) {
         const int64_t branch = step_of(i).branch;
         tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, uint32_t(c), i % 2);
         if constexpr (PAIRS) tables.describe_matrix<WIDTH>(p, branch, uint32_t(k), i % 2);
     };
+    if (threadIdx.x < PAIRS) {
+        const int32_t pair = first_pair + int32_t(threadIdx.x), lines = pair / p.kernel_width;
+        tables.taps[threadIdx.x] = pair < pairs ? halo.tap(2 * uint32_t(lines), uint32_t(pair - lines * p.kernel_width)) : 0;
+    }
+    if (threadIdx.x < CELLS) tables.cells[threadIdx.x] = halo.cell(p, int(threadIdx.x));
     for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i);
     sync_threads();
 
-    const CellHalo halo(p, tiling, patch_of<Form::WGRAD>(p, 0).pixel_step);
     // dy: for each eight output channels all pixels, a granule each. Stores of eight threads meet no bank twice.
     constexpr int DY_PARTS = WIDTH / 8, DY_PITCH = CELLS * CELL_PIXELS + (WIDTH == 64 ? 1 : 2);
     constexpr int DY_ABREAST = GROUP_THREADS / DY_PARTS;
@@ -83,16 +89,16 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
             return;
         }
         ROLLED
-        for (; pixel < CELLS * CELL_PIXELS; pixel += IN_FLIGHT * DY_ABREAST) {
-            static_assert(CELLS * CELL_PIXELS % (IN_FLIGHT * DY_ABREAST) == 0);
-            decltype(dy.load(0, false, factors, 0)) loaded[IN_FLIGHT];
+        for (; pixel < CELLS * CELL_PIXELS; pixel += CELL_FLIGHT * DY_ABREAST) {
+            static_assert(CELLS * CELL_PIXELS % (CELL_FLIGHT * DY_ABREAST) == 0);
+            decltype(dy.load(0, false, factors, 0)) loaded[CELL_FLIGHT];
             UNROLLED
-            for (int i = 0; i < IN_FLIGHT; ++i) {
+            for (int i = 0; i < CELL_FLIGHT; ++i) {
                 const bool there = inside(pixel + i * DY_ABREAST, offset);
                 loaded[i] = dy.load(offset, there, factors, part % PARTS * 8);
             }
             UNROLLED
-            for (int i = 0; i < IN_FLIGHT; ++i) {
+            for (int i = 0; i < CELL_FLIGHT; ++i) {
                 store_operand(to + (pixel + i * DY_ABREAST) * GRANULE, dy.round(loaded[i], factors, part % PARTS * 8));
             }
         }
@@ -113,31 +119,31 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     if (count > 0) fill(0);
     sync_threads();
 
-    uint32_t taps[OWN];
-    for (int pair = 0; pair < OWN; ++pair) {
-        const int32_t lines = (own + pair) / p.kernel_width, across = (own + pair) - lines * p.kernel_width;
-        taps[pair] = own + pair < pairs ? halo.tap(2 * uint32_t(lines), uint32_t(across)) : 0;
-    }
     const uint32_t line = halo.step * halo.line();
     const uint64_t x_matrix =
         wgmma_matrix(shared_address(shared + tiling.halos), line * GRANULE, uint32_t(tiling.halo_pitch) * GRANULE);
     const uint64_t dy_matrix =
         wgmma_matrix(shared_address(shared + tiling.matrices), 8 * GRANULE, DY_PITCH * GRANULE);
-    uint32_t cells[CELLS];
-    for (int cell = 0; cell < CELLS; ++cell) cells[cell] = halo.cell(p, cell);
     PairsTile<Operand, WIDTH> tile;
     tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
-        const uint64_t x = x_matrix + slot * uint32_t(tiling.halo_bytes) / GRANULE;
-        uint64_t dy = dy_matrix + slot * uint32_t(tiling.matrix_bytes) / GRANULE;
+        const uint32_t x = slot * uint32_t(tiling.halo_bytes) / GRANULE;
+        uint32_t dy = slot * uint32_t(tiling.matrix_bytes) / GRANULE;
         for (int pair = 0; pair < OWN; ++pair) wgmma_settle(tile.d[pair]);
         wgmma_fence();
-        // Cells and pairs that there are not cost time, but no branch: dy is zero there, and columns lie nowhere.
+        // The loop as it is written: its addresses, all at once, would take more registers. Cells and pairs that there are not cost time, but no branch: dy is zero there, and columns lie nowhere.
+        ROLLED
         for (int cell = 0; cell < CELLS; ++cell) {
+            uint32_t at[OWN];
+            for (int pair = 0; pair < OWN; ++pair) {
+                at[pair] = x + tables.cells[cell] + tables.taps[int(threadIdx.x) / 128 * OWN + pair];
+            }
             for (int lines = 0; lines < 8; lines += 2) {
                 for (int pair = 0; pair < OWN; ++pair) {
-                    Operand::template wgmma<true, true>(tile.d[pair], x + cells[cell] + lines * line + taps[pair], dy);
+                    Operand::template wgmma<true, true>(
+                        tile.d[pair], wgmma_behind(x_matrix, at[pair] + lines * line),
+                        wgmma_behind(dy_matrix, dy));
                 }
                 dy += 16;
             }

@@ -328,6 +328,11 @@ DEVICE uint64_t wgmma_matrix(uint32_t address, uint32_t along_k, uint32_t along_
            uint64_t(along_lines >> 4 & 0x3fffu) << 32;
 }
 
+// The matrix that lies so many granules, 16 bytes each, behind another.
+DEVICE uint64_t wgmma_behind(uint64_t matrix, uint32_t granules) {
+    return (matrix >> 32 << 32) | uint32_t(uint32_t(matrix) + granules);
+}
+
 #if defined(__CUDACC__)
 
 #define MLNT_WGMMA_16(d)                                                                                                   \

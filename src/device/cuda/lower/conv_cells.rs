@@ -23,7 +23,7 @@ const PAIRS: usize = 6;
 /// Columns of such a tile.
 const PAIRS_COLUMNS: usize = PAIRS * 2 * SLICE;
 /// Bytes of `CellTables`.
-const TABLES: usize = 3072;
+const TABLES: usize = 3136;
 /// Blocks that a card of this kind can run at a time, so that the blocks of a product end at about the same time.
 const BLOCKS: usize = 264;
 
