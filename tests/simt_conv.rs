@@ -28,7 +28,8 @@ fn run_groups(operands: Operands, plan: Plan, inputs: &[Vec<f64>]) -> Vec<Vec<f6
     let tally = machine.tally();
     let outputs = run(&mut Cuda::new(Box::new(machine), operands, Mode::Eager), plan, inputs);
     let kernels: Vec<_> = tally.lock().unwrap().keys().map(|(kernel, _)| *kernel).collect();
-    assert!(kernels.iter().all(|kernel| kernel.starts_with("conv2d_wgmma_")) && !kernels.is_empty(), "{kernels:?}");
+    let all = kernels.iter().all(|kernel| kernel.starts_with("conv2d_wgmma_"));
+    assert!(all && !kernels.is_empty(), "{:?}", tally.lock().unwrap().keys());
     outputs
 }
 

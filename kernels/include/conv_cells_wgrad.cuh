@@ -4,14 +4,14 @@
 
 #include "conv_cells.cuh"
 
-constexpr int PAIRS = 6;              // of taps, one below the other, of a block
-constexpr int OWN = PAIRS / 2;        // those of a warpgroup
+constexpr int TAP_PAIRS = 6;           // of taps, one below the other, of a block
+constexpr int OWN = TAP_PAIRS / 2;        // those of a warpgroup
 constexpr int PAIR_LINES = 2 * SLICE;  // input channels of both taps: the lines of a product
 
 // A thread's part of the result. Lines of the products are columns of the result, and their columns its rows.
 template <class Operand, int WIDTH>
 struct PairsTile {
-    static constexpr int ROWS = WIDTH, COLUMNS = PAIRS * PAIR_LINES, THREADS = GROUP_THREADS, RUN = 8;
+    static constexpr int ROWS = WIDTH, COLUMNS = TAP_PAIRS * PAIR_LINES, THREADS = GROUP_THREADS, RUN = 8;
     float d[OWN][WIDTH / 2];
 
     DEVICE void clear() {
@@ -44,7 +44,7 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     const int32_t c = int32_t(place.column_tile % slices) * SLICE;
     // Pairs are numbered along the filter's lines, from one pair of lines to the next.
     const int32_t pairs = (p.kernel_height + 1) / 2 * p.kernel_width;
-    const int32_t first_pair = int32_t(place.column_tile / slices) * PAIRS;
+    const int32_t first_pair = int32_t(place.column_tile / slices) * TAP_PAIRS;
 
     auto& tables = *shared_memory<CellTables>();
     unsigned char* shared = shared_memory<unsigned char>();
@@ -53,13 +53,13 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
     const CellHalo halo(p, tiling, patch_of<Form::WGRAD>(p, 0).pixel_step);
     // In shared memory: there are no registers for what only the products read.
-    static_assert(PAIRS <= sizeof(tables.taps) / 4);
+    static_assert(TAP_PAIRS <= sizeof(tables.taps) / 4);
     const auto describe = [&](uint32_t i) {
         const int64_t branch = step_of(i).branch;
         tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, uint32_t(c), i % 2);
         if constexpr (PAIRS) tables.describe_matrix<WIDTH>(p, branch, uint32_t(k), i % 2);
     };
-    if (threadIdx.x < PAIRS) {
+    if (threadIdx.x < TAP_PAIRS) {
         const int32_t pair = first_pair + int32_t(threadIdx.x), lines = pair / p.kernel_width;
         tables.taps[threadIdx.x] = pair < pairs ? halo.tap(2 * uint32_t(lines), uint32_t(pair - lines * p.kernel_width)) : 0;
     }
@@ -132,7 +132,8 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         uint32_t dy = slot * uint32_t(tiling.matrix_bytes) / GRANULE;
         for (int pair = 0; pair < OWN; ++pair) wgmma_settle(tile.d[pair]);
         wgmma_fence();
-        // The loop as it is written: its addresses, all at once, would take more registers. Cells and pairs that there are not cost time, but no branch: dy is zero there, and columns lie nowhere.
+        // Rolled: its addresses, all at once, would take more registers. Cells and pairs that there are not cost time, but no
+        // branch: dy is zero there, and columns lie nowhere.
         ROLLED
         for (int cell = 0; cell < CELLS; ++cell) {
             uint32_t at[OWN];

@@ -18,7 +18,7 @@ const PIXELS: usize = CELLS * SIDE * SIDE;
 const GRANULE: usize = 16;
 /// `PARTS`: granules of a pixel of a slice.
 const PARTS: usize = SLICE / 8;
-/// `PAIRS`: pairs of taps of a tile of a weight gradient.
+/// `TAP_PAIRS`: pairs of taps of a tile of a weight gradient.
 const PAIRS: usize = 6;
 /// Columns of such a tile.
 const PAIRS_COLUMNS: usize = PAIRS * 2 * SLICE;
@@ -83,9 +83,9 @@ fn patches(kind: ConvKind, g: &ConvGeom) -> Option<Vec<Patches>> {
         for down in (1..=(CELLS / across).min(fill[0])).rev() {
             let size = [down * SIDE, across * SIDE];
             let count = [grid[0].div_ceil(size[0]), grid[1].div_ceil(size[1])];
-            let images = if count == [1, 1] { (CELLS / (down * across)).min(g.n) } else { 1 };
             let halo = [0, 1].map(|i| (size[i] - 1) * step + taps[i]);
-            all.push(Patches { images, size, count, halo });
+            let most = if count == [1, 1] { (CELLS / (down * across)).min(g.n) } else { 1 };
+            all.extend((1..=most).rev().map(|images| Patches { images, size, count, halo }));
         }
     }
     Some(all)
