@@ -130,7 +130,7 @@ struct Tap {
     template <Form FORM>
     DEVICE uint32_t filter_pixel(const ConvProduct& p, const Patch& patch) const {
         const int32_t step = FORM == Form::DGRAD ? p.stride : 1;
-        return uint32_t((patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step);
+        return uint32_t(patch.first_tap + (down * p.kernel_width + across) * step);
     }
     // Elements of the halo from tap (0, 0) of a pixel to this: in dgrad taps go up and left.
     template <Form FORM>
@@ -149,8 +149,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const uint32_t first = uint32_t(iterations * place.split / p.splits);
     uint32_t count = uint32_t(iterations * (place.split + 1) / p.splits) - first;
     const Patch patch = patch_of<FORM>(p, place.row_tile);
-    const int32_t taps = patch.taps_down * patch.taps_across;
-    if (taps == 0) count = 0;
+    if (patch.taps_down == 0 || patch.taps_across == 0) count = 0;
 
     auto& tables = *shared_memory<DirectTables>();
     uint16_t* weights = reinterpret_cast<uint16_t*>(&tables + 1);
@@ -174,10 +173,10 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     halo.begin(p);
     const uint32_t slot_elements = halo.pixels * PIXEL;
     using Piece = Slice<FORM, Operand, PAIRS>;
-    const auto load = [&](const Halo& from, const Piece& slice, uint32_t slot) {
+    const auto load = [&](const Halo& from, const Piece& slice) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
-        return slice.image.load(offset, inside, tables.image[slot], channel);
+        return slice.image.load(offset, inside);
     };
     const auto store = [&](const Piece& slice, uint32_t slot, const auto& loaded) {
         halo.put(halos + slot * slot_elements, slice.image.round(loaded, tables.image[slot], channel));
@@ -195,9 +194,9 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const auto load_rest = [&](const Piece& slice, uint32_t slot) {
         while (halo.more()) {
             Halo ahead = halo;
-            decltype(load(halo, slice, slot)) loaded[IN_FLIGHT];
+            decltype(load(halo, slice)) loaded[IN_FLIGHT];
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                loaded[i] = load(ahead, slice, slot);
+                loaded[i] = load(ahead, slice);
                 ahead.next(p);
             }
             for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, loaded[i]);
@@ -239,18 +238,18 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         halo.begin(p);
         if (more) copy(next, 1 - slot);
         Tap tap = {0, 0};
-        for (int32_t t = 0; t < taps; ++t) {
+        for (bool last = false; !last;) {
             const uint32_t offset = tap.offset<FORM>(p, patch) + slot * slot_elements;
             tap.next(patch);
-            const bool last = t + 1 == taps;
+            last = tap.down == patch.taps_down;
             if (last && more) {
                 tap = {0, 0};
                 matrix.begin(p, next.matrix, column, next.first);
             }
             const uint32_t filter_pixel = tap.filter_pixel<FORM>(p, patch);
             const bool loads = more && halo.more();
-            decltype(load(halo, next, slot)) loaded = {};
-            if (loads) loaded = load(halo, next, 1 - slot);
+            decltype(load(halo, next)) loaded = {};
+            if (loads) loaded = load(halo, next);
             for (int k = 0; k < SLICE / 16; ++k) {
                 const bool part = k < Matrix::HELD && (!last || more);
                 if (part) matrix.load(p, filter_pixel, k);
@@ -261,7 +260,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             if (loads) store(next, 1 - slot, loaded);
             if (last && more) {
-                while (halo.more()) store(next, 1 - slot, load(halo, next, 1 - slot));
+                while (halo.more()) store(next, 1 - slot, load(halo, next));
                 copies_done();
             }
             weight_slot = 1 - weight_slot;

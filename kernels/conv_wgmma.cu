@@ -72,8 +72,7 @@ struct CellWeights {
             UNROLLED
             for (int i = 0; i < CELL_FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST, down = t / patch.taps_across, across = t - down * patch.taps_across;
-                const int32_t pixel =
-                    (patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step;
+                const int32_t pixel = patch.first_tap + down * step * p.kernel_width + across * step;
                 chunks[i] = there && t < taps ? w.load<Operand>(from + uint32_t(pixel) * channels) : Chunk{};
             }
             for (int i = 0; i < CELL_FLIGHT; ++i) {
@@ -91,17 +90,17 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     constexpr int HALVES = WIDTH / 32, OF_GROUP = 2 / HALVES;
     const uint32_t patches = uint32_t(p.row_tiles) / HALVES, runs = (patches + tiling.run - 1) / tiling.run;
     ConvPlace place;
-    place.column_tile = block % p.column_tiles;
+    place.column_tile = uniform(block % p.column_tiles);
     block /= p.column_tiles;
-    const uint32_t run = block % runs;
+    const uint32_t run = uniform(block % runs);
     block /= runs;
-    place.split = block % p.splits;
-    place.branch = block / p.splits;
+    place.split = uniform(block % p.splits);
+    place.branch = uniform(block / p.splits);
     const uint32_t first_patch = run * tiling.run;
     const uint32_t last_patch = patches - first_patch < uint32_t(tiling.run) ? patches : first_patch + tiling.run;
     const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
-    const uint32_t first = uint32_t(iterations * place.split / p.splits);
-    const uint32_t all = uint32_t(iterations * (place.split + 1) / p.splits) - first;
+    const uint32_t first = uniform(uint32_t(iterations * place.split / p.splits));
+    const uint32_t all = uniform(uint32_t(iterations * (place.split + 1) / p.splits) - first);
     const uint32_t column = place.column_tile * WIDTH;
 
     auto& tables = *shared_memory<CellTables>();
@@ -117,7 +116,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         const Patch patch = patch_of<FORM>(p, number);
         const int32_t taps = patch.taps_down * patch.taps_across;
         const uint32_t count = taps == 0 ? 0 : all;
-        const int32_t phase = FORM == Form::DGRAD ? patch.phase_down * p.stride + patch.phase_across : 0;
+        const int32_t phase = FORM == Form::DGRAD ? patch.first_tap : 0;
         const bool loads = !tiling.keeps || held != phase;
         held = phase;
 
@@ -217,16 +216,13 @@ DEVICE void cells_backward(const CellBackwardParams& p) {
     }
 }
 
-// Two blocks of 32 columns fit a multiprocessor, by shared memory and by registers; pairs take too many of these.
+// Two blocks of 32 columns fit a multiprocessor, by shared memory and by registers.
 #undef KERNEL_BLOCKS
 #define KERNEL_BLOCKS 2
 KERNEL(conv2d_wgmma_fprop_32_f16, CellParams, 256) { cells<Form::FPROP, F16, 32, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_32_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 32, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_backward_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, false>(p); }
 KERNEL(conv2d_wgmma_backward_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, false>(p); }
-
-#undef KERNEL_BLOCKS
-#define KERNEL_BLOCKS 1
 KERNEL(conv2d_wgmma_fprop_pair_32_f16, CellParams, 256) {
     cells<Form::FPROP, F16, 32, true>(p.product, p.tiling, blockIdx.x);
 }
@@ -235,6 +231,9 @@ KERNEL(conv2d_wgmma_fprop_pair_32_bf16, CellParams, 256) {
 }
 KERNEL(conv2d_wgmma_backward_pair_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, true>(p); }
 KERNEL(conv2d_wgmma_backward_pair_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, true>(p); }
+
+#undef KERNEL_BLOCKS
+#define KERNEL_BLOCKS 1
 KERNEL(conv2d_wgmma_fprop_64_f16, CellParams, 256) { cells<Form::FPROP, F16, 64, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_64_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 64, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_pair_64_f16, CellParams, 256) {

@@ -109,7 +109,7 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, c
         UNROLLED
         for (int i = 0; i < CELL_FLIGHT; ++i) {
             const bool inside = halo.inside(p, patch, slice + part, offset);
-            loaded[i] = image.load(offset, inside, factors, part);
+            loaded[i] = image.load(offset, inside);
             places[i] = halo.at < halo.pixels ? halo.granule(p) : NO_ROW;
             halo.next(p);
         }

@@ -36,8 +36,8 @@ template <class Operand, int WIDTH, bool PAIRS>
 DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t block) {
     const ConvPlace place = conv_place(p, block);
     const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
-    const uint32_t first = uint32_t(iterations * place.split / p.splits);
-    const uint32_t count = uint32_t(iterations * (place.split + 1) / p.splits) - first;
+    const uint32_t first = uniform(uint32_t(iterations * place.split / p.splits));
+    const uint32_t count = uniform(uint32_t(iterations * (place.split + 1) / p.splits) - first);
     const ConvTerm& term = p.terms[0];
     const int32_t k = int32_t(place.row_tile) * WIDTH;
     const uint32_t slices = uint32_t(p.image_channels + SLICE - 1) / SLICE;
@@ -91,11 +91,11 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         ROLLED
         for (; pixel < CELLS * CELL_PIXELS; pixel += CELL_FLIGHT * DY_ABREAST) {
             static_assert(CELLS * CELL_PIXELS % (CELL_FLIGHT * DY_ABREAST) == 0);
-            decltype(dy.load(0, false, factors, 0)) loaded[CELL_FLIGHT];
+            decltype(dy.load(0, false)) loaded[CELL_FLIGHT];
             UNROLLED
             for (int i = 0; i < CELL_FLIGHT; ++i) {
                 const bool there = inside(pixel + i * DY_ABREAST, offset);
-                loaded[i] = dy.load(offset, there, factors, part % PARTS * 8);
+                loaded[i] = dy.load(offset, there);
             }
             UNROLLED
             for (int i = 0; i < CELL_FLIGHT; ++i) {

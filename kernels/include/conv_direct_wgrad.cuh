@@ -82,10 +82,10 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         halo.begin(p);
         dy_at = threadIdx.x / CHUNKS;
     };
-    const auto load_x = [&](const Halo& from, uint32_t slot) {
+    const auto load_x = [&](const Halo& from) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, c + channel, offset);
-        return x.load(offset, inside, tables.image[slot], channel);
+        return x.load(offset, inside);
     };
     const auto store_x = [&](uint32_t slot, const auto& loaded) {
         halo.put(slots + slot * slot_elements, x.round(loaded, tables.image[slot], channel));
@@ -96,10 +96,10 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         offset = row * uint32_t(p.rows) + uint32_t(k + channel);
         return row != NO_ROW && k + channel < p.rows;
     };
-    const auto load_dy = [&](uint32_t at, uint32_t slot) {
+    const auto load_dy = [&](uint32_t at) {
         uint32_t offset;
         const bool inside = dy_inside(at, offset);
-        return dy.load(offset, inside, tables.matrix[slot], channel);
+        return dy.load(offset, inside);
     };
     const auto store_dy = [&](uint32_t slot, const auto& loaded) {
         uint16_t* to = slots + slot * slot_elements + halo_elements + dy_at * PIXEL + channel;
@@ -125,18 +125,18 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     };
     const auto load_rest = [&](uint32_t slot) {
         while (halo.more()) {
-            decltype(load_x(halo, slot)) loaded[IN_FLIGHT];
+            decltype(load_x(halo)) loaded[IN_FLIGHT];
             Halo ahead = halo;
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                loaded[i] = load_x(ahead, slot);
+                loaded[i] = load_x(ahead);
                 ahead.next(p);
             }
             for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, loaded[i]);
         }
         static_assert(PATCH % (ABREAST * IN_FLIGHT) == 0);
         while (dy_at + (IN_FLIGHT - 1) * ABREAST < PATCH) {
-            decltype(load_dy(dy_at, slot)) loaded[IN_FLIGHT];
-            for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST, slot);
+            decltype(load_dy(dy_at)) loaded[IN_FLIGHT];
+            for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST);
             for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, loaded[i]);
         }
     };
@@ -170,10 +170,10 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
-            decltype(load_x(halo, slot)) of_x = {};
-            decltype(load_dy(dy_at, slot)) of_dy = {};
-            if (loads_x) of_x = load_x(halo, 1 - slot);
-            if (loads_dy) of_dy = load_dy(dy_at, 1 - slot);
+            decltype(load_x(halo)) of_x = {};
+            decltype(load_dy(dy_at)) of_dy = {};
+            if (loads_x) of_x = load_x(halo);
+            if (loads_dy) of_dy = load_dy(dy_at);
             const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
             uint32_t a[2][4];
             for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
@@ -190,7 +190,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
             if (loads_dy) store_dy(1 - slot, of_dy);
         }
         if (more) {
-            while (halo.more()) store_x(1 - slot, load_x(halo, 1 - slot));
+            while (halo.more()) store_x(1 - slot, load_x(halo));
             copies_done();
         }
         sync_threads();

@@ -49,26 +49,21 @@ DEVICE Chunk chunk_load(const void* from, int64_t at, int half) {
     return {words[0], words[1]};
 }
 
-// Its first four, or its second.
-template <class Operand, int SECOND>
-DEVICE void chunk_decode(float (&v)[4], const Chunk& chunk, int half) {
-    if (half) {
-        const float2 a = Operand::decode_pair(SECOND ? chunk.low.z : chunk.low.x);
-        const float2 b = Operand::decode_pair(SECOND ? chunk.low.w : chunk.low.y);
-        v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
-    } else {
-        __builtin_memcpy(v, SECOND ? &chunk.high : &chunk.low, 16);
-    }
+template <class Operand>
+DEVICE float4 four_of(uint32_t first, uint32_t second) {
+    const float2 a = Operand::decode_pair(first), b = Operand::decode_pair(second);
+    return {a.x, a.y, b.x, b.y};
 }
 
 template <class Operand>
 DEVICE void chunk_decode(float (&v)[8], const Chunk& chunk, int half) {
-    float low[4], high[4];
-    chunk_decode<Operand, 0>(low, chunk, half);
-    chunk_decode<Operand, 1>(high, chunk, half);
-    for (int i = 0; i < 4; ++i) {
-        v[i] = low[i];
-        v[4 + i] = high[i];
+    if (half) {
+        const float4 low = four_of<Operand>(chunk.low.x, chunk.low.y), high = four_of<Operand>(chunk.low.z, chunk.low.w);
+        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+    } else {
+        __builtin_memcpy(v, &chunk.low, 16);
+        __builtin_memcpy(v + 4, &chunk.high, 16);
     }
 }
 

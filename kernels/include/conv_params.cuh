@@ -144,8 +144,10 @@ DEVICE ConvPlace conv_place(const ConvProduct& p, uint32_t i) {
     i /= p.row_tiles;
     const uint32_t inner = p.by_pixel ? p.branches : p.splits;
     const uint32_t fast = i % inner, slow = i / inner;
-    place.split = p.by_pixel ? slow : fast;
-    place.branch = p.by_pixel ? fast : slow;
+    place.split = uniform(p.by_pixel ? slow : fast);
+    place.branch = uniform(p.by_pixel ? fast : slow);
+    place.column_tile = uniform(place.column_tile);
+    place.row_tile = uniform(place.row_tile);
     return place;
 }
 
@@ -159,8 +161,8 @@ DEVICE ConvStep conv_step(const ConvProduct& p, uint32_t result_branch, uint32_t
     ConvStep step;
     const uint32_t per = p.by_pixel ? p.segments : p.inner_tiles;
     const uint32_t slow = iteration / per, fast = iteration - slow * per;
-    step.inner_tile = p.by_pixel ? slow : fast;
-    const uint32_t segment = p.by_pixel ? fast : slow, first = uint32_t(p.terms[0].segments);
+    step.inner_tile = uniform(p.by_pixel ? slow : fast);
+    const uint32_t segment = uniform(p.by_pixel ? fast : slow), first = uint32_t(p.terms[0].segments);
     step.second = segment >= first;
     step.branch = result_branch + (step.second ? segment - first : segment);
     return step;

@@ -88,6 +88,10 @@ struct Source {
     DEVICE Chunk load(uint32_t offset) const {
         return chunk_load<Operand>(at, int64_t(offset), half);
     }
+    // Eight elements of a tensor of 16 bits.
+    DEVICE uint4 halves(uint32_t offset) const {
+        return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(at) + offset);
+    }
     // An element of a tensor of 16 bits, or the tensor itself if it is not there.
     DEVICE const uint16_t* place(uint32_t offset, bool there) const {
         return static_cast<const uint16_t*>(at) + (there ? int64_t(offset) : 0);
@@ -105,7 +109,7 @@ struct Prologue {
         Chunk of;
         bool inside;
     };
-    DEVICE Loaded load(uint32_t offset, bool inside, const FactorTable<SLICE>&, int) const {
+    DEVICE Loaded load(uint32_t offset, bool inside) const {
         return {inside ? of.template load<Operand>(offset) : Chunk{}, inside};
     }
     // Rounds what is loaded, `channel` the first of its channels in the table; zeros stay for what is not inside.
@@ -120,7 +124,7 @@ struct Prologue {
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
 
-// There are registers for two tensors of 16 bits. Wider ones are rounded at once.
+// There are registers for two tensors of 16 bits to wait in, no more: in kernels for pairs all images have 16 bits.
 template <class Operand, Pair PAIR>
 struct Prologue<Operand, PAIR, true> {
     Source of, with;
@@ -130,42 +134,33 @@ struct Prologue<Operand, PAIR, true> {
         uint4 of, with;
         bool inside;
     };
-    DEVICE bool waits() const { return of.half && (made != Made::PAIR || with.half); }
-    DEVICE Loaded load(uint32_t offset, bool inside, const FactorTable<SLICE>& factors, int channel) const {
-        if (!inside) return {{}, {}, false};
-        const Chunk mine = of.template load<Operand>(offset);
-        Chunk other = {};
-        if (made == Made::PAIR) other = with.template load<Operand>(offset);
-        if (waits()) return {mine.low, other.low, true};
-        return {made_of(mine, of.half, other, with.half, factors, channel), {}, true};
+    DEVICE Loaded load(uint32_t offset, bool inside) const {
+        Loaded loaded = {{}, {}, inside};
+        if (inside) loaded.of = of.halves(offset);
+        if (inside && made == Made::PAIR) loaded.with = with.halves(offset);
+        return loaded;
     }
     DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
-        if (!loaded.inside) return {};
-        if (!waits() || made == Made::PLAIN) return loaded.of;
-        return made_of({loaded.of, {}}, 1, {loaded.with, {}}, 1, factors, channel);
+        if (!loaded.inside || made == Made::PLAIN) return loaded.of;
+        const uint2 low = make(loaded.of.x, loaded.of.y, loaded.with.x, loaded.with.y, factors, channel);
+        const uint2 high = make(loaded.of.z, loaded.of.w, loaded.with.z, loaded.with.w, factors, channel + 4);
+        return {low.x, low.y, high.x, high.y};
     }
-    // Four at a time: with the factors of all eight, registers would run short.
-    DEVICE uint4 made_of(const Chunk& mine, int half, const Chunk& other, int other_half,
-                         const FactorTable<SLICE>& factors, int channel) const {
-        float v[4];
-        quad<0>(v, mine, half, other, other_half, factors, channel);
-        const uint2 low = {Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
-        quad<1>(v, mine, half, other, other_half, factors, channel + 4);
-        return {low.x, low.y, Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
-    }
-    template <int SECOND>
-    DEVICE void quad(float (&v)[4], const Chunk& mine, int half, const Chunk& other, int other_half,
-                     const FactorTable<SLICE>& factors, int channel) const {
-        chunk_decode<Operand, SECOND>(v, mine, half);
+    // Four elements at a time: the factors of eight take too many registers.
+    DEVICE uint2 make(uint32_t first, uint32_t second, uint32_t with_first, uint32_t with_second,
+                      const FactorTable<SLICE>& factors, int channel) const {
+        const float4 given = four_of<Operand>(first, second);
+        float v[4] = {given.x, given.y, given.z, given.w};
         if (made == Made::NORM) {
             for (int i = 0; i < 4; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
-        } else if (made == Made::PAIR) {
-            float x[4];
-            chunk_decode<Operand, SECOND>(x, other, other_half);
+        } else {
+            const float4 other = four_of<Operand>(with_first, with_second);
+            const float x[4] = {other.x, other.y, other.z, other.w};
             for (int i = 0; i < 4; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
         }
+        return {Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
     }
-    DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
+    DEVICE bool plain() const { return made == Made::PLAIN; }
 };
 
 // That of a tensor, and of the other of a pair, in a branch.

@@ -76,8 +76,14 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE int32_t shuffle_xor(int32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+// `v`, which is the same in all lanes: the compiler learns that it may keep it in one register for all.
+DEVICE uint32_t uniform(uint32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
+DEVICE int32_t uniform(int32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
 
 #else
+
+DEVICE uint32_t uniform(uint32_t v) { return v; }
+DEVICE int32_t uniform(int32_t v) { return v; }
 
 DEVICE void sync_threads(simt::Site site = simt::Site::here()) { simt::sync_threads(site); }
 DEVICE void sync_warp(simt::Site site = simt::Site::here()) { simt::sync_warp(site); }

@@ -10,6 +10,7 @@ use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
 use crate::plan::Args;
+use crate::tape::Kind;
 use bytemuck::Zeroable;
 
 /// Threads of a block.
@@ -176,6 +177,12 @@ impl Job<'_> {
         given.chain(&self.start).chain([&self.out]).chain(self.found.operands())
     }
 
+    /// The activations that the product is of.
+    fn loaded(&self) -> impl Iterator<Item = &Operand> {
+        let pairs = self.pairs().map(|pair| &pair.with);
+        self.terms.iter().flatten().chain(pairs).filter(|o| o.meta.kind == Kind::Activation)
+    }
+
     /// Those with eight neighbours of which the direct kernels do something at a time.
     fn tensors(&self) -> impl Iterator<Item = &Operand> {
         let pairs = self.pairs().map(|pair| &pair.with);
@@ -190,7 +197,9 @@ impl Job<'_> {
     /// Whether kernels can take it that work on patches: if they can take its sizes.
     fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
         let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
-        halves && self.out.len() > 0 && self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN))
+        // Two tensors at a time have room in 16 bits only.
+        let narrow = self.pairs().next().is_none() || self.loaded().all(|o| o.half);
+        halves && narrow && self.out.len() > 0 && self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN))
     }
 
     /// Its tiles, if the direct kernels can take it.
