@@ -105,12 +105,10 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
 
     auto& tables = *shared_memory<CellTables>();
     unsigned char* shared = shared_memory<unsigned char>();
-    const int group = int(threadIdx.x) / 128;
     const CellHalo halo(p, tiling, patch_of<FORM>(p, 0).pixel_step);
     const uint64_t image_matrix = wgmma_matrix(shared_address(shared + tiling.halos), uint32_t(tiling.halo_pitch) * GRANULE,
                                                halo.step * halo.line() * GRANULE);
     const uint64_t weight_matrix = Weights::matrix(shared_address(shared + tiling.matrices));
-    const uint32_t cell[2] = {halo.cell(p, 2 * group), halo.cell(p, 2 * group + 1)};
     int32_t held = -1;  // the phase whose weights were loaded last
     for (uint32_t number = first_patch; number < last_patch; ++number) {
         const Patch patch = patch_of<FORM>(p, number);
@@ -150,6 +148,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         };
         // What follows a product uses this memory too.
         if (number > first_patch) sync_threads();
+        if (threadIdx.x < CELLS) tables.cells[threadIdx.x] = halo.cell(p, int(threadIdx.x));
         for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i);
         sync_threads();
         if (count > 0) fill(0);
@@ -159,6 +158,8 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         tile.clear();
         for (uint32_t i = 0; i < count; ++i) {
             const uint32_t image = i % 2 * uint32_t(tiling.halo_bytes) / GRANULE;
+            uint32_t cell[2];
+            for (int m = 0; m < 2; ++m) cell[m] = tables.cells[int(threadIdx.x) / 128 * 2 + m];
             uint32_t weights = i % tiling.matrix_slots * uint32_t(tiling.matrix_bytes) / GRANULE;
             for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
             wgmma_fence();
@@ -209,7 +210,9 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
 template <class Operand, int WIDTH, bool PAIRS>
 DEVICE void cells_backward(const CellBackwardParams& p) {
     uint32_t block;
-    if (is_wgrad_block(p.both, block)) {
+    const bool of_weights = is_wgrad_block(p.both, block);
+    block = uniform(block);
+    if (of_weights) {
         cells_wgrad<Operand, WIDTH, PAIRS>(p.both.wgrad, p.wgrad, block);
     } else {
         cells<Form::DGRAD, Operand, WIDTH, PAIRS>(p.both.dgrad, p.dgrad, block);

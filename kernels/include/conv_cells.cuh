@@ -125,8 +125,8 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, c
 struct CellTables {
     FactorTable<SLICE> image[2];      // of the present iteration and the next
     FactorTable<SLICE> matrix[2][2];  // wgrad's, of two slices
-    uint32_t cells[CELLS];            // wgrad's: `CellHalo::cell`
-    uint32_t taps[12];                // of its pairs: `CellHalo::tap`
+    uint32_t cells[CELLS];            // `CellHalo::cell`
+    uint32_t taps[12];                // of wgrad's pairs: `CellHalo::tap`
 
     // The factors of channels from `first` on in a branch, for what the image is made of.
     template <Form FORM, bool PAIRS>

@@ -140,6 +140,7 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
             for (int pair = 0; pair < OWN; ++pair) {
                 at[pair] = x + tables.cells[cell] + tables.taps[int(threadIdx.x) / 128 * OWN + pair];
             }
+            ROLLED
             for (int lines = 0; lines < 8; lines += 2) {
                 for (int pair = 0; pair < OWN; ++pair) {
                     Operand::template wgmma<true, true>(
