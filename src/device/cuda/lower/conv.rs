@@ -1,9 +1,8 @@
 //! Convolutions, plain and fused: `kernels/conv.cu`, `kernels/conv_direct.cu` and `kernels/conv_wgmma.cu`.
 
-use super::conv_cells::{self, CellTiling, Scale};
-use super::conv_params::{
-    CellBackwardParams, CellParams, ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvSums, ConvTerm,
-};
+use super::conv_around::{Found, Pair, Sums};
+use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
+use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_tiles::Tiling;
 use super::{Lowering, Operand, Operands};
 use crate::device::cuda::driver::{Address, Generation};
@@ -58,66 +57,6 @@ impl Shape {
             ConvKind::Wgrad => {
                 Shape { image: x, grid: [g.p, g.q], rows: g.k, columns: g.r * g.s * g.c, inner: g.n * g.p * g.q }
             }
-        }
-    }
-}
-
-/// An operand that is made of a given tensor and of what a batch norm with a ReLU behind it normalises.
-struct Pair {
-    /// What the batch norm normalises.
-    with: Operand,
-    /// `g, b, mean, var`
-    norm: [Operand; 4],
-    /// Of delta `dg, db`, of a tangent `ġ, ḃ, ⟨ẋ⟩, ρ`.
-    vectors: Vec<Operand>,
-}
-
-impl Pair {
-    fn operands(&self) -> impl Iterator<Item = &Operand> {
-        [&self.with].into_iter().chain(&self.norm).chain(&self.vectors)
-    }
-}
-
-/// What is found of the first result.
-enum Found {
-    Nothing,
-    /// Mean and variance.
-    Statistics([Operand; 2]),
-    /// With what a batch norm normalises and its `g, b, mean, var`.
-    Sums {
-        next: Operand,
-        norm: [Operand; 4],
-        /// Of a tangent: the cotangent behind the ReLU, and its sum.
-        dy: Option<[Operand; 2]>,
-        results: Vec<Operand>,
-    },
-}
-
-impl Found {
-    fn operands(&self) -> Vec<&Operand> {
-        match self {
-            Found::Nothing => Vec::new(),
-            Found::Statistics(results) => results.iter().collect(),
-            Found::Sums { next, norm, dy, results } => {
-                [next].into_iter().chain(norm).chain(dy.iter().flatten()).chain(results).collect()
-            }
-        }
-    }
-
-    /// The activations that it reads.
-    fn activations(&self) -> Vec<&Operand> {
-        match self {
-            Found::Sums { next, dy, .. } => [next].into_iter().chain(dy.iter().map(|[dy, _]| dy)).collect(),
-            _ => Vec::new(),
-        }
-    }
-
-    /// What it makes.
-    fn results(&self) -> &[Operand] {
-        match self {
-            Found::Nothing => &[],
-            Found::Statistics(results) => results,
-            Found::Sums { results, .. } => results,
         }
     }
 }
@@ -297,27 +236,12 @@ impl Job<'_> {
             product.norm = ConvNorm::new(norm);
         }
         let count = g.n * g.p * g.q;
-        let pair = |pair: &Pair| ConvPair::new(&pair.with, &pair.norm, &pair.vectors, count);
-        product.image = self.image.as_ref().map_or(ConvPair::zeroed(), pair);
-        product.matrix = self.matrix.as_ref().map_or(ConvPair::zeroed(), pair);
+        product.image = self.image.as_ref().map_or(ConvPair::zeroed(), |pair| pair.lower(count));
+        product.matrix = self.matrix.as_ref().map_or(ConvPair::zeroed(), |pair| pair.lower(count));
         match &self.found {
             Found::Nothing => {}
-            Found::Statistics([mean, var]) => (product.mean, product.var) = (mean.at, var.at),
-            Found::Sums { next, norm, dy, results } => {
-                let mut sums = ConvSums {
-                    next: next.at,
-                    next_branch: next.branch,
-                    next_half: next.half.into(),
-                    norm: ConvNorm::new(norm),
-                    ..ConvSums::zeroed()
-                };
-                if let Some([dy, db]) = dy {
-                    (sums.dy, sums.dy_branch, sums.dy_half) = (dy.at, dy.branch, dy.half.into());
-                    (sums.db, sums.db_branch) = (db.at, db.branch);
-                }
-                results.iter().enumerate().for_each(|(i, result)| sums.results[i] = result.at);
-                product.sums = sums;
-            }
+            Found::Statistics(results) => (product.mean, product.var) = (results[0].at, results[1].at),
+            Found::Sums(sums) => product.sums = sums.lower(),
         }
         let columns = column_tiles * branches;
         let groups = row_tiles.div_ceil(RECORD_GROUP);
@@ -518,23 +442,18 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
         let [y, g, b, mean, var, dg, db] = op.delta_operands()?.map(operand);
         Some(Pair { with: y, norm: [g, b, mean, var], vectors: vec![dg, db] })
     };
-    let first_result = match op.form {
-        ConvForm::Fprop | ConvForm::Wgrad | ConvForm::Tangent => 1,
-        ConvForm::Backward => 2,
-    };
-    let found = match (op.epilogue, norm) {
-        (Epilogue::Stats, _) => Found::Statistics([0, 1].map(|i| result(first_result + i))),
-        (Epilogue::BackwardSums, Some(norm)) => {
-            let results = [0, 1].map(|i| result(first_result + i)).to_vec();
-            Found::Sums { next: x, norm, dy: None, results }
+    let first = if op.form == ConvForm::Backward { 2 } else { 1 };
+    let results = |count: usize| (first..first + count).map(result).collect::<Vec<_>>();
+    let found = match (op.epilogue, norm, op.epilogue_operands()) {
+        (Epilogue::Stats, ..) => Found::Statistics(results(2)),
+        (Epilogue::BackwardSums, Some(norm), _) => {
+            Found::Sums(Box::new(Sums { next: x, norm, dy: None, results: results(2) }))
         }
-        (Epilogue::TangentSums, _) => match op.epilogue_operands().map(|at| at.map(operand)) {
-            Some([next, g, b, mean, var, dy, db]) => {
-                let results = [0, 1, 2].map(|i| result(first_result + i)).to_vec();
-                Found::Sums { next, norm: [g, b, mean, var], dy: Some([dy, db]), results }
-            }
-            None => Found::Nothing,
-        },
+        (Epilogue::TangentSums, _, Some(at)) => {
+            let [next, g, b, mean, var, dy, db] = at.map(operand);
+            let sums = Sums { next, norm: [g, b, mean, var], dy: Some([dy, db]), results: results(3) };
+            Found::Sums(Box::new(sums))
+        }
         _ => Found::Nothing,
     };
     match op.form {

@@ -1,6 +1,7 @@
 //! How the products of convolutions are divided for the warpgroups of Hopper: patches of cells of 8 × 8 pixels
 //! (`kernels/include/conv_cells.cuh`).
 
+use super::conv_params::{ConvBackwardParams, ConvParams, ConvProduct};
 use super::conv_tiles::{MOST_PADDING, Patches, SLICE, Tiling};
 use crate::device::cuda::driver::Limits;
 use crate::ops::{ConvGeom, ConvKind};
@@ -41,6 +42,25 @@ pub(super) struct CellTiling {
     keeps: i32,
 }
 const _: () = assert!(size_of::<CellTiling>() == 32);
+
+/// Twin of `CellParams`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct CellParams {
+    pub product: ConvProduct,
+    pub tiling: CellTiling,
+}
+const _: () = assert!(size_of::<CellParams>() == size_of::<ConvParams>() + 32);
+
+/// Twin of `CellBackwardParams`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct CellBackwardParams {
+    pub both: ConvBackwardParams,
+    pub dgrad: CellTiling,
+    pub wgrad: CellTiling,
+}
+const _: () = assert!(size_of::<CellBackwardParams>() == size_of::<ConvBackwardParams>() + 64);
 
 /// What else decides how a product is divided.
 #[derive(Clone, Copy, Debug)]

@@ -1,7 +1,6 @@
 //! What the kernels of convolutions are told: twins of the structs of `kernels/include/conv_params.cuh`.
 
 use super::Operand;
-use super::conv_cells::CellTiling;
 use crate::device::cuda::driver::Address;
 use crate::ops::BN_EPS;
 use bytemuck::{Pod, Zeroable};
@@ -140,40 +139,3 @@ impl ConvNorm {
         ConvNorm { at: norm.map(|o| o.at), branch: norm.map(|o| o.branch), epsilon: BN_EPS as f32, unused: 0 }
     }
 }
-
-impl ConvPair {
-    /// Of a tensor that is made of another and of `with`, which the batch norm `norm` normalises, with `vectors` per channel.
-    pub fn new(with: &Operand, norm: &[Operand; 4], vectors: &[Operand], count: usize) -> Self {
-        let mut pair = ConvPair {
-            at: with.at,
-            branch: with.branch,
-            norm: ConvNorm::new(norm),
-            half: with.half.into(),
-            count: count as f32,
-            ..ConvPair::zeroed()
-        };
-        for (i, vector) in vectors.iter().enumerate() {
-            (pair.vectors[i], pair.vector_branches[i]) = (vector.at, vector.branch);
-        }
-        pair
-    }
-}
-
-/// Twin of `CellParams`.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(super) struct CellParams {
-    pub product: ConvProduct,
-    pub tiling: CellTiling,
-}
-const _: () = assert!(size_of::<CellParams>() == size_of::<ConvParams>() + 32);
-
-/// Twin of `CellBackwardParams`.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(super) struct CellBackwardParams {
-    pub both: ConvBackwardParams,
-    pub dgrad: CellTiling,
-    pub wgrad: CellTiling,
-}
-const _: () = assert!(size_of::<CellBackwardParams>() == size_of::<ConvBackwardParams>() + 64);

@@ -4,6 +4,7 @@
 
 mod batch_norm;
 mod conv;
+mod conv_around;
 mod conv_cells;
 mod conv_params;
 mod conv_tiles;
