@@ -48,7 +48,7 @@ fn on_simt(case: &Case, values: &[Operand], operands: Operands, seed: u64) -> Ve
     // The rule of the lowering: operands of 16 bits, channels in eights, and pairs of 16 bits as they are loaded.
     let geom = &case.op.geom;
     let halves = matches!(operands, Operands::F16 | Operands::Bf16);
-    let may = generation == Generation::Hopper && halves && geom.c % 8 == 0 && geom.k % 8 == 0;
+    let may = generation == Generation::Hopper && halves && geom.c.is_multiple_of(8) && geom.k.is_multiple_of(8);
     let must = may && (!pairs(&case.op) || case.half & LOADED == LOADED);
     let tally = tally.lock().unwrap();
     let (kernel, _) = tally.keys().find(|(_, label)| label.starts_with(case.op.name())).unwrap();
