@@ -42,22 +42,10 @@ struct Args {
     profile: bool,
 }
 
-/// Operation and shapes of a launch.
-fn describe(plan: &Plan, launch: &Launch) -> String {
-    let shapes = |buffers: &[usize]| -> String {
-        let texts = buffers.iter().map(|&b| plan.buffers[b].meta.to_string());
-        texts.collect::<Vec<String>>().join(", ")
-    };
-    let sets: Vec<String> =
-        launch.args.iter().take(1).map(|a| format!("{} -> {}", shapes(&a.inputs), shapes(&a.outputs))).collect();
-    let more = if launch.args.len() > 1 { format!(" and {} more", launch.args.len() - 1) } else { String::new() };
-    format!("{} {}{more}", launch.op.name(), sets.concat())
-}
-
 /// What a launch is and should do, and how many kernels it was.
 fn expected(plan: &Plan, launch: &Launch, kernels: usize) -> Value {
     let (flops, bytes) = plan.launch_cost(launch, 4);
-    let (op, what) = (launch.op.name(), describe(plan, launch));
+    let (op, what) = (launch.op.name(), plan.launch_label(launch));
     json!({ "op": op, "what": what, "phase": launch.phase, "kernels": kernels, "flops": flops, "bytes": bytes })
 }
 
@@ -66,7 +54,7 @@ fn main() {
     let step = json!({ "network": format!("{:?}", args.network).to_lowercase(), "batch": args.batch,
                        "branches": args.branches, "recipe": args.recipe.to_string() });
     let mut results = Results::new("kernels", &args.common);
-    for &precision in &args.common.precision {
+    for precision in args.common.precisions() {
         let mut device = args.common.open(precision);
         let spec = spec(args.network.model(), [args.batch, args.branches], args.recipe, false, precision);
         let planned = plan(&spec, &*device);
@@ -86,7 +74,7 @@ fn main() {
             .launches
             .iter()
             .map(|launch| {
-                let (name, cost) = (describe(&planned, launch), planned.launch_cost(launch, 4));
+                let (name, cost) = (planned.launch_label(launch), planned.launch_cost(launch, 4));
                 let at = rows.iter().position(|r| r.0 == name && r.2 == cost).unwrap_or(rows.len());
                 if at == rows.len() {
                     rows.push((name, 0, cost, Samples::default()));

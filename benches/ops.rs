@@ -48,7 +48,7 @@ fn main() {
         criterion = criterion.with_filter(filter);
     }
     let mut results = Results::new("ops", &args);
-    for (i, &precision) in args.precision.iter().enumerate() {
+    for (i, precision) in args.precisions().into_iter().enumerate() {
         let mut device = args.open(precision);
         let roof = Roof::measure(args.device, &mut *device);
         results.begin(device.describe(), precision.to_string(), roof);

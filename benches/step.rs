@@ -52,7 +52,7 @@ fn main() {
         criterion = criterion.with_filter(filter);
     }
     let mut results = Results::new("step", &args.common);
-    for &precision in &args.common.precision {
+    for precision in args.common.precisions() {
         let mut device = args.common.open(precision);
         let roof = Roof::measure(args.common.device, &mut *device);
         results.begin(device.describe(), precision.to_string(), roof);

@@ -5,8 +5,9 @@
 // first chunk write what there is one of per channel. Where a result is a sum over branches, its blocks go through the branches and
 // keep the sum in registers.
 //
-// The first launch could be spared where a convolution's dgrad makes dy and recomputes relu(bn(x)) from the same x: its epilogue has
-// both at hand.
+// The first launch is spared where a convolution's dgrad makes dy and recomputes relu(bn(x)) from the same x: its epilogue makes the
+// sums, and they are operands of `bn_backward_apply`. That also takes the sum ḡ of the same batch norm's double backward, and adds the term of
+// its x̄ that holds ḡ.
 
 // Two blocks on a multiprocessor: with one, too few loads are in flight.
 #define KERNEL_BLOCKS 2
@@ -30,24 +31,21 @@ struct BnBackwardParams {
     BnVector mean;             // [M, C]
     BnVector var;              // [M, C]
     BnActivation y;            // [M, N, H, W, C], null unless the mask comes from it
-    BnActivation start;        // [M, N, H, W, C], added to dx, which may lie where it does; null for nothing
+    BnActivation starts[2];    // [M, N, H, W, C], added to dx, which may lie where one does; null for nothing
     BnActivation dx;           // [M, N, H, W, C]
-    BnVector dg;               // [M, C]
-    BnVector db;               // [M, C]
+    BnVector dg;               // [M, C], an operand where `totals` is null
+    BnVector db;               // [M, C], as dg
+    BnVector g_bar;            // [M, C], added to dg in dx; null for nothing
     BnBackwardSums* partials;  // [M, chunks, C]
-    BnBackwardSums* totals;    // [M, C]
+    BnBackwardSums* totals;    // [M, C], null where no launch has made them
     uint32_t* counters;        // [M, tiles]
     BnShape shape;
 };
-static_assert(sizeof(BnBackwardParams) == 248);
-
-// Rows that a thread has in flight at a time.
-template <class T>
-constexpr int IN_FLIGHT = sizeof(typename T::Element) == 2 ? 4 : 2;
+static_assert(sizeof(BnBackwardParams) == 280);
 
 template <class T>
 DEVICE void bn_backward_reduce(const BnBackwardParams& p) {
-    constexpr int ROWS = IN_FLIGHT<T>;
+    constexpr int ROWS = BN_IN_FLIGHT<T>;
     const BnTile tile = bn_tile(p.shape, p.shape.reduce_rows);
     const int64_t m = blockIdx.z;
     const BnMask mask = p.shape.mask;
@@ -82,57 +80,56 @@ KERNEL(bn_backward_reduce_f32, BnBackwardParams, 256) { bn_backward_reduce<Store
 KERNEL(bn_backward_reduce_f16, BnBackwardParams, 256) { bn_backward_reduce<StoredF16>(p); }
 KERNEL(bn_backward_reduce_bf16, BnBackwardParams, 256) { bn_backward_reduce<StoredBf16>(p); }
 
-// `dx = of_dy·(dy − ⟨dy⟩) + of_x·(x − μ)`
-enum BnBackwardField { MEAN, DY_MEAN, OF_DY, OF_X, NORM };
+// `Σ dy·x̂` and `Σ dy` of a channel
+struct BnGradients {
+    float dg, db;
+};
 
-// Factors of `count` branches from `from` on; the first chunk's blocks write the results of these branches.
+DEVICE BnGradients bn_gradients(const BnBackwardParams& p, int64_t m, int channel, float r) {
+    if (!p.totals) return {bn_value(p.dg, m, channel), bn_value(p.db, m, channel)};
+    const BnBackwardSums sums = p.totals[m * p.shape.total_branch + channel];
+    return {sums.dy_x * r, sums.dy};
+}
+
+// `dx = of_dy·(dy − ⟨dy⟩) + of_x·(x − μ)`
+enum BnBackwardField { DY_MEAN = OWN_FIELDS, OF_DY, OF_X };
+
 DEVICE void bn_backward_factors(const BnBackwardParams& p, const BnFactors& factors, int64_t first, int from, int count) {
-    const BnShape& shape = p.shape;
-    const float n = static_cast<float>(shape.rows);
-    const int tile = static_cast<int>(blockIdx.y) * shape.width;
-    for (int slot = threadIdx.x; slot < count * shape.width; slot += BN_THREADS) {
-        const int channel = tile + slot % shape.width;
-        if (channel >= shape.channels) continue;
-        const int64_t m = first + from + slot / shape.width;
-        const BnBackwardSums sums = p.totals[m * shape.total_branch + channel];
-        const float r = bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon);
-        const float scale = bn_value(p.g, m, channel) * r, dy_x_hat = sums.dy_x * r / n;
-        factors.put(MEAN, slot, bn_value(p.mean, m, channel));
-        factors.put(DY_MEAN, slot, sums.dy / n);
+    const float n = static_cast<float>(p.shape.rows);
+    const auto own = [&](int slot, int64_t m, int channel, float r) {
+        const BnGradients sums = bn_gradients(p, m, channel, r);
+        // A term that all branches share counts once in their sum.
+        const bool more = p.g_bar.at && (m == first || p.g_bar.branch != 0 || p.x.branch != 0);
+        const float dg = more ? sums.dg + bn_value(p.g_bar, m, channel) : sums.dg;
+        const float scale = bn_value(p.g, m, channel) * r, dy_x_hat = dg / n;
+        factors.put(DY_MEAN, slot, sums.db / n);
         factors.put(OF_DY, slot, scale);
         factors.put(OF_X, slot, -scale * r * dy_x_hat);
-        if (shape.mask == BN_RECOMPUTED) {
-            factors.put_norm(NORM, slot, bn_norm_of(shape, p.g, p.b, p.mean, p.var, m, channel));
-        }
-    }
-    const int channel = tile + static_cast<int>(threadIdx.x);
-    if (blockIdx.x != 0 || static_cast<int>(threadIdx.x) >= shape.width || channel >= shape.channels) return;
-    for (int i = from; i < from + count; ++i) {
-        const int64_t m = first + i;
-        const BnBackwardSums sums = p.totals[m * shape.total_branch + channel];
-        const float r = bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon);
-        bn_put(p.dg, m, channel, sums.dy_x * r, i == 0);
-        bn_put(p.db, m, channel, sums.dy, i == 0);
-    }
+    };
+    bn_put_factors(p, factors, first, from, count, own, [&](int64_t m, int channel, float r, int i) {
+        if (!p.totals) return;
+        const BnGradients sums = bn_gradients(p, m, channel, r);
+        bn_put(p.dg, m, channel, sums.dg, i == 0);
+        bn_put(p.db, m, channel, sums.db, i == 0);
+    });
 }
 
 template <class T>
 DEVICE void bn_backward_apply(const BnBackwardParams& p) {
-    constexpr int ROWS = IN_FLIGHT<T>;
+    constexpr int ROWS = BN_IN_FLIGHT<T>;
     const BnTile tile = bn_tile(p.shape, p.shape.apply_rows);
     const BnFactors factors = bn_factors(p.shape);
     const BnMask mask = p.shape.mask;
     const int branches = p.shape.branches;
     const int64_t first = int64_t(blockIdx.z) * branches;
-    const bool summed = p.dx.branch == 0, starts = p.start.at != nullptr;
+    const bool summed = p.dx.branch == 0;
     for (int from = 0; from < branches; from += p.shape.group) {
         const int count = branches - from < p.shape.group ? branches - from : p.shape.group;
         if (from != 0) sync_threads();
         bn_backward_factors(p, factors, first, from, count);
         sync_threads();
         for (int row = tile.line; row < tile.end; row += ROWS * tile.lines) {
-            BnRows<T, ROWS> dy_rows, x_rows, y_rows, start_rows;
-            if (starts && summed && from == 0) start_rows.load(p.start, first, tile, row);
+            BnRows<T, ROWS> dy_rows, x_rows, y_rows, start_rows[2];
             float dx[ROWS][4] = {};
             for (int i = 0; i < count; ++i) {
                 const int64_t m = first + from + i;
@@ -140,41 +137,33 @@ DEVICE void bn_backward_apply(const BnBackwardParams& p) {
                 dy_rows.load(p.dy, m, tile, row);
                 if (i == 0 || p.x.branch != 0) x_rows.load(p.x, m, tile, row);
                 if (mask == BN_RESULT) y_rows.load(p.y, m, tile, row);
-                if (starts && !summed) start_rows.load(p.start, m, tile, row);
+                const bool begins = !summed || from + i == 0;
+                for (int s = 0; s < 2; ++s) {
+                    if (begins && p.starts[s].at) start_rows[s].load(p.starts[s], m, tile, row);
+                }
                 float dy[ROWS][4], x[ROWS][4];
                 dy_rows.unpack(dy);
                 x_rows.unpack(x);
                 BnScaleShift norm[4] = {};
-                if (mask == BN_RECOMPUTED) factors.get_norm(norm, NORM, slot);
+                if (mask == BN_RECOMPUTED) factors.get_norm(norm, slot);
                 bn_mask(dy, mask, norm, x, y_rows);
                 float mean[4], dy_mean[4], of_dy[4], of_x[4];
                 factors.get(mean, MEAN, slot);
                 factors.get(dy_mean, DY_MEAN, slot);
                 factors.get(of_dy, OF_DY, slot);
                 factors.get(of_x, OF_X, slot);
-                if (!summed) {
-                    for (int k = 0; k < ROWS; ++k) {
-                        for (int c = 0; c < 4; ++c) dx[k][c] = 0.0f;
-                    }
-                    if (starts) start_rows.unpack(dx);
-                }
                 for (int k = 0; k < ROWS; ++k) {
                     for (int c = 0; c < 4; ++c) {
-                        const float v = of_dy[c] * (dy[k][c] - dy_mean[c]);
-                        dx[k][c] += fmaf(of_x[c], x[k][c] - mean[c], v);
+                        const float v = fmaf(of_x[c], x[k][c] - mean[c], of_dy[c] * (dy[k][c] - dy_mean[c]));
+                        dx[k][c] = summed ? dx[k][c] + v : v;
                     }
+                }
+                for (int s = 0; s < 2; ++s) {
+                    if (begins && p.starts[s].at) start_rows[s].add_to(dx);
                 }
                 if (!summed) bn_store<T>(p.dx, m, dx, false, tile, row);
             }
-            if (!summed) continue;
-            if (starts && from == 0) {
-                float start[ROWS][4];
-                start_rows.unpack(start);
-                for (int k = 0; k < ROWS; ++k) {
-                    for (int c = 0; c < 4; ++c) dx[k][c] += start[k][c];
-                }
-            }
-            bn_store<T>(p.dx, first, dx, from != 0, tile, row);
+            if (summed) bn_store<T>(p.dx, first, dx, from != 0, tile, row);
         }
     }
 }

@@ -1,6 +1,11 @@
 // Batch norm double backward, with and without a ReLU behind the batch norm, whose mask comes from the forward result or is computed
 // again from x. Formulas: src/ops/batch_norm.rs; division into launches: batch_norm_backward.cu.
+//
+// `bn_double_backward_bar` is one launch, for x̄ and ḡ alone: convolutions, which make ẏ as they load ẋ, have found the other sums. It
+// leaves the term of x̄ that holds ḡ to the backward kernel, which comes after it.
 
+// Two blocks on a multiprocessor: with one, too few loads are in flight.
+#define KERNEL_BLOCKS 2
 #include "batch_norm.cuh"
 
 // Means of dy and ẋ over some rows, `Σ (dy−⟨dy⟩)(ẋ−⟨ẋ⟩)`, `Σ dy·(x−μ)`, `Σ ẋ·(x−μ)`. The product of dy and ẋ is
@@ -105,50 +110,39 @@ KERNEL(bn_double_backward_reduce_f32, BnDoubleParams, 256) { bn_double_reduce<St
 KERNEL(bn_double_backward_reduce_f16, BnDoubleParams, 256) { bn_double_reduce<StoredF16>(p); }
 KERNEL(bn_double_backward_reduce_bf16, BnDoubleParams, 256) { bn_double_reduce<StoredBf16>(p); }
 
-// With u = ẋ − ⟨ẋ⟩, v = x − μ, w = dy − ⟨dy⟩: `ẏ = a·u + b·v + ḃ` and `x̄ = b·w + c·u + d·v`, where `a = g r`,
-// `b = r(ġ − g r ρ) = ġ r + g r'`, `c = −g r²⟨dy x̂⟩`, `d = −r b⟨dy x̂⟩ + g r²(r ρ⟨dy x̂⟩ − ⟨dy x̂'⟩)`.
-enum BnDoubleField { MEAN, X_DOT_MEAN, DY_MEAN, A, B, C, D, B_DOT, NORM };
+// What the sums over rows say of a channel: means, and `Σ dy x̂'`.
+struct BnDoubleMeans {
+    float dy, x_dot, dy_x_hat, rho, dy_x_hat_dot;
+};
 
-// `Σ dy x̂'`
-DEVICE float bn_dy_x_hat_dot(const BnDoubleSums& sums, float r, float n) {
-    const float rho = sums.x_dot_x * r / n;
-    return r * (sums.dy_x_dot - sums.dy_x * r * rho);
+DEVICE BnDoubleMeans bn_double_means(const BnDoubleParams& p, int64_t m, int channel, float r) {
+    const float n = static_cast<float>(p.shape.rows);
+    const BnDoubleSums sums = p.totals[m * p.shape.total_branch + channel];
+    const float dg = sums.dy_x * r, rho = sums.x_dot_x * r / n;
+    return {sums.dy, sums.x_dot, dg / n, rho, r * (sums.dy_x_dot - dg * rho)};
 }
 
-// Factors of `count` branches from `from` on; the first chunk's blocks write the results of these branches.
+// With u = ẋ − ⟨ẋ⟩, v = x − μ, w = dy − ⟨dy⟩: `ẏ = a·u + b·v + ḃ` and `x̄ = b·w + c·u + d·v`, where `a = g r`,
+// `b = r(ġ − g r ρ) = ġ r + g r'`, `c = −g r²⟨dy x̂⟩`, `d = −r b⟨dy x̂⟩ + g r²(r ρ⟨dy x̂⟩ − ⟨dy x̂'⟩)`.
+enum BnDoubleField { X_DOT_MEAN = OWN_FIELDS, DY_MEAN, A, B, B_DOT, C, D };
+
 DEVICE void bn_double_factors(const BnDoubleParams& p, const BnFactors& factors, int64_t first, int from, int count) {
-    const BnShape& shape = p.shape;
-    const float n = static_cast<float>(shape.rows);
-    const int tile = static_cast<int>(blockIdx.y) * shape.width;
-    for (int slot = threadIdx.x; slot < count * shape.width; slot += BN_THREADS) {
-        const int channel = tile + slot % shape.width;
-        if (channel >= shape.channels) continue;
-        const int64_t m = first + from + slot / shape.width;
-        const BnDoubleSums sums = p.totals[m * shape.total_branch + channel];
-        const float g = bn_value(p.g, m, channel);
-        const float r = bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon);
-        const float rho = sums.x_dot_x * r / n, dy_x_hat = sums.dy_x * r / n;
-        const float dy_x_hat_dot = bn_dy_x_hat_dot(sums, r, n) / n;
-        const float b = r * (bn_value(p.g_dot, m, channel) - g * r * rho);
-        factors.put(MEAN, slot, bn_value(p.mean, m, channel));
-        factors.put(X_DOT_MEAN, slot, sums.x_dot);
-        factors.put(DY_MEAN, slot, sums.dy);
+    const float n = static_cast<float>(p.shape.rows);
+    const auto own = [&](int slot, int64_t m, int channel, float r) {
+        const BnDoubleMeans means = bn_double_means(p, m, channel, r);
+        const float g = bn_value(p.g, m, channel), dy_x_hat = means.dy_x_hat, dy_x_hat_dot = means.dy_x_hat_dot / n;
+        const float b = r * (bn_value(p.g_dot, m, channel) - g * r * means.rho);
+        factors.put(X_DOT_MEAN, slot, means.x_dot);
+        factors.put(DY_MEAN, slot, means.dy);
         factors.put(A, slot, g * r);
         factors.put(B, slot, b);
-        factors.put(C, slot, -g * r * r * dy_x_hat);
-        factors.put(D, slot, g * r * r * (r * rho * dy_x_hat - dy_x_hat_dot) - r * b * dy_x_hat);
         factors.put(B_DOT, slot, bn_value(p.b_dot, m, channel));
-        if (shape.mask == BN_RECOMPUTED) {
-            factors.put_norm(NORM, slot, bn_norm_of(shape, p.g, p.b, p.mean, p.var, m, channel));
-        }
-    }
-    const int channel = tile + static_cast<int>(threadIdx.x);
-    if (blockIdx.x != 0 || static_cast<int>(threadIdx.x) >= shape.width || channel >= shape.channels) return;
-    for (int i = from; i < from + count; ++i) {
-        const int64_t m = first + i;
-        const float r = bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon);
-        bn_put(p.g_bar, m, channel, bn_dy_x_hat_dot(p.totals[m * shape.total_branch + channel], r, n), i == 0);
-    }
+        factors.put(C, slot, -g * r * r * dy_x_hat);
+        factors.put(D, slot, g * r * r * (r * means.rho * dy_x_hat - dy_x_hat_dot) - r * b * dy_x_hat);
+    };
+    bn_put_factors(p, factors, first, from, count, own, [&](int64_t m, int channel, float r, int i) {
+        bn_put(p.g_bar, m, channel, bn_double_means(p, m, channel, r).dy_x_hat_dot, i == 0);
+    });
 }
 
 template <class T>
@@ -179,7 +173,7 @@ DEVICE void bn_double_apply(const BnDoubleParams& p) {
                 x_rows.unpack(x);
                 x_dot_rows.unpack(x_dot);
                 BnScaleShift norm[4] = {};
-                if (mask == BN_RECOMPUTED) factors.get_norm(norm, NORM, slot);
+                if (mask == BN_RECOMPUTED) factors.get_norm(norm, slot);
                 bn_mask(dy, mask, norm, x, y_rows);
                 float mean[4], x_dot_mean[4], dy_mean[4], a[4], b[4], c[4], d[4], b_dot[4];
                 factors.get(mean, MEAN, slot);
@@ -214,3 +208,127 @@ DEVICE void bn_double_apply(const BnDoubleParams& p) {
 KERNEL(bn_double_backward_apply_f32, BnDoubleParams, 256) { bn_double_apply<StoredF32>(p); }
 KERNEL(bn_double_backward_apply_f16, BnDoubleParams, 256) { bn_double_apply<StoredF16>(p); }
 KERNEL(bn_double_backward_apply_bf16, BnDoubleParams, 256) { bn_double_apply<StoredBf16>(p); }
+
+// Σ over rows of a product of centred numbers.
+struct BnSum {
+    float v;
+
+    DEVICE void add(const BnSum& other) { v += other.v; }
+};
+static_assert(sizeof(BnSum) == 4);
+
+struct BnDoubleBarParams {
+    BnActivation x_dot;   // [M, N, H, W, C]
+    BnVector g_dot;       // [M, C]
+    BnActivation dy;      // [M, N, H, W, C]
+    BnActivation x;       // [M, N, H, W, C]
+    BnVector g;           // [M, C]
+    BnVector b;           // [M, C]
+    BnVector mean;        // [M, C]
+    BnVector var;         // [M, C]
+    BnVector dg;          // [M, C], Σ dy·x̂
+    BnVector db;          // [M, C], Σ dy
+    BnVector x_dot_mean;  // [M, C]
+    BnVector rho;         // [M, C], ⟨x̂ẋ⟩
+    BnActivation start;   // [M, N, H, W, C], added to x̄, which may lie where it, dy or ẋ does; null for nothing
+    BnActivation x_bar;   // [M, N, H, W, C]
+    BnVector g_bar;       // [M, C]
+    BnSum* partials;      // [M, chunks, C]
+    uint32_t* counters;   // [M, tiles]
+    BnShape shape;        // the mask is recomputed
+};
+static_assert(sizeof(BnDoubleBarParams) == 304);
+
+// With u, v, w as above: `x̂' = r·u − k·v`, `x̄ = b·(w − s·v) + c·x̂'` and `ḡ = Σ w·x̂'`, where `k = r²ρ`, `s = r⟨dy x̂⟩`,
+// `b = r(ġ − g r ρ)`, `c = −g r⟨dy x̂⟩`. x̄ is without its last term, which needs ḡ.
+enum BnDoubleBarField { BAR_X_DOT_MEAN = OWN_FIELDS, BAR_DY_MEAN, BAR_R, BAR_K, BAR_S, BAR_B, BAR_C };
+
+DEVICE void bn_double_bar_factors(const BnDoubleBarParams& p, const BnFactors& factors, int64_t first, int from, int count) {
+    const float n = static_cast<float>(p.shape.rows);
+    const auto own = [&](int slot, int64_t m, int channel, float r) {
+        const float g = bn_value(p.g, m, channel), rho = bn_value(p.rho, m, channel);
+        const float dy_x_hat = bn_value(p.dg, m, channel) / n;
+        factors.put(BAR_X_DOT_MEAN, slot, bn_value(p.x_dot_mean, m, channel));
+        factors.put(BAR_DY_MEAN, slot, bn_value(p.db, m, channel) / n);
+        factors.put(BAR_R, slot, r);
+        factors.put(BAR_K, slot, r * r * rho);
+        factors.put(BAR_S, slot, r * dy_x_hat);
+        factors.put(BAR_B, slot, r * (bn_value(p.g_dot, m, channel) - g * r * rho));
+        factors.put(BAR_C, slot, -g * r * dy_x_hat);
+    };
+    bn_put_factors(p, factors, first, from, count, own, [](int64_t, int, float, int) {});
+}
+
+// Where x̄ is summed over the branches but ḡ is not, the first block of a chunk makes x̄ alone, and one more for each branch its ḡ.
+template <class T>
+DEVICE void bn_double_bar(const BnDoubleBarParams& p) {
+    constexpr int ROWS = BN_IN_FLIGHT<T>;
+    const BnTile tile = bn_tile(p.shape, p.shape.apply_rows);
+    const BnFactors factors = bn_factors(p.shape);
+    const bool summed = p.x_bar.branch == 0;
+    const bool apart = summed && p.g_bar.branch != 0 && p.shape.branches > 1;
+    const bool stores = !apart || blockIdx.z == 0;
+    const int branches = stores ? p.shape.branches : 1;
+    const int64_t first = apart ? (stores ? 0 : int64_t(blockIdx.z) - 1) : int64_t(blockIdx.z) * branches;
+    BnSum g_bar[4] = {};
+    for (int from = 0; from < branches; from += p.shape.group) {
+        const int count = branches - from < p.shape.group ? branches - from : p.shape.group;
+        if (from != 0) sync_threads();
+        bn_double_bar_factors(p, factors, first, from, count);
+        sync_threads();
+        for (int row = tile.line; row < tile.end; row += ROWS * tile.lines) {
+            float x_bar[ROWS][4] = {};
+            BnRows<T, ROWS> dy_rows, x_rows, x_dot_rows, start_rows;
+            for (int i = 0; i < count; ++i) {
+                const int64_t m = first + from + i;
+                const int slot = i * p.shape.width + 4 * tile.lane;
+                dy_rows.load(p.dy, m, tile, row);
+                if (i == 0 || p.x.branch != 0) x_rows.load(p.x, m, tile, row);
+                x_dot_rows.load(p.x_dot, m, tile, row);
+                const bool begins = p.start.at && (!summed || from + i == 0);
+                if (begins) start_rows.load(p.start, m, tile, row);
+                float dy[ROWS][4], x[ROWS][4], x_dot[ROWS][4];
+                dy_rows.unpack(dy);
+                x_rows.unpack(x);
+                x_dot_rows.unpack(x_dot);
+                BnScaleShift norm[4];
+                factors.get_norm(norm, slot);
+                bn_mask(dy, BN_RECOMPUTED, norm, x, dy_rows);
+                float mean[4], x_dot_mean[4], dy_mean[4], r[4], k[4], s[4], b[4], c[4];
+                factors.get(mean, MEAN, slot);
+                factors.get(x_dot_mean, BAR_X_DOT_MEAN, slot);
+                factors.get(dy_mean, BAR_DY_MEAN, slot);
+                factors.get(r, BAR_R, slot);
+                factors.get(k, BAR_K, slot);
+                factors.get(s, BAR_S, slot);
+                factors.get(b, BAR_B, slot);
+                factors.get(c, BAR_C, slot);
+                for (int o = 0; o < ROWS; ++o) {
+                    // What is past the end is no number of the channel's.
+                    const bool has = tile.has(row, o);
+                    for (int j = 0; j < 4; ++j) {
+                        const float v = x[o][j] - mean[j], w = dy[o][j] - dy_mean[j];
+                        const float x_hat_dot = fmaf(r[j], x_dot[o][j] - x_dot_mean[j], -k[j] * v);
+                        const float bar = fmaf(b[j], fmaf(-s[j], v, w), c[j] * x_hat_dot);
+                        x_bar[o][j] = summed ? x_bar[o][j] + bar : bar;
+                        if (has) g_bar[j].v = fmaf(w, x_hat_dot, g_bar[j].v);
+                    }
+                }
+                if (begins) start_rows.add_to(x_bar);
+                if (!summed) bn_store<T>(p.x_bar, m, x_bar, false, tile, row);
+            }
+            if (summed && stores) bn_store<T>(p.x_bar, first, x_bar, from != 0, tile, row);
+        }
+    }
+    if (apart && stores) return;
+    // The sums go where the factors are. The tile found anew takes no registers from the loop.
+    sync_threads();
+    const BnTile own = bn_tile(p.shape, p.shape.apply_rows);
+    bn_finish(g_bar, p.partials, p.counters, p.shape, own, [&](int channel, const BnSum& sum) {
+        p.g_bar.at[first * p.g_bar.branch + channel] = sum.v;
+    });
+}
+
+KERNEL(bn_double_backward_bar_f32, BnDoubleBarParams, 256) { bn_double_bar<StoredF32>(p); }
+KERNEL(bn_double_backward_bar_f16, BnDoubleBarParams, 256) { bn_double_bar<StoredF16>(p); }
+KERNEL(bn_double_backward_bar_bf16, BnDoubleBarParams, 256) { bn_double_bar<StoredBf16>(p); }

@@ -67,6 +67,29 @@ struct Part {
     DEVICE float operator[](uint32_t i) const { return conv_load<Operand>(at, first + i, half); }
 };
 
+// The parts of what an operand is made of beside the given tensor.
+template <class Operand>
+struct PairParts {
+    Part<Operand> with, residual;
+    void* kept;  // null: what is made is not stored
+    int64_t kept_first;
+    int32_t kept_half;
+
+    DEVICE PairParts(const ConvPair& pair, int64_t branch, bool keeps)
+        : with{pair.at, branch * pair.branch, pair.half},
+          residual{pair.residual, branch * pair.residual_branch, pair.residual_half},
+          kept(keeps ? pair.kept : nullptr),
+          kept_first(branch * pair.kept_branch),
+          kept_half(pair.kept_half) {}
+
+    // What is made of element `i` with the given value.
+    template <Pair PAIR>
+    DEVICE float of(float v, uint32_t i, const PairFactors& factors) const {
+        const float made = factors.of<PAIR>(v, with[i]);
+        return PAIR == Pair::DELTA && residual.at ? made + residual[i] : made;
+    }
+};
+
 // Each thread loads 16 elements of a tile. A warp runs along consecutive memory: along the inner dimension (element i
 // is line 16·warp + i, inner index `lane`) or along the lines (8j + i is line lane + 32j, inner index 8·warp + i).
 constexpr int HELD = TILE * DEPTH / THREADS;
@@ -118,6 +141,7 @@ struct Block {
     Shared<Operand>& shared;
     uint32_t branch;                // of the result
     uint32_t row, column;           // where its tile begins
+    bool first_column;              // it is the first tile of its rows
     float image_held[HELD], matrix_held[HELD];
 
     // One entry of the table of lines of the image.
@@ -189,23 +213,26 @@ struct Block {
         return FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
     }
 
-    DEVICE float matrix_element(const Part<Operand>& matrix, const Part<Operand>& with, uint32_t line, uint32_t offset,
-                                bool pair, const PairFactors& factors) const {
+    DEVICE float matrix_element(const Part<Operand>& matrix, const PairParts<Operand>& pair, uint32_t line, uint32_t offset,
+                                bool made, const PairFactors& factors) const {
         const uint32_t at = (FORM == Form::FPROP ? line * p.filter : line) + offset;
         const bool inside = line < uint32_t(WGRAD ? p.rows : p.columns) && offset != NO_OFFSET;
         const float v = inside ? matrix[at] : 0.0f;
-        return PAIRS && pair && inside ? factors.of<Pair::DELTA>(v, with[at]) : v;
+        if (!(PAIRS && WGRAD && made && inside)) return v;
+        const float delta = pair.template of<Pair::DELTA>(v, at, factors);
+        if (pair.kept) conv_store<Operand>(pair.kept, pair.kept_first + at, pair.kept_half, delta);
+        return delta;
     }
 
     // An element of the image as it is made where it is inside.
-    DEVICE float image_element(const Part<Operand>& image, const Part<Operand>& with, const Position& a, const Position& b,
-                               Made made, const PairFactors& factors) const {
+    DEVICE float image_element(const Part<Operand>& image, const PairParts<Operand>& pair, const Position& a,
+                               const Position& b, Made made, const PairFactors& factors) const {
         const bool inside = a.phase == b.phase && uint32_t(a.h + b.h) < uint32_t(p.image_height) &&
                             uint32_t(a.w + b.w) < uint32_t(p.image_width);
         const uint32_t at = a.offset + b.offset;
         const float v = inside ? image[at] : 0.0f;
         if constexpr (PAIRS) {
-            if (made == Made::PAIR) return inside ? factors.of<IMAGE_PAIR<FORM>>(v, with[at]) : v;
+            if (made == Made::PAIR) return inside ? pair.template of<IMAGE_PAIR<FORM>>(v, at, factors) : v;
         }
         return FORM != Form::DGRAD && made == Made::NORM && inside ? factors.norm.relu(v) : v;
     }
@@ -222,22 +249,24 @@ struct Block {
         const ConvStep step = conv_step(p, branch, iteration);
         const ConvTerm& of = term(step);
         const Part<Operand> image = {of.image, step.branch * of.image_branch, of.image_half};
-        const Part<Operand> image_with = {p.image.at, step.branch * p.image.branch, p.image.half};
+        const PairParts<Operand> image_pair(p.image, step.branch, false);
         const Part<Operand> matrix = {of.matrix, step.branch * of.matrix_branch, of.matrix_half};
-        const Part<Operand> matrix_with = {p.matrix.at, step.branch * p.matrix.branch, p.matrix.half};
+        // Of a delta that is the same in all branches, the first branch's is stored.
+        const bool keeps = first_column && (p.matrix.kept_branch != 0 || step.branch == 0);
+        const PairParts<Operand> matrix_parts(p.matrix, step.branch, keeps);
         const Made made = image_made(step);
         if constexpr (!WGRAD) {
             const Position inner = shared.inner[slot][lane];
             const PairFactors factors = factors_of(made, shared.of_image[slot][lane]);
             for (int i = 0; i < HELD; ++i) {
-                image_held[i] = image_element(image, image_with, shared.lines[HELD * warp + i], inner, made, factors);
+                image_held[i] = image_element(image, image_pair, shared.lines[HELD * warp + i], inner, made, factors);
             }
         } else {
             for (int i = 0; i < HELD; ++i) {
                 const int line = lane + i / INNER_HELD * 32;
                 const PairFactors factors = factors_of(made, shared.of_image[slot][line]);
                 const Position& inner = shared.inner[slot][INNER_HELD * warp + i % INNER_HELD];
-                image_held[i] = image_element(image, image_with, inner, shared.lines[line], made, factors);
+                image_held[i] = image_element(image, image_pair, inner, shared.lines[line], made, factors);
             }
         }
         const bool pair = matrix_pair();
@@ -246,14 +275,14 @@ struct Block {
             const uint32_t offset = shared.matrix[slot][lane];
             for (int i = 0; i < HELD; ++i) {
                 matrix_held[i] =
-                    matrix_element(matrix, matrix_with, matrix_line + HELD * warp + i, offset, false, PairFactors{});
+                    matrix_element(matrix, matrix_parts, matrix_line + HELD * warp + i, offset, false, PairFactors{});
             }
         } else {
             for (int i = 0; i < HELD; ++i) {
                 const int line = lane + i / INNER_HELD * 32;
                 const PairFactors factors = pair ? shared.of_matrix[slot][line] : PairFactors{};
                 const uint32_t offset = shared.matrix[slot][INNER_HELD * warp + i % INNER_HELD];
-                matrix_held[i] = matrix_element(matrix, matrix_with, matrix_line + line, offset, pair, factors);
+                matrix_held[i] = matrix_element(matrix, matrix_parts, matrix_line + line, offset, pair, factors);
             }
         }
     }
@@ -273,7 +302,8 @@ DEVICE void conv(const ConvProduct& p, uint32_t block) {
     const uint32_t count = uint32_t(iterations * (place.split + 1) / p.splits) - first;
 
     auto& shared = *shared_memory<Shared<Operand>>();
-    Block<FORM, Operand, PAIRS> tiles{p, shared, place.branch, place.row_tile * TILE, place.column_tile * TILE, {}, {}};
+    Block<FORM, Operand, PAIRS> tiles{
+        p, shared, place.branch, place.row_tile * TILE, place.column_tile * TILE, place.column_tile == 0, {}, {}};
     Product<Operand> product;
     product.clear();
     if (threadIdx.x < TILE) tiles.describe_line(int(threadIdx.x));

@@ -26,7 +26,8 @@ struct DirectTile {
 
     template <class F>
     DEVICE void each(F f) {
-        const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 32 + lane / 4, column = lane % 4 * 2;
+        const uint32_t thread = again(threadIdx.x);
+        const int lane = int(thread % 32), row = int(thread / 32) * 32 + lane / 4, column = lane % 4 * 2;
         for (int m = 0; m < 2; ++m) {
             for (int n = 0; n < WIDTH / 8; ++n) {
                 for (int i = 0; i < 4; ++i) {
@@ -100,7 +101,6 @@ template <Form FORM, class Operand, bool PAIRS>
 struct Slice {
     Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image;
     Source matrix;
-    int64_t branch;
     uint32_t first;  // channel
 };
 
@@ -113,8 +113,8 @@ DEVICE Slice<FORM, Operand, PAIRS> slice_of(const ConvProduct& p, uint32_t branc
                       : FORM == Form::FPROP && term.norm != 0 ? Made::NORM
                                                               : Made::PLAIN;
     const Source image = {term.image, step.branch * term.image_branch, term.image_half};
-    return {prologue<Operand, IMAGE_PAIR<FORM>, PAIRS>(image, p.image, step.branch, made),
-            {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, step.inner_tile * SLICE};
+    return {{image, step.branch, made},
+            {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.inner_tile * SLICE};
 }
 
 // The present place in a walk over the taps of a patch.
@@ -130,7 +130,7 @@ struct Tap {
     template <Form FORM>
     DEVICE uint32_t filter_pixel(const ConvProduct& p, const Patch& patch) const {
         const int32_t step = FORM == Form::DGRAD ? p.stride : 1;
-        return uint32_t(patch.first_tap + (down * p.kernel_width + across) * step);
+        return uint32_t((patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step);
     }
     // Elements of the halo from tap (0, 0) of a pixel to this: in dgrad taps go up and left.
     template <Form FORM>
@@ -149,13 +149,14 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const uint32_t first = uint32_t(iterations * place.split / p.splits);
     uint32_t count = uint32_t(iterations * (place.split + 1) / p.splits) - first;
     const Patch patch = patch_of<FORM>(p, place.row_tile);
-    if (patch.taps_down == 0 || patch.taps_across == 0) count = 0;
+    const int32_t taps = patch.taps_down * patch.taps_across;
+    if (taps == 0) count = 0;
 
     auto& tables = *shared_memory<DirectTables>();
     uint16_t* weights = reinterpret_cast<uint16_t*>(&tables + 1);
     uint16_t* halos = weights + 2 * Matrix::ELEMENTS;
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
+    const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+    const int32_t channel = int32_t(threadIdx.x % CHUNKS) * 8;
     const uint32_t column = place.column_tile * WIDTH;
 
     // Of the tile's rows this thread's own, which is all that is known of the patch's place in the result when the product is done.
@@ -164,7 +165,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     tables.describe(p, patch.pixel_step);
     for (uint32_t i = 0; i < 2 && i < count; ++i) {
         const auto slice = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i);
-        tables.describe_image<FORM, PAIRS>(p, slice.image.made, slice.branch, slice.first, i);
+        tables.describe_image<FORM, PAIRS>(p, slice.image.made, slice.image.branch, slice.first, i);
     }
     sync_threads();
 
@@ -173,13 +174,15 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     halo.begin(p);
     const uint32_t slot_elements = halo.pixels * PIXEL;
     using Piece = Slice<FORM, Operand, PAIRS>;
-    const auto load = [&](const Halo& from, const Piece& slice) {
+    const auto load = [&](const Halo& from, const Piece& slice, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
-        return slice.image.load(offset, inside);
+        uint16_t* place = from.place(halos + slot * slot_elements);
+        return slice.image.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
     const auto store = [&](const Piece& slice, uint32_t slot, const auto& loaded) {
-        halo.put(halos + slot * slot_elements, slice.image.round(loaded, tables.image[slot], channel));
+        uint16_t* to = halos + slot * slot_elements;
+        halo.put(to, slice.image.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
     // Begins to copy a whole halo if nothing is to be done to it.
@@ -194,11 +197,13 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const auto load_rest = [&](const Piece& slice, uint32_t slot) {
         while (halo.more()) {
             Halo ahead = halo;
-            decltype(load(halo, slice)) loaded[IN_FLIGHT];
+            decltype(load(halo, slice, slot)) loaded[IN_FLIGHT];
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                loaded[i] = load(ahead, slice);
+                loaded[i] = load(ahead, slice, slot);
                 ahead.next(p);
             }
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, loaded[i]);
         }
     };
@@ -233,23 +238,23 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         if (i + 2 < count) {
             // Its slot served this iteration's halo, which is loaded.
             const auto after = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i + 2);
-            tables.describe_image<FORM, PAIRS>(p, after.image.made, after.branch, after.first, slot);
+            tables.describe_image<FORM, PAIRS>(p, after.image.made, after.image.branch, after.first, slot);
         }
         halo.begin(p);
         if (more) copy(next, 1 - slot);
         Tap tap = {0, 0};
-        for (bool last = false; !last;) {
+        for (int32_t t = 0; t < taps; ++t) {
             const uint32_t offset = tap.offset<FORM>(p, patch) + slot * slot_elements;
             tap.next(patch);
-            last = tap.down == patch.taps_down;
+            const bool last = t + 1 == taps;
             if (last && more) {
                 tap = {0, 0};
                 matrix.begin(p, next.matrix, column, next.first);
             }
             const uint32_t filter_pixel = tap.filter_pixel<FORM>(p, patch);
             const bool loads = more && halo.more();
-            decltype(load(halo, next)) loaded = {};
-            if (loads) loaded = load(halo, next);
+            decltype(load(halo, next, slot)) loaded = {};
+            if (loads) loaded = load(halo, next, 1 - slot);
             for (int k = 0; k < SLICE / 16; ++k) {
                 const bool part = k < Matrix::HELD && (!last || more);
                 if (part) matrix.load(p, filter_pixel, k);
@@ -260,7 +265,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             if (loads) store(next, 1 - slot, loaded);
             if (last && more) {
-                while (halo.more()) store(next, 1 - slot, load(halo, next));
+                while (halo.more()) store(next, 1 - slot, load(halo, next, 1 - slot));
                 copies_done();
             }
             weight_slot = 1 - weight_slot;
@@ -269,7 +274,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     }
     const auto row = [&](int) { return own_row; };
     const auto column_of = [&](int c) { return column + c; };
-    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, place, tile, row, column_of);
+    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, conv_place(p, again(block)), tile, row, column_of);
 }
 
 template <class Operand, int WIDTH, bool PAIRS>

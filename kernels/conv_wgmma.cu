@@ -72,7 +72,7 @@ struct CellWeights {
             UNROLLED
             for (int i = 0; i < CELL_FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST, down = t / patch.taps_across, across = t - down * patch.taps_across;
-                const int32_t pixel = patch.first_tap + down * step * p.kernel_width + across * step;
+                const int32_t pixel = (patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step;
                 chunks[i] = there && t < taps ? w.load<Operand>(from + uint32_t(pixel) * channels) : Chunk{};
             }
             for (int i = 0; i < CELL_FLIGHT; ++i) {
@@ -111,14 +111,14 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     const uint64_t weight_matrix = Weights::matrix(shared_address(shared + tiling.matrices));
     int32_t held = -1;  // the phase whose weights were loaded last
     for (uint32_t number = first_patch; number < last_patch; ++number) {
-        const Patch patch = patch_of<FORM>(p, number);
+        const Patch patch = cell_patch<FORM>(p, number);
         const int32_t taps = patch.taps_down * patch.taps_across;
         const uint32_t count = taps == 0 ? 0 : all;
-        const int32_t phase = FORM == Form::DGRAD ? patch.first_tap : 0;
+        const int32_t phase = FORM == Form::DGRAD ? patch.phase_down * p.stride + patch.phase_across : 0;
         const bool loads = !tiling.keeps || held != phase;
         held = phase;
 
-        const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
+        const auto step_of = [&](uint32_t i) { return cell_step(p, place.branch, first + i); };
         const auto term_of = [&](const ConvStep& step) -> const ConvTerm& {
             return FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
         };
@@ -134,8 +134,8 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
             const ConvStep step = step_of(i);
             const ConvTerm& term = term_of(step);
             const uint32_t slice = step.inner_tile * SLICE;
-            const auto image = prologue<Operand, IMAGE_PAIR<FORM>, PAIRS>(
-                {term.image, step.branch * term.image_branch, term.image_half}, p.image, step.branch, made_of(step));
+            const Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image = {
+                {term.image, step.branch * term.image_branch, term.image_half}, step.branch, made_of(step)};
             load_halo(p, patch, halo, image, int32_t(slice), tables.image[i % 2],
                       shared + tiling.halos + i % 2 * tiling.halo_bytes);
             if (loads) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks and measures a built mlnt on a card, once: correctness, our benchmarks, the peers, a summary.
 
-    scripts/gpu_measure.py --mlnt MLNT --benches FOLDER --python PYTHON [--libtorch PROGRAM] [--profile]
+    scripts/gpu_measure.py --mlnt MLNT --benches FOLDER --python PYTHON [--libtorch PROGRAM] [--profile] [--lab]
     scripts/gpu_measure.py ... --device cpu --out /tmp/results      the same way through, on a small network without a card
 
 FOLDER holds the built benchmarks `step`, `kernels` and `ops` with the names that cargo gives them (`step-0123…`;
@@ -15,7 +15,9 @@ there stops no other:
     roof      what PyTorch's matrix product and copy reach
     compare   benches/baseline/compare.py: the peers in turn
     ops       all operation cases
+    lab       scripts/lab.py, with --lab only: the versions of kernels/lab; needs nvcc
     profile   scripts/gpu_profile.py, with --profile only: ncu and nsys
+    roofline  scripts/roofline.py: what the kernels took beside what they must take
 
 Files go to benches/results/, named by card. Exit status: 0 when all parts ran and the check passed, else 1.
 """
@@ -32,11 +34,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["check", "step", "kernels", "roof", "compare", "ops", "profile"]
+PARTS = ["check", "step", "kernels", "roof", "compare", "ops", "lab", "profile", "roofline"]
+ON_DEMAND = ["lab", "profile"]
 # The longest each part may take, seconds.
 LIMITS = {"check": 300, "step": 200, "kernels": 60, "roof": 60, "compare": 720, "ops": 180, "profile": 240}
+LIMITS |= {"lab": 120, "roofline": 10}
 # What each part writes, beside its log.
-WRITTEN = {"step": ["step.json", "step-batch.json"], "profile": ["profile-ncu.json", "profile-nsys.csv"]}
+WRITTEN = {
+    "step": ["step.json", "step-batch.json"],
+    "profile": ["profile-ncu.json", "profile-nsys.csv"],
+    "roofline": ["roofline.md"],
+}
 ROWS = 12  # of the longest launches, in the summary
 
 # What the benchmarks are run with.
@@ -183,6 +191,15 @@ class Measure:
         command = [sys.executable, script, "--kernels", self.bench("kernels"), "--mlnt", self.args.mlnt]
         self.run("profile", [*command, "--out", self.file("profile"), "--limit", LIMITS["profile"] / 2])
 
+    def lab(self):
+        if self.args.device == "cpu":
+            raise NotRun("the laboratory needs a card")
+        self.run("lab", [sys.executable, ROOT / "scripts" / "lab.py", "--time", "--out", self.file("lab.json")])
+
+    def roofline(self):
+        command = [sys.executable, ROOT / "scripts" / "roofline.py", "--mlnt", self.args.mlnt, "--results", self.out]
+        self.run("roofline", [*command, "--name", self.prefix, "--out", self.file("roofline.md")])
+
     # The end.
     def read(self, name):
         """A result of this run; None where there is none."""
@@ -265,14 +282,15 @@ def arguments():
     parser.add_argument("--golden", type=Path, default=ROOT / "golden", help="folder of golden steps")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "benches" / "results", help="folder of the results")
-    parser.add_argument("--parts", type=parts, help=f"[default: {','.join(PARTS[:-1])}]")
+    usual = [part for part in PARTS if part not in ON_DEMAND]
+    parser.add_argument("--parts", type=parts, help=f"[default: {','.join(usual)}]")
     parser.add_argument("--profile", action="store_true", help="also run ncu and nsys")
+    parser.add_argument("--lab", action="store_true", help="also time the versions of kernels/lab")
     parser.add_argument("--budget", type=float, default=1300.0, help="seconds for everything")
     args = parser.parse_args()
     args.mlnt, args.benches = args.mlnt.absolute(), args.benches.absolute()
-    args.parts = args.parts or PARTS[:-1]
-    if args.profile and "profile" not in args.parts:
-        args.parts.append("profile")
+    args.parts = args.parts or usual
+    args.parts += [part for part in ON_DEMAND if getattr(args, part) and part not in args.parts]
     return args
 
 

@@ -134,9 +134,8 @@ impl Host {
         device.write_input(*id, "y_syn", HostSlice::I32(&self.y_syn)).unwrap();
         device.write_input(*id, "class_weight", HostSlice::F64(&self.weights)).unwrap();
         device.run(*id, scalars).unwrap();
-        for (name, to) in ["class_loss", "class_logits", "consistency"].iter().zip(&mut self.outputs) {
-            device.read_output_into(*id, name, to).unwrap();
-        }
+        let names = ["class_loss", "class_logits", "consistency"];
+        device.read_outputs_into(*id, &mut names.into_iter().zip(&mut self.outputs)).unwrap();
     }
 }
 

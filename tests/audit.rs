@@ -16,9 +16,6 @@ use mlnt::rng::{Purpose, below, stream};
 use program::*;
 use serde_json::Value;
 
-const TINY: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 1\nwidths = [4, 6]\nblocks = [1, 1]\nbatch = 12\n\
-                    neighbours = 3\nbranches = 2\n";
-
 fn close(a: f64, b: f64) {
     assert!((a - b).abs() < 1e-12, "{a} and {b}");
 }

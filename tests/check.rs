@@ -5,7 +5,7 @@ use mlnt::check::{Fault, Machine, Row, Selection, Verdict, check};
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::embedded::has_simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
-use mlnt::device::{Crop, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
+use mlnt::device::{Crop, Destinations, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use mlnt::error::{Error, Result};
 use mlnt::plan::Plan;
 use mlnt::tape::Meta;
@@ -98,8 +98,8 @@ impl Device for Faulty {
         }
         Ok(values)
     }
-    fn read_output_into(&self, plan: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()> {
-        self.inner.read_output_into(plan, name, to)
+    fn read_outputs_into<'a>(&self, plan: PlanId, outputs: Destinations<'_, 'a>) -> Result<()> {
+        self.inner.read_outputs_into(plan, outputs)
     }
     fn states(&self) -> Vec<(String, Meta)> {
         self.inner.states()
@@ -123,7 +123,7 @@ fn checked(plant: Plant, only: &str) -> Option<(Vec<Row>, Verdict)> {
         let inner = Box::new(Cuda::new(Box::new(Simt::open(1)?), Operands::F32, mode));
         Ok(Box::new(Faulty { inner, plant, mode, runs: 0, all_runs: all_runs.clone() }))
     };
-    let machine = Machine { precision: "f32".into(), tolerance: 1e-5, open: &open };
+    let machine = Machine { operands: Operands::F32, tolerance: 1e-5, open: &open };
     let selection = Selection { only: Some(only.into()), per_operation: None };
     let mut rows = Vec::new();
     let verdict = check(&[machine], &selection, &mut |row| {
@@ -167,6 +167,28 @@ fn a_wrong_value_is_found() {
     let (rows, _) = checked(Plant::Value(f32::NAN), CASES).unwrap();
     assert_eq!((rows[0].failed(), rows[0].worst), (all, Some(f64::INFINITY)));
     assert!(rows[0].failures[0].what.contains("result 0: relative error inf"), "{:?}", rows[0].failures[0]);
+}
+
+#[test]
+fn what_only_the_planner_makes_is_checked_against_what_it_stands_for() {
+    for only in [
+        "conv2d_fused_fprop n2 c8",
+        "conv2d_backward n2 c5",
+        "conv2d_tangent n2 c5",
+        "recomputed n3 c3",
+        "bn_stats n1 c7",
+    ] {
+        let Some((rows, verdict)) = checked(Plant::Nothing, only) else { return };
+        assert!(verdict.pass() && verdict.cases >= 3, "{only}: {rows:?}");
+        let (kinds, failed) = faults(Plant::Value(1.5), only).unwrap();
+        // Of a batch norm the first channel may be one whose ReLU lets nothing through: its results are zero, also by a factor.
+        assert!(kinds == [Fault::Accuracy] && 5 * failed >= 4 * verdict.cases, "{only}: {failed} of {}", verdict.cases);
+    }
+    let Some((rows, verdict)) = checked(Plant::Nothing, "finite") else { return };
+    let names: Vec<&str> = rows.iter().map(|row| row.what.as_str()).collect();
+    assert!(verdict.pass() && names.contains(&"all_finite"), "{rows:?}");
+    let (kinds, _) = faults(Plant::Value(0.5), "guarded_lin_comb").unwrap();
+    assert_eq!(kinds, [Fault::Accuracy]);
 }
 
 #[test]

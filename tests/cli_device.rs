@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use mlnt::device::cuda::driver::gpu::Gpu;
 use program::*;
+use serde_json::Value;
 
 /// Tiny settings: 7 steps per epoch.
 const TINY: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 2\nwidths = [4, 6]\nblocks = [1, 1]\nbatch = 12\n\
@@ -96,8 +97,12 @@ fn a_stopped_run_on_the_simt_machine_ends_with_the_same_bytes() {
         &format!("{resume} --device cpu --precision f32"),
         &["device: \"simt\" in the run, \"cpu\" asked for"],
     );
-    let said = mlnt(&resume);
+    let asked = format!("{resume} --precision f32");
+    refused(folder.root(), &asked, &["precision: \"f16\" in the run, \"f32\" asked for"]);
+    // Left open on this machine, the precision would be f32: the run keeps its own.
+    let said = mlnt(&format!("{resume} --precision auto"));
     assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    assert_eq!(setting(&run, "precision"), "\"f16\"");
     assert!(said.stdout.starts_with("device: simt (f16, "), "{}", said.stdout);
     assert!(results(&run) == results(&whole));
 }
@@ -121,12 +126,85 @@ fn auto_takes_what_is_there_and_says_why() {
     let why = match (Gpu::probe(), Gpu::open(0)) {
         (Err(missing), _) => format!(": {} (mlnt info says more)", missing.brief()),
         (Ok(_), Err(why)) => format!(": no GPU is used: {why}"),
-        (Ok(_), Ok(_)) => return,
+        (Ok(_), Ok(_)) => {
+            let said = train(&folder, &data, &run, quick);
+            assert!(
+                said[0].starts_with("device: cuda:0 (f16, ") && said[0].ends_with(": the GPU works"),
+                "{}",
+                said[0]
+            );
+            assert_eq!((setting(&run, "device"), setting(&run, "precision")), ("\"cuda\"".into(), "\"f16\"".into()));
+            return;
+        }
     };
     let said = train(&folder, &data, &run, quick);
     assert!(said[0].starts_with("device: cpu (f32, "), "{}", said[0]);
     assert!(said[0].ends_with(&why), "{}", said[0]);
     assert_eq!(setting(&run, "device"), "\"cpu\"");
+    assert_eq!(setting(&run, "precision"), "\"f32\"", "a run keeps to the precision it began in");
+}
+
+#[test]
+fn the_simt_machine_computes_in_f32_unless_told() {
+    let folder = Folder::new();
+    let data = data(&folder);
+    let run = folder.path("run");
+    let said = train(&folder, &data, &run, "--device simt --epochs 1 --feature-epochs 0 --no-baseline");
+    assert!(said[0].starts_with("device: simt (f32, "), "{}", said[0]);
+    assert_eq!((setting(&run, "device"), setting(&run, "precision")), ("\"simt\"".into(), "\"f32\"".into()));
+    let said = mlnt(&format!("eval {} --device simt", run.display()));
+    assert!(said.stderr.contains("device: simt (f32, "), "{}", said.stderr);
+}
+
+/// The object that a command prints.
+fn object(line: &str) -> Value {
+    let said = mlnt(line);
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""), "{line}");
+    serde_json::from_str(&said.stdout).unwrap()
+}
+
+#[test]
+fn plan_is_in_the_precision_that_the_device_would_take() {
+    let planned = |flags: &str| {
+        let plan = object(&format!("plan --json {flags}"));
+        let word = |key: &str| plan[key].as_str().unwrap().to_string();
+        ((word("device"), word("precision")), plan)
+    };
+    let pair = |device: &str, precision: &str| (device.to_string(), precision.to_string());
+    for (flags, expected) in [
+        ("", pair("cpu", "f32")),
+        ("--device cpu --precision f64", pair("cpu", "f64")),
+        ("--device simt", pair("simt", "f32")),
+        ("--device cuda:1", pair("cuda:1", "f16")),
+        ("--device cuda --precision auto", pair("cuda", "f16")),
+        ("--device cuda --precision f32", pair("cuda", "f32")),
+        ("--precision f16", pair("cuda", "f16")),
+    ] {
+        assert_eq!(planned(flags).0, expected, "{flags}");
+    }
+    // Not only in name: 16-bit activations, and gradients that are looked through.
+    let (open, named) = (planned("--device cuda").1, planned("--device cuda --precision f16").1);
+    assert_eq!(open, named);
+    assert!(open["arena_bytes"].as_u64() < planned("--device cuda --precision f32").1["arena_bytes"].as_u64());
+    assert!(mlnt("plan --device cuda").stdout.contains(", f16; PreAct ResNet"));
+}
+
+#[test]
+fn a_benchmark_tells_its_precision() {
+    let step = "bench-step --json --batch 4 --branches 1 --widths 2,4 --blocks 1,1 --steps 1 --warmup 0 --device";
+    for (device, precision) in [("cpu", "f32"), ("simt", "f32"), ("simt --precision f16", "f16")] {
+        assert_eq!(object(&format!("{step} {device}"))["precision"], precision, "{device}");
+    }
+}
+
+#[test]
+fn info_says_what_a_device_computes_in() {
+    let text = mlnt("info").stdout;
+    assert!(text.contains("threads; f32 unless asked for f64"), "{text}");
+    assert!(!text.contains("simt     built") || text.contains("on the processor; f32 unless asked for"), "{text}");
+    for card in object("info --json")["cards"].as_array().unwrap() {
+        assert_eq!(card["precision"], "f16", "{card}");
+    }
 }
 
 #[test]

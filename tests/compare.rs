@@ -163,6 +163,19 @@ fn an_interrupted_comparison_goes_on_to_the_same_bytes() {
 }
 
 #[test]
+fn a_comparison_keeps_the_precision_that_it_began_in() {
+    let folder = Folder::new();
+    let (data, out) = (folder.idx(), folder.path("out"));
+    let again = |flags: &str| mlnt(&line(&folder, &data, &out, flags));
+    assert_eq!(again("--methods ce --seeds 1 --precision f64").status, Some(0));
+    let said = again("--methods ce --seeds 1,2");
+    assert_eq!((said.status, said.stderr.as_str()), (Some(0), ""));
+    assert!(said.stdout.contains("ce-s1 is complete") && said.stdout.contains("device: cpu (f64, "), "{}", said.stdout);
+    let other = line(&folder, &data, &out, "--methods ce --seeds 1 --precision f32");
+    refused(&other, "precision: \"f64\" in the run, \"f32\" asked for");
+}
+
+#[test]
 fn labels_of_a_file_are_the_same_for_all_seeds() {
     let folder = Folder::new();
     let data = folder.idx();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use mlnt::cli::{Cli, Command};
 use mlnt::data::NoiseKind;
-use mlnt::train::choice::{Method, Recipe};
+use mlnt::train::choice::{DeviceKind, Method, Precision, PrecisionChoice, Recipe};
 use mlnt::train::config::{Config, Overrides};
 use mlnt::train::preset::Preset;
 use tempfile::TempDir;
@@ -292,8 +292,56 @@ fn the_group_of_branches_comes_back_from_the_file() {
 }
 
 #[test]
+fn precision_is_f16_on_a_card_and_f32_elsewhere_unless_named() {
+    let kinds = [DeviceKind::Auto, DeviceKind::Cpu, DeviceKind::Simt, DeviceKind::Cuda(0), DeviceKind::Cuda(3)];
+    let left_open = [Precision::F32, Precision::F32, Precision::F32, Precision::F16, Precision::F16];
+    for (kind, expected) in kinds.into_iter().zip(left_open) {
+        let config = train(&format!("--device {kind}")).unwrap();
+        assert_eq!((config.precision, config.computes_in()), (PrecisionChoice::Auto, expected), "{kind}");
+        assert_eq!(config.scaled(), expected == Precision::F16, "{kind}: cotangents are scaled in f16");
+        for (name, of) in [
+            ("f32", Precision::F32),
+            ("f64", Precision::F64),
+            ("tf32", Precision::Tf32),
+            ("f16", Precision::F16),
+            ("bf16", Precision::Bf16),
+        ] {
+            let config = train(&format!("--device {kind} --precision {name}")).unwrap();
+            assert_eq!((config.precision, config.computes_in()), (PrecisionChoice::Of(of), of), "{kind}");
+        }
+    }
+    let (_folder, path) = toml("precision = 'bf16'\n");
+    let file = Config::resolve(Some(&path), &Overrides::default()).unwrap();
+    assert_eq!(file.precision, PrecisionChoice::Of(Precision::Bf16));
+    assert_eq!(
+        train(&format!("--config {} --precision auto", path.display())).unwrap().precision,
+        PrecisionChoice::Auto
+    );
+    let possible = "possible are auto, f32, f64, tf32, f16, bf16";
+    assert_eq!(
+        file_error("epochs = 3\nprecision = 'f8'"),
+        format!("line 2: `precision`: no precision is called \"f8\"; {possible}")
+    );
+    assert!(Cli::try_parse_from(["mlnt", "train", "--precision", "f8"]).is_err());
+}
+
+#[test]
+fn what_is_left_open_is_taken_over_from_a_run() {
+    let run = train("--device simt --precision bf16").unwrap();
+    let settled = |flags: &str| {
+        let mut config = train(flags).unwrap();
+        config.settle(&run);
+        (config.device, config.precision)
+    };
+    let bf16 = PrecisionChoice::Of(Precision::Bf16);
+    assert_eq!(settled(""), (DeviceKind::Simt, bf16));
+    assert_eq!(settled("--device cpu --precision auto"), (DeviceKind::Cpu, bf16));
+    assert_eq!(settled("--precision f32"), (DeviceKind::Simt, PrecisionChoice::Of(Precision::F32)));
+}
+
+#[test]
 fn resume_refuses_flags_that_ask_for_another_run() {
-    let run = train("--epochs 12").unwrap();
+    let run = train("--epochs 12 --device simt --precision f16").unwrap();
     let resumed = |flags: &str| {
         let words = ["mlnt", "train", "--resume", "runs/a"].into_iter().chain(flags.split_whitespace());
         match Cli::try_parse_from(words).expect("the line is well-formed").command {
@@ -303,7 +351,12 @@ fn resume_refuses_flags_that_ask_for_another_run() {
     };
     assert_eq!(resumed("").unwrap(), run);
     assert_eq!(resumed("--threads 2 --epochs 12").unwrap().threads, 2);
+    assert_eq!(resumed("--device auto --precision auto").unwrap(), run);
     let error = resumed("--epochs 13").unwrap_err();
     let expected = "--resume continues a run as it began; epochs: 12 in the run, 13 asked for";
+    assert_eq!((error.to_string().as_str(), error.exit_code()), (expected, 2));
+    let error = resumed("--precision f32 --device cuda").unwrap_err();
+    let expected = "--resume continues a run as it began; device: \"simt\" in the run, \"cuda\" asked for; precision: \"f16\" in \
+                    the run, \"f32\" asked for";
     assert_eq!((error.to_string().as_str(), error.exit_code()), (expected, 2));
 }

@@ -1,10 +1,13 @@
 //! What does not fit a machine is refused with what it takes and what to do: launches beyond its limits, and memory.
 
+mod frame;
+
+use frame::Framed;
 use mlnt::device::cuda::driver::simt::Simt;
-use mlnt::device::cuda::driver::{Address, Driver, Event, Graph, KernelInfo, Launch, Limits, Stream};
+use mlnt::device::cuda::driver::{Driver, KernelInfo, Launch, Limits};
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostSlice, PlanId};
-use mlnt::error::{Error, Result};
+use mlnt::error::Result;
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::tape::{Meta, Tape};
 use std::cell::Cell;
@@ -12,95 +15,11 @@ use std::rc::Rc;
 
 const REMEDY: &str = "; --batch, --branches, --widths or --blocks lower the need, and mlnt plan shows it";
 
-/// The SIMT host machine with less room than it has.
-struct Narrow {
-    machine: Simt,
-    limits: Limits,
-    /// What it says it has.
-    free: Rc<Cell<usize>>,
-    /// The largest allocation that succeeds.
-    largest: Rc<Cell<usize>>,
-}
-
-impl Driver for Narrow {
-    fn name(&self) -> String {
-        "narrow".into()
-    }
-    fn describe(&self) -> String {
-        self.machine.describe()
-    }
-    fn limits(&self) -> Limits {
-        self.limits
-    }
-    fn kernel(&self, name: &'static str) -> Result<KernelInfo> {
-        self.machine.kernel(name)
-    }
-    fn allocate(&self, bytes: usize, what: &str) -> Result<Address> {
-        if bytes > self.largest.get() {
-            let what = format!("allocating {bytes} bytes for {what}");
-            return Err(Error::Device { device: self.name(), what });
-        }
-        self.machine.allocate(bytes, what)
-    }
-    fn free(&self, at: Address) {
-        self.machine.free(at);
-    }
-    fn free_bytes(&self) -> Option<usize> {
-        Some(self.free.get())
-    }
-    fn zero(&self, stream: Stream, at: Address, bytes: usize) -> Result<()> {
-        self.machine.zero(stream, at, bytes)
-    }
-    fn upload(&self, stream: Stream, to: Address, from: &[u8]) -> Result<()> {
-        self.machine.upload(stream, to, from)
-    }
-    fn download(&self, stream: Stream, from: Address, to: &mut [u8]) -> Result<()> {
-        self.machine.download(stream, from, to)
-    }
-    fn copy(&self, stream: Stream, from: Address, to: Address, bytes: usize) -> Result<()> {
-        self.machine.copy(stream, from, to, bytes)
-    }
-    fn launch(&self, stream: Stream, launch: &Launch) -> Result<()> {
-        self.machine.launch(stream, launch)
-    }
-    fn event(&self) -> Result<Event> {
-        self.machine.event()
-    }
-    fn record(&self, stream: Stream, event: Event) -> Result<()> {
-        self.machine.record(stream, event)
-    }
-    fn wait(&self, stream: Stream, event: Event) -> Result<()> {
-        self.machine.wait(stream, event)
-    }
-    fn seconds(&self, from: Event, to: Event) -> Result<f64> {
-        self.machine.seconds(from, to)
-    }
-    fn capture(&self, body: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        self.machine.capture(body)
-    }
-    fn replay(&self, graph: Graph) -> Result<()> {
-        self.machine.replay(graph)
-    }
-    fn forget(&self, graph: Graph) {
-        self.machine.forget(graph);
-    }
-    fn synchronize(&self) -> Result<()> {
-        self.machine.synchronize()
-    }
-    fn range_push(&self, name: &str) {
-        self.machine.range_push(name);
-    }
-    fn range_pop(&self) {
-        self.machine.range_pop();
-    }
-}
-
 /// A device with its free memory and its largest allocation.
 fn narrow(limits: Limits) -> (Cuda, [Rc<Cell<usize>>; 2]) {
-    let machine = Simt::open(1).unwrap();
-    let [free, largest] = [(); 2].map(|()| Rc::new(Cell::new(usize::MAX)));
-    let knobs = [Rc::clone(&free), Rc::clone(&largest)];
-    (Cuda::new(Box::new(Narrow { machine, limits, free, largest }), Operands::F32, Mode::Graph), knobs)
+    let machine = Framed::new(limits);
+    let knobs = [Rc::clone(&machine.free), Rc::clone(&machine.largest)];
+    (Cuda::new(Box::new(machine), Operands::F32, Mode::Graph), knobs)
 }
 
 /// A plan of one ReLU: `4·n` bytes of input, as many of activations.

@@ -2,12 +2,11 @@
 
 mod common;
 
-use common::{load_step, small_model, start_values, step_spec};
+use common::{SCALARS, load_step, small_model, start_values, step_spec};
 use mlnt::device::cpu::Cpu;
 use mlnt::device::{Device, HostSlice, HostVec};
 use mlnt::mlnt::{
-    CeSpec, Recipe, Report, Scales, StateKind, StepScalars, record_ce_step, record_filtered_ce_step, record_step,
-    state_name,
+    CeSpec, Recipe, Report, StateKind, StepScalars, record_ce_step, record_filtered_ce_step, record_step, state_name,
 };
 use mlnt::model::Arch;
 use mlnt::plan::{Plan, PlanOptions};
@@ -15,15 +14,6 @@ use std::collections::BTreeMap;
 
 type States = BTreeMap<String, Vec<f64>>;
 
-const SCALARS: StepScalars = StepScalars {
-    lr: 0.1,
-    momentum: 0.9,
-    weight_decay: 1e-3,
-    eta: 0.3,
-    gamma: 0.99,
-    lambda: 0.5,
-    scales: Scales::NONE,
-};
 const K: usize = 4;
 
 fn states(device: &Cpu<f64>) -> States {

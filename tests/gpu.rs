@@ -16,7 +16,7 @@ fn bytes(len: usize, seed: usize) -> Vec<u8> {
 
 fn read(gpu: &Gpu, stream: Stream, at: Address, len: usize) -> Vec<u8> {
     let mut to = vec![0xAA; len];
-    gpu.download(stream, at, &mut to).unwrap();
+    gpu.download(stream, &[(at, len)], &mut to).unwrap();
     to
 }
 
@@ -44,6 +44,27 @@ fn what_goes_up_comes_down() {
         }
         gpu.free(at);
     }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA card"]
+fn several_ranges_come_down_one_behind_the_other() {
+    let gpu = open();
+    let ranges =
+        [5, 4 << 20, 0, 1, (8 << 20) + 3, 256, 77].map(|len| (gpu.allocate(len.max(1), "a test").unwrap(), len));
+    let mut expected = Vec::new();
+    for (i, (at, len)) in ranges.into_iter().enumerate() {
+        gpu.upload(Stream::Compute, at, &bytes(len, i)).unwrap();
+        expected.extend(bytes(len, i));
+    }
+    for stretch in [&ranges[..], &ranges[..1], &ranges[4..], &[]] {
+        let before: usize = ranges.iter().take_while(|r| stretch.first() != Some(r)).map(|(_, len)| len).sum();
+        let mut to = vec![0xAA; stretch.iter().map(|(_, len)| len).sum()];
+        gpu.download(Stream::Compute, stretch, &mut to).unwrap();
+        assert!(stretch.is_empty() || to == expected[before..before + to.len()]);
+    }
+    assert!(refused(gpu.download(Stream::Compute, &ranges[..1], &mut [0; 4])).contains("a download of"));
+    ranges.into_iter().for_each(|(at, _)| gpu.free(at));
 }
 
 #[test]
@@ -98,7 +119,7 @@ fn recorded_work_runs_at_each_replay_and_not_before() {
             gpu.copy(Stream::Compute, a, b, 256)?;
             gpu.zero(Stream::Compute, b.offset(128), 64)?;
             inside.push(refused(gpu.upload(Stream::Compute, a, &[0; 4])));
-            inside.push(refused(gpu.download(Stream::Compute, a, &mut [0; 4])));
+            inside.push(refused(gpu.download(Stream::Compute, &[(a, 4)], &mut [0; 4])));
             inside.push(refused(gpu.synchronize()));
             inside.push(refused(gpu.allocate(1, "a test")));
             inside.push(refused(gpu.record(Stream::Compute, event)));

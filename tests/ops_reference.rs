@@ -160,8 +160,13 @@ fn one_branch(case: &Case, metas: &[Meta], ins: &[Slice]) -> Vec<Vec<f64>> {
         Op::BnDoubleBackward(op) => bn_double_backward(op.relu, meta(4), ins, &mut outs),
         Op::Relu(_) => outs[0] = ins[0].iter().map(|x| x.max(0.0)).collect(),
         Op::Mask(_) => outs[0] = ins[0].iter().zip(ins[1]).map(|(x, r)| if *r > 0.0 { *x } else { 0.0 }).collect(),
-        Op::AllFinite(_) => outs[0][0] = f64::from(u8::from(ins.iter().all(|x| x.iter().all(|v| v.is_finite())))),
-        Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
+        Op::AllFinite(_) => unreachable!("looks at all branches together"),
+        Op::FusedConv(_)
+        | Op::BnStats(_)
+        | Op::BnReluBackward(_)
+        | Op::BnReluBackwardApply(_)
+        | Op::BnReluDoubleBackward(_)
+        | Op::BnReluDoubleBackwardApply(_) => {
             panic!("{:?}: only the planner makes it, the table has no case of it", case.op)
         }
         Op::MaxPoolIndex(op) => max_index(&op.0, ins[0], &mut outs[0]),
@@ -252,7 +257,13 @@ fn reference(case: &Case, metas: &[Meta], values: &[HostVec]) -> Vec<Vec<f64>> {
         &values[i][if meta.per_branch { m * meta.len() } else { 0 }..][..meta.len()]
     };
     let live = if case.operands.iter().any(|o| o.meta.per_branch) { case.branches } else { 1 };
+    if let Op::AllFinite(_) = &case.op {
+        return vec![vec![f64::from(u8::from(values.iter().flatten().all(|v| v.is_finite())))]];
+    }
     if let Op::LinComb(op) = &case.op {
+        if op.guarded && values[op.coefs.len()] == [0.0] {
+            return vec![values[0].clone()];
+        }
         let mut out = vec![0.0; metas[0].total(case.branches)];
         for (i, coef) in op.coefs.iter().enumerate() {
             let repeats = if case.operands[i].meta.per_branch || metas[0].per_branch { live } else { 1 };
@@ -281,23 +292,50 @@ fn reference(case: &Case, metas: &[Meta], values: &[HostVec]) -> Vec<Vec<f64>> {
     totals
 }
 
+/// What is wrong with the CPU device's results of a case.
+fn faults(case: &Case) -> Vec<String> {
+    let recorded = case.record().unwrap();
+    let values = case.values(1);
+    let want = reference(case, &case.results().unwrap(), &values);
+    let double = Runner::<f64>::unfused(&recorded.tape).run(&recorded.tape, &values);
+    let single = Runner::<f32>::unfused(&recorded.tape).run(&recorded.tape, &values);
+    let mut wrong = Vec::new();
+    for o in 0..want.len() {
+        let (d, s) = (deviation(&double[o], &want[o]), deviation(&single[o], &double[o]));
+        if !(d <= 1e-12 && s <= case.tolerance) {
+            wrong.push(format!("{}: result {o} is off by {d:.1e} in f64, {s:.1e} in f32", case.name));
+        }
+    }
+    wrong
+}
+
 #[test]
 fn double_precision_is_the_formula_and_single_is_close() {
     let cases = all();
-    let failures = on_two_threads(&cases, |case| {
-        let recorded = case.record().unwrap();
-        let values = case.values(1);
-        let want = reference(case, &case.results().unwrap(), &values);
-        let double = Runner::<f64>::unfused(&recorded.tape).run(&recorded.tape, &values);
-        let single = Runner::<f32>::unfused(&recorded.tape).run(&recorded.tape, &values);
-        let mut wrong = Vec::new();
-        for o in 0..want.len() {
-            let (d, s) = (deviation(&double[o], &want[o]), deviation(&single[o], &double[o]));
-            if !(d <= 1e-12 && s <= case.tolerance) {
-                wrong.push(format!("{}: result {o} is off by {d:.1e} in f64, {s:.1e} in f32", case.name));
-            }
-        }
-        wrong
-    });
+    let failures = on_two_threads(&cases, faults);
     assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), cases.len(), failures.join("\n"));
+}
+
+/// Where the forward result alone, which is the ReLU's mask, differs from branch to branch, so do all results.
+#[test]
+fn a_mask_per_branch_makes_results_per_branch() {
+    let of_branches = |mut case: Case, sum: bool| {
+        let name = |case: &Case| case.operands.last().map(|o| o.name);
+        assert_eq!((name(&case), case.branches > 1), (Some("y"), true), "{}", case.name);
+        case.operands.iter_mut().for_each(|o| o.meta = o.meta.with_branching(o.name == "y"));
+        case.sum = vec![sum; 3];
+        case.name = format!("{} of y alone, summed {sum}", case.name);
+        case
+    };
+    let masked = |case: &Case| match &case.op {
+        Op::BnBackward(op) => op.relu,
+        Op::BnDoubleBackward(op) => op.relu,
+        _ => false,
+    };
+    let cases: Vec<Case> = all().into_iter().filter(|case| masked(case) && case.branches > 1).collect();
+    assert!(cases.len() > 10);
+    for sum in [false, true] {
+        let failures: Vec<String> = cases.iter().flat_map(|case| faults(&of_branches(case.clone(), sum))).collect();
+        assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+    }
 }

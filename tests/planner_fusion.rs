@@ -1,23 +1,25 @@
 //! The fusions for the CUDA kernels: which operations remain of a step, what they cost, and that they stand for the plain ones.
 
 mod common;
-mod expand;
 
 use common::{LoadedStep, deviation, load_plan_on, step_spec};
-use expand::expand;
+use mlnt::cases::expand;
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
 use mlnt::model::{Arch, ModelSpec};
-use mlnt::ops::{BnReluBackward, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, LinComb, Op, Operation};
-use mlnt::plan::{Launch, Plan, PlanOptions};
+use mlnt::ops::{
+    BnReluBackwardApply, ConvForm, ConvGeom, ConvKind, Delta, Epilogue, FusedConv, LinComb, Op, Operation,
+};
+use mlnt::plan::{Args, Launch, Plan, PlanOptions};
 use mlnt::tape::{Coef, Fan, Kind, Meta, Tape};
+use std::collections::HashMap;
 
 const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
-const PLAIN: PlanOptions = PlanOptions { fuse: false, kernels: false, half: false, group: None };
-const FUSED: PlanOptions = PlanOptions { fuse: true, kernels: false, half: false, group: None };
-const KERNELS: PlanOptions = PlanOptions { fuse: true, kernels: true, half: false, group: None };
+const PLAIN: PlanOptions = PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None };
+const FUSED: PlanOptions = PlanOptions { fuse: true, kernels: false, half: false, recompute: false, group: None };
+const KERNELS: PlanOptions = PlanOptions { fuse: true, kernels: true, half: false, recompute: false, group: None };
 
 /// A network with an identity and a projection in every stage but the first, which has two identities.
 fn model(arch: Arch) -> ModelSpec {
@@ -82,17 +84,24 @@ fn what_remains_of_a_preact_step() {
         assert_eq!(count(&plan, |op| matches!(op, Op::BnEval(_))), forwards, "{name}: the pooled y of each forward");
         assert_eq!(count(&plan, |op| matches!(op, Op::BnBackward(_) | Op::BnDoubleBackward(_))), 0, "{name}");
         assert_eq!(count(&plan, |op| matches!(op, Op::Relu(_) | Op::Mask(_))), 0, "{name}");
-        assert_eq!(count(&plan, |op| matches!(op, Op::BnReluBackward(_))), backwards * norms, "{name}");
-        assert_eq!(count(&plan, |op| matches!(op, Op::BnReluDoubleBackward(_))), second * norms, "{name}");
+        // Only the last batch norm's cotangent comes from no convolution.
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnReluBackward(_))), backwards, "{name}");
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnReluDoubleBackward(_))), second, "{name}");
+        // Where first and second order meet, in one pass, there is an operation for each of the others.
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnReluBackwardApply(_))), second * (norms - 1), "{name}");
+        assert_eq!(count(&plan, |op| matches!(op, Op::BnReluDoubleBackwardApply(_))), second * (norms - 1), "{name}");
+        let sums = |epilogue| move |op: &Op| matches!(op, Op::FusedConv(op) if op.epilogue == epilogue);
+        assert_eq!(count(&plan, sums(Epilogue::BackwardSums)), backwards * (norms - 1), "{name}");
+        assert_eq!(count(&plan, sums(Epilogue::TangentSums)), second * (norms - 1), "{name}");
 
         // Each pass reads the image in one convolution that has no dgrad.
         assert_eq!(count(&plan, is_conv(ConvKind::Dgrad)), 0, "{name}");
-        assert_eq!(count(&plan, is_conv(ConvKind::Wgrad)), backwards, "{name}");
-        assert_eq!(count(&plan, is_form(ConvForm::Wgrad)), 0, "{name}");
+        let stems = count(&plan, is_conv(ConvKind::Wgrad)) + count(&plan, is_form(ConvForm::Wgrad));
+        assert_eq!(stems, backwards, "{name}");
         assert_eq!(count(&plan, is_form(ConvForm::Backward)), (backwards + second) * (convs - 1), "{name}");
         assert_eq!(count(&plan, is_form(ConvForm::Tangent)), second * (convs - 1), "{name}");
-        // The head, whose result no batch norm reads, and the stem's tangent.
-        assert_eq!(count(&plan, is_conv(ConvKind::Fprop)), forwards + second, "{name}");
+        // The head, whose result no batch norm reads.
+        assert_eq!(count(&plan, is_conv(ConvKind::Fprop)), forwards, "{name}");
         let with_stats =
             |op: &Op| matches!(op, Op::FusedConv(op) if op.form == ConvForm::Fprop && op.epilogue == Epilogue::Stats);
         // One convolution of a projected block begins the sum that the other finishes.
@@ -179,15 +188,16 @@ fn a_joint_step_of_the_paper_costs_few_launches_and_bytes() {
         widths: vec![32, 64, 128],
         blocks: vec![5, 5, 5],
     };
-    let spec = step_spec(model, 128, 10, Recipe::Joint, false);
-    let plan = plan(&spec, PlanOptions { half: true, ..KERNELS });
+    let spec = StepSpec { scaled: true, ..step_spec(model, 128, 10, Recipe::Joint, false) };
+    let plan = plan(&spec, PlanOptions { half: true, recompute: true, group: Some(5), ..KERNELS });
     let cost = plan.cost(4);
     let forward = self::plan(&spec, FUSED).cost(4).phases.iter().find(|p| p.phase == "A forward").unwrap().flops;
     let ratio = cost.flops() as f64 / forward as f64;
     println!("{ratio:.2} passes, {} launches, {:.2} GB", cost.launches(), cost.bytes_moved() as f64 / 1e9);
     assert!(ratio <= 94.9, "{ratio}");
-    assert!(cost.launches() <= 480, "{}", cost.launches());
-    assert!(cost.bytes_moved() <= 38_500_000_000, "{}", cost.bytes_moved());
+    assert!(cost.launches() <= 620, "{}", cost.launches());
+    assert!(cost.bytes_moved() <= 35_000_000_000, "{}", cost.bytes_moved());
+    assert!(plan.arena_bytes(4) <= 2_200_000_000, "{}", plan.arena_bytes(4));
 }
 
 fn load(spec: &StepSpec, plan: Plan) -> LoadedStep<Cpu<f64>> {
@@ -211,15 +221,52 @@ fn worst(have: &[(String, Vec<f64>)], want: &[(String, Vec<f64>)]) -> (f64, Stri
     each.fold((0.0, String::new()), |worst, next| if next.0 > worst.0 { next } else { worst })
 }
 
+/// What a batch norm's operations are given of sums is what was found of the very tensors that they belong to: the compositions find
+/// the sums themselves, so that they would not notice.
+fn check_sums(plan: &Plan) {
+    // By the two sums: which tensors they are of.
+    let mut of: HashMap<[usize; 2], [usize; 2]> = HashMap::new();
+    for launch in &plan.launches {
+        let Args { inputs: i, outputs: o } = &launch.args[0];
+        let mut wanted: Vec<([usize; 2], [usize; 2])> = Vec::new();
+        match launch.op {
+            Op::FusedConv(op) => {
+                wanted.extend(
+                    op.delta_operands().zip(op.dy_operand()).map(|(d, dy)| ([i[d[5]], i[d[6]]], [i[dy], i[d[0]]])),
+                );
+                let x = op.x_operand();
+                wanted.extend(op.tangent_operands().map(|t| ([i[t[2]], i[t[3]]], [i[0], i[x]])));
+                let found = op.epilogue_results().map(|at| at.map(|at| o[at]));
+                match (op.epilogue, op.epilogue_operands()) {
+                    (Epilogue::BackwardSums, _) => of.extend(found.map(|sums| (sums, [o[0], i[x]]))),
+                    (Epilogue::TangentSums, Some(at)) => of.extend(found.map(|sums| (sums, [o[0], i[at[0]]]))),
+                    _ => {}
+                }
+            }
+            Op::BnReluBackward(_) => of.extend([([o[1], o[2]], [i[0], i[1]])]),
+            Op::BnReluBackwardApply(_) => wanted.push(([i[6], i[7]], [i[0], i[1]])),
+            Op::BnReluDoubleBackwardApply(_) => {
+                wanted.extend([([i[8], i[9]], [i[2], i[3]]), ([i[10], i[11]], [i[0], i[3]])]);
+            }
+            _ => {}
+        }
+        for (sums, tensors) in wanted {
+            assert_eq!(of.get(&sums), Some(&tensors), "{}: sums of other tensors", launch.op.name());
+        }
+    }
+}
+
 #[test]
 fn fused_operations_stand_for_the_plain_ones() {
     for (name, spec) in [specs(1), specs(3)].concat() {
         let want = states(&spec, plan(&spec, PLAIN));
-        for group in [None, Some(2)] {
-            let kernels = plan(&spec, PlanOptions { group, ..KERNELS });
+        for (group, recompute) in [(None, false), (Some(2), false), (None, true), (Some(2), true)] {
+            let kernels = plan(&spec, PlanOptions { group, recompute, ..KERNELS });
+            check_sums(&kernels);
             let (off, state) = worst(&states(&spec, expand(&kernels)), &want);
-            println!("{name}, groups of {group:?}: {off:.1e}");
-            assert!(off <= 1e-12, "{name}, groups of {group:?}: {state} is off by {off:.1e}");
+            let how = format!("groups of {group:?}, recomputing: {recompute}");
+            println!("{name}, {how}: {off:.1e}");
+            assert!(off <= 1e-12, "{name}, {how}: {state} is off by {off:.1e}");
         }
     }
 }
@@ -255,17 +302,17 @@ fn swapped(launch: &Launch, a: usize, b: usize) -> Option<Launch> {
 /// Ways to get one launch wrong; `None` for a launch that cannot be got wrong in this way.
 type Fault = (&'static str, fn(&Launch) -> Option<Launch>);
 
-const FAULTS: [Fault; 8] = [
+const FAULTS: [Fault; 12] = [
     ("the tangent's weights in the wrong order", |launch| match launch.op {
         Op::FusedConv(op) if op.form == ConvForm::Tangent => swapped(launch, 1, 3),
         _ => None,
     }),
     ("the recomputed batch norm's gain for its bias", |launch| match launch.op {
-        Op::FusedConv(op) if op.norm => swapped(launch, op.operands(), op.operands() + 1),
+        Op::FusedConv(op) => op.norm_operands().and_then(|at| swapped(launch, at[0], at[1])),
         _ => None,
     }),
     ("the recomputed batch norm's mean for its variance", |launch| match launch.op {
-        Op::FusedConv(op) if op.norm => swapped(launch, op.operands() + 2, op.operands() + 3),
+        Op::FusedConv(op) => op.norm_operands().and_then(|at| swapped(launch, at[2], at[3])),
         _ => None,
     }),
     ("no start of a convolution", |launch| match launch.op {
@@ -277,13 +324,39 @@ const FAULTS: [Fault; 8] = [
         }
         _ => None,
     }),
-    ("no start of a batch norm's backward", |launch| match launch.op {
-        Op::BnReluBackward(BnReluBackward { start: true }) => {
+    ("one start too few of a batch norm's backward", |launch| match launch.op {
+        Op::BnReluBackwardApply(op) if op.starts > 0 => {
             let mut launch = launch.clone();
-            launch.op = BnReluBackward { start: false }.into();
+            launch.op = BnReluBackwardApply { starts: op.starts - 1, ..op }.into();
             launch.args[0].inputs.pop();
             Some(launch)
         }
+        _ => None,
+    }),
+    ("the second order's gain left out of a batch norm's backward", |launch| match launch.op {
+        Op::BnReluBackwardApply(op) if op.second_order => {
+            let mut launch = launch.clone();
+            launch.op = BnReluBackwardApply { second_order: false, ..op }.into();
+            launch.args[0].inputs.remove(op.first_start() - 1);
+            Some(launch)
+        }
+        _ => None,
+    }),
+    ("no residual term of a cotangent", |launch| match launch.op {
+        Op::FusedConv(op @ FusedConv { delta: Delta::Backward { residual: true, kept }, .. }) => {
+            let mut launch = launch.clone();
+            launch.op = FusedConv { delta: Delta::Backward { residual: false, kept }, ..op }.into();
+            launch.args[0].inputs.remove(op.residual_operand()?);
+            Some(launch)
+        }
+        _ => None,
+    }),
+    ("the gain of a cotangent's batch norm for its bias", |launch| match launch.op {
+        Op::FusedConv(op) => op.delta_operands().and_then(|at| swapped(launch, at[1], at[2])),
+        _ => None,
+    }),
+    ("the tangents of gain and bias in the wrong order", |launch| match launch.op {
+        Op::FusedConv(op) => op.tangent_operands().and_then(|at| swapped(launch, at[0], at[1])),
         _ => None,
     }),
     ("mean for variance in the mask of a backward", |launch| match launch.op {
@@ -291,7 +364,7 @@ const FAULTS: [Fault; 8] = [
         _ => None,
     }),
     ("gain for bias in the mask of a double backward", |launch| match launch.op {
-        Op::BnReluDoubleBackward(_) => swapped(launch, 5, 6),
+        Op::BnReluDoubleBackwardApply(_) => swapped(launch, 4, 5),
         _ => None,
     }),
     ("the terms of a sum of parameters in the wrong order", |launch| match &launch.op {

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{small_model, start_values, step_spec};
+use common::{SCALARS, small_model, start_values, step_spec};
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
@@ -20,7 +20,7 @@ const M: usize = 2;
 const SCALES: Scales = Scales { inner: 4096.0, outer: 512.0, second: 65536.0, apply: true };
 
 fn scalars(scales: Scales) -> StepScalars {
-    StepScalars { lr: 0.1, momentum: 0.9, weight_decay: 1e-3, eta: 0.3, gamma: 0.99, lambda: 0.5, scales }
+    StepScalars { scales, ..SCALARS }
 }
 
 /// A step on a device, its states and inputs filled.

@@ -129,7 +129,7 @@ impl Try {
             simt.launch(Stream::Compute, &self.launch(buffers))?;
             simt.synchronize()?;
             let mut y = vec![0u32; start.map_or(x.len(), <[u32]>::len)];
-            simt.download(Stream::Compute, y_at, bytemuck::cast_slice_mut(&mut y))?;
+            simt.download(Stream::Compute, &[(y_at, 4 * y.len())], bytemuck::cast_slice_mut(&mut y))?;
             [x_at, w_at, y_at].into_iter().for_each(|at| simt.free(at));
             Ok(y)
         };
@@ -399,7 +399,7 @@ fn a_graph_replays_what_was_recorded() {
     let launch = Try::block("double_right_f32").launch(Buffers { x, w: Address::NULL, y, n: 256 });
     let read = |at: Address, n: usize| {
         let mut values = vec![0.0f32; n];
-        simt.download(Stream::Compute, at, bytemuck::cast_slice_mut(&mut values)).unwrap();
+        simt.download(Stream::Compute, &[(at, 4 * n)], bytemuck::cast_slice_mut(&mut values)).unwrap();
         values
     };
     let mut body = || {

@@ -91,6 +91,11 @@ fn elementwise() {
 }
 
 #[test]
+fn finiteness() {
+    check(|op| matches!(op, Op::AllFinite(_)), Operands::F32, 0.0);
+}
+
+#[test]
 fn pooling() {
     let of = |op: &Op| {
         matches!(

@@ -1,44 +1,31 @@
 //! Rules of the house that the compiler does not check: where `unsafe` may stand, and which layer may know which.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// The layers, and those that each of them must not import.
-const MUST_NOT_KNOW: [(&str, &[&str]); 16] = [
-    (
-        "error",
-        &[
-            "audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "rng",
-            "tape", "train",
-        ],
-    ),
-    (
-        "fs",
-        &[
-            "audit", "cases", "check", "cli", "data", "device", "mlnt", "model", "ops", "plan", "report", "rng",
-            "tape", "train",
-        ],
-    ),
-    (
-        "rng",
-        &[
-            "audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "ops", "plan", "report", "tape",
-            "train",
-        ],
-    ),
-    ("tape", &["audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
-    ("ops", &["audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "plan", "report", "train"]),
-    ("plan", &["audit", "cases", "check", "cli", "data", "device", "fs", "mlnt", "model", "report", "train"]),
-    ("device", &["audit", "cases", "check", "cli", "data", "mlnt", "model", "report", "train"]),
-    ("cases", &["audit", "check", "cli", "data", "mlnt", "model", "report", "train"]),
-    ("model", &["audit", "check", "cli", "data", "device", "mlnt", "plan", "report", "train"]),
-    ("data", &["audit", "check", "cli", "device", "mlnt", "model", "ops", "plan", "report", "tape", "train"]),
-    ("mlnt", &["audit", "check", "cli", "report", "train"]),
-    ("check", &["audit", "cli", "data", "report", "train"]),
-    ("train", &["audit", "check", "cli", "report"]),
-    ("report", &["audit", "check", "cli", "device", "mlnt", "ops", "plan", "tape"]),
-    ("audit", &["check", "cli", "device", "mlnt", "model", "ops", "plan", "report", "tape"]),
-    ("cli", &[]),
-];
+/// A layer, and those that it may import.
+type Rule = (String, Vec<String>);
+
+/// The layers in the table of `docs/architecture.md`, each with those that its row names.
+fn rules() -> Vec<Rule> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/architecture.md");
+    rules_of(&std::fs::read_to_string(path).unwrap())
+}
+
+/// The rules in the table below the heading "Who may know whom": the room in the first column, in backquotes; what it may
+/// use in the last.
+fn rules_of(document: &str) -> Vec<Rule> {
+    let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_string).collect::<Vec<_>>();
+    let lines = document.lines().skip_while(|line| *line != "## Who may know whom").skip(1);
+    let table = lines.take_while(|line| !line.starts_with("## ")).filter(|line| line.starts_with("| `"));
+    let rule = |line: &str| {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').collect();
+        assert_eq!(cells.len(), 3, "{line}");
+        let [layer] = &quoted(cells[0])[..] else { panic!("one room in a row: {line}") };
+        (layer.clone(), quoted(cells[2]))
+    };
+    table.map(rule).collect()
+}
 
 /// The tests that need `unsafe`, and the items of each that may have it, by how they begin: allocators that count,
 /// and the loading of kernels that a test has compiled.
@@ -183,11 +170,22 @@ fn layers_named(path: &str, source: &str) -> Vec<(usize, String)> {
     named
 }
 
-/// The imports of a file that its layer must not have.
-fn forbidden_imports(path: &str, source: &str) -> Vec<(usize, String)> {
-    let layer = path.trim_start_matches("src/").split(['/', '.']).next().unwrap_or_default();
-    let Some((_, forbidden)) = MUST_NOT_KNOW.iter().find(|(name, _)| *name == layer) else { return Vec::new() };
-    layers_named(path, source).into_iter().filter(|(_, name)| forbidden.contains(&name.as_str())).collect()
+/// The layer of a file below `src/`.
+fn layer_of(path: &str) -> &str {
+    path.trim_start_matches("src/").split(['/', '.']).next().unwrap_or_default()
+}
+
+/// The other layers that a file imports, with the line.
+fn imports(rules: &[Rule], path: &str, source: &str) -> Vec<(usize, String)> {
+    let known = |name: &String| name != layer_of(path) && rules.iter().any(|(layer, _)| layer == name);
+    layers_named(path, source).into_iter().filter(|(_, name)| known(name)).collect()
+}
+
+/// The imports of a file that its layer must not have. All may import `error`.
+fn forbidden_imports(rules: &[Rule], path: &str, source: &str) -> Vec<(usize, String)> {
+    let Some((_, allowed)) = rules.iter().find(|(layer, _)| layer == layer_of(path)) else { return Vec::new() };
+    let forbidden = |name: &String| name != "error" && !allowed.contains(name);
+    imports(rules, path, source).into_iter().filter(|(_, name)| forbidden(name)).collect()
 }
 
 /// All Rust files below `folders`, as paths from the project's root with their text.
@@ -260,23 +258,53 @@ fn unsafe_tests_are_unsafe_where_they_must_be_only() {
 }
 
 #[test]
-fn no_layer_knows_a_higher_one() {
-    let mut named = 0;
+fn no_layer_knows_one_that_the_table_does_not_give_it() {
+    let (rules, mut named) = (rules(), 0);
     for (path, source) in sources() {
         named += layers_named(&path, &source).len();
-        let bad = forbidden_imports(&path, &source);
+        let bad = forbidden_imports(&rules, &path, &source);
         assert!(bad.is_empty(), "{path}: (line, layer) {bad:?}");
     }
     assert!(named > 100, "the scan finds what is there: {named}");
 }
 
 #[test]
-fn every_layer_has_its_rule() {
-    for (path, _) in sources() {
-        let layer = path.trim_start_matches("src/").split(['/', '.']).next().unwrap().to_string();
-        let known = MUST_NOT_KNOW.iter().any(|(name, _)| *name == layer);
-        assert!(known || ["main", "lib"].contains(&layer.as_str()), "{path}: a layer without a rule");
+fn the_table_gives_no_layer_what_it_does_not_use() {
+    let rules = rules();
+    let used: BTreeSet<(String, String)> = sources()
+        .iter()
+        .flat_map(|(path, source)| {
+            let of = |(_, name)| (layer_of(path).to_string(), name);
+            imports(&rules, path, source).into_iter().map(of).collect::<Vec<_>>()
+        })
+        .collect();
+    for (layer, allowed) in &rules {
+        for name in allowed {
+            assert!(used.contains(&(layer.clone(), name.clone())), "{layer} does not use {name}");
+        }
     }
+}
+
+#[test]
+fn every_layer_has_its_rule() {
+    let rules = rules();
+    for (path, _) in sources() {
+        let known = rules.iter().any(|(layer, _)| layer == layer_of(&path));
+        assert!(known || ["main", "lib"].contains(&layer_of(&path)), "{path}: a layer without a rule");
+    }
+    for (i, (layer, allowed)) in rules.iter().enumerate() {
+        let there = |name: &String| sources().iter().any(|(path, _)| layer_of(path) == name);
+        assert!(there(layer) && allowed.iter().all(there), "{layer}: {allowed:?}");
+        assert!(rules[..i].iter().all(|(other, _)| other != layer), "{layer} has two rows");
+    }
+}
+
+#[test]
+fn the_table_is_read_as_it_stands() {
+    let text = "| `x` | before | `y` |\n## Who may know whom\n\n| room | what | may use |\n|---|---|---|\n| `a` | of `z` | — |\n\
+                | `b` | things | `a` (parts), `c` |\n\nAll may use `error`.\n## Next\n| `d` | after | `a` |\n";
+    let rule = |layer: &str, allowed: &[&str]| (layer.to_string(), allowed.iter().map(|s| s.to_string()).collect());
+    assert_eq!(rules_of(text), [rule("a", &[]), rule("b", &["a", "c"])]);
 }
 
 #[test]
@@ -300,8 +328,9 @@ fn the_scan_for_unsafe_finds_planted_ones_and_passes_over_text() {
 
 #[test]
 fn the_scan_of_layers_finds_planted_imports() {
+    let rules = rules();
     let found = |path: &str, source: &str| -> Vec<String> {
-        forbidden_imports(path, source).into_iter().map(|(line, name)| format!("{line} {name}")).collect()
+        forbidden_imports(&rules, path, source).into_iter().map(|(line, name)| format!("{line} {name}")).collect()
     };
     assert_eq!(found("src/ops/conv.rs", "use crate::error::Error;\nuse crate::plan::Plan;"), ["2 plan"]);
     assert_eq!(found("src/ops/conv.rs", "use super::super::plan::Plan;"), ["1 plan"]);

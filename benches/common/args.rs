@@ -1,7 +1,7 @@
 //! The command line of the benchmarks.
 
 use mlnt::device::Device;
-use mlnt::train::choice::{DeviceKind, Precision};
+use mlnt::train::choice::{DeviceKind, Precision, PrecisionChoice};
 use mlnt::train::open_device::open_device;
 use std::path::PathBuf;
 
@@ -13,8 +13,8 @@ pub struct Common {
     /// Where to compute: auto, cpu, cuda, cuda:N or simt.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     pub device: DeviceKind,
-    /// Floating-point types of the computation.
-    #[arg(long, value_name = "TYPE,…", value_delimiter = ',', default_value = "f32")]
+    /// Floating-point types of the computation [default: the device's own, f16 on a card, else f32]
+    #[arg(long, value_name = "TYPE,…", value_delimiter = ',')]
     pub precision: Vec<Precision>,
     /// Threads of the CPU; 0 = one per core.
     #[arg(long, default_value_t = 0)]
@@ -28,6 +28,14 @@ pub struct Common {
 }
 
 impl Common {
+    /// The floating-point types to measure in.
+    pub fn precisions(&self) -> Vec<Precision> {
+        match self.precision[..] {
+            [] => vec![PrecisionChoice::Auto.on(self.device)],
+            ref named => named.to_vec(),
+        }
+    }
+
     /// The device, or the end of the program with the reason why there is none.
     pub fn open(&self, precision: Precision) -> Box<dyn Device> {
         match open_device(self.device, precision, self.threads) {

@@ -121,7 +121,19 @@ struct BnRows {
             to[i][0] = v.x, to[i][1] = v.y, to[i][2] = v.z, to[i][3] = v.w;
         }
     }
+
+    DEVICE void add_to(float (&to)[ROWS][4]) const {
+        float v[ROWS][4];
+        unpack(v);
+        for (int i = 0; i < ROWS; ++i) {
+            for (int c = 0; c < 4; ++c) to[i][c] += v[i][c];
+        }
+    }
 };
+
+// Rows that a thread has in flight at a time where registers are short: 32 bytes of each operand.
+template <class T>
+constexpr int BN_IN_FLIGHT = sizeof(typename T::Element) == 2 ? 4 : 2;
 
 // Stores rows from `at` on of branch `m`, or adds to them.
 template <class T, int ROWS>
@@ -129,11 +141,7 @@ DEVICE void bn_store(const BnActivation& y, int64_t m, float (&v)[ROWS][4], bool
     if (add) {
         BnRows<T, ROWS> have;
         have.load(y, m, tile, at);
-        float sum[ROWS][4];
-        have.unpack(sum);
-        for (int i = 0; i < ROWS; ++i) {
-            for (int c = 0; c < 4; ++c) v[i][c] += sum[i][c];
-        }
+        have.add_to(v);
     }
     typename T::Element* to = bn_chunk<T>(y, m, tile);
     for (int i = 0; i < ROWS; ++i) {
@@ -242,6 +250,9 @@ DEVICE void bn_norm(BnScaleShift (&to)[4], const BnShape& shape, const BnVector&
     for (int c = 0; c < 4; ++c) to[c] = bn_scale_shift(gain[c], bias[c], average[c], variance[c], shape.epsilon);
 }
 
+// Fields of the factors that every apply kernel has; its own follow.
+enum BnField { MEAN, NORM, NORM_SHIFT, OWN_FIELDS };
+
 // Factors of an apply kernel in shared memory, [fields, branches of a group, width]: a thread reads those of its four channels as 16
 // bytes.
 struct BnFactors {
@@ -253,14 +264,10 @@ struct BnFactors {
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     }
     DEVICE void put(int field, int slot, float v) const { at[field * slots + slot] = v; }
-    DEVICE void put_norm(int field, int slot, const BnScaleShift& norm) const {
-        put(field, slot, norm.scale);
-        put(field + 1, slot, norm.shift);
-    }
-    DEVICE void get_norm(BnScaleShift (&to)[4], int field, int slot) const {
+    DEVICE void get_norm(BnScaleShift (&to)[4], int slot) const {
         float scale[4], shift[4];
-        get(scale, field, slot);
-        get(shift, field + 1, slot);
+        get(scale, NORM, slot);
+        get(shift, NORM_SHIFT, slot);
         for (int c = 0; c < 4; ++c) to[c] = {scale[c], shift[c]};
     }
 };
@@ -276,9 +283,30 @@ DEVICE void bn_put(const BnVector& to, int64_t m, int channel, float value, bool
 // A channel's value in branch `m`.
 DEVICE float bn_value(const BnVector& from, int64_t m, int channel) { return from.at[m * from.branch + channel]; }
 
-// The coefficients of a channel's batch norm in branch `m`.
-DEVICE BnScaleShift bn_norm_of(const BnShape& shape, const BnVector& g, const BnVector& b, const BnVector& mean,
-                               const BnVector& var, int64_t m, int channel) {
-    return bn_scale_shift(bn_value(g, m, channel), bn_value(b, m, channel), bn_value(mean, m, channel),
-                          bn_value(var, m, channel), shape.epsilon);
+// Factors of `count` branches from `first + from` on. `own(slot, m, channel, r)` puts those that not every apply kernel has, r being
+// 1/√(σ²+ε); in the first chunk's blocks `finish(m, channel, r, i)` writes what there is one of per channel, for the block's branch i.
+template <class Params, class Own, class Finish>
+DEVICE void bn_put_factors(const Params& p, const BnFactors& factors, int64_t first, int from, int count, Own own, Finish finish) {
+    const BnShape& shape = p.shape;
+    const int tile = static_cast<int>(blockIdx.y) * shape.width;
+    for (int slot = threadIdx.x; slot < count * shape.width; slot += BN_THREADS) {
+        const int channel = tile + slot % shape.width;
+        if (channel >= shape.channels) continue;
+        const int64_t m = first + from + slot / shape.width;
+        const float mean = bn_value(p.mean, m, channel), var = bn_value(p.var, m, channel);
+        factors.put(MEAN, slot, mean);
+        if (shape.mask == BN_RECOMPUTED) {
+            const BnScaleShift norm =
+                bn_scale_shift(bn_value(p.g, m, channel), bn_value(p.b, m, channel), mean, var, shape.epsilon);
+            factors.put(NORM, slot, norm.scale);
+            factors.put(NORM_SHIFT, slot, norm.shift);
+        }
+        own(slot, m, channel, bn_inverse_deviation(var, shape.epsilon));
+    }
+    const int channel = tile + static_cast<int>(threadIdx.x);
+    if (blockIdx.x != 0 || static_cast<int>(threadIdx.x) >= shape.width || channel >= shape.channels) return;
+    for (int i = from; i < from + count; ++i) {
+        const int64_t m = first + i;
+        finish(m, channel, bn_inverse_deviation(bn_value(p.var, m, channel), shape.epsilon), i);
+    }
 }

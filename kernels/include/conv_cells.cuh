@@ -52,6 +52,28 @@ DEVICE Pixel cell_pixel(const ConvProduct& p, int i) {
     return {image, (line - image * down) * 8 + i % CELL_PIXELS / 8, (cell - line * across) * 8 + i % 8};
 }
 
+// Patch number `number`, the same for all threads.
+template <Form FORM>
+DEVICE Patch cell_patch(const ConvProduct& p, uint32_t number) {
+    Patch patch = patch_of<FORM>(p, number);
+    patch.taps_down = uniform(patch.taps_down);
+    patch.taps_across = uniform(patch.taps_across);
+    patch.image = uniform(patch.image);
+    patch.halo_down = uniform(patch.halo_down);
+    patch.halo_across = uniform(patch.halo_across);
+    patch.phase_down = uniform(patch.phase_down);
+    patch.phase_across = uniform(patch.phase_across);
+    return patch;
+}
+
+// What an iteration reads, the same for all threads.
+DEVICE ConvStep cell_step(const ConvProduct& p, uint32_t result_branch, uint32_t iteration) {
+    ConvStep step = conv_step(p, result_branch, iteration);
+    step.inner_tile = uniform(step.inner_tile);
+    step.branch = uniform(step.branch);
+    return step;
+}
+
 DEVICE int32_t cells_of(const ConvProduct& p) { return p.patch_images * (p.patch_height / 8) * (p.patch_width / 8); }
 
 // What the threads load of the image, and where its parts lie.
@@ -88,6 +110,11 @@ struct CellHalo : Halo {
     DEVICE uint32_t tap(uint32_t down, uint32_t across) const { return down * line() + column(across); }
 };
 
+// A granule of a slot.
+DEVICE uint16_t* operand_place(unsigned char* slot, uint32_t granule) {
+    return reinterpret_cast<uint16_t*>(slot + granule * GRANULE);
+}
+
 // Loads the halo of a slice of channels from `slice` on into a slot.
 template <class Image>
 DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, const Image& image, int32_t slice,
@@ -109,14 +136,15 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, c
         UNROLLED
         for (int i = 0; i < CELL_FLIGHT; ++i) {
             const bool inside = halo.inside(p, patch, slice + part, offset);
-            loaded[i] = image.load(offset, inside);
             places[i] = halo.at < halo.pixels ? halo.granule(p) : NO_ROW;
+            loaded[i] = image.load(p.image, false, offset, inside, factors, part, operand_place(slot, inside ? places[i] : 0));
             halo.next(p);
         }
         UNROLLED
         for (int i = 0; i < CELL_FLIGHT; ++i) {
-            const uint4 coded = image.round(loaded[i], factors, part);
-            if (places[i] != NO_ROW) store_operand(slot + places[i] * GRANULE, coded);
+            const bool there = places[i] != NO_ROW;
+            const uint4 coded = image.round(p.image, false, loaded[i], factors, part, operand_place(slot, there ? places[i] : 0));
+            if (there) store_operand(slot + places[i] * GRANULE, coded);
         }
     }
 }

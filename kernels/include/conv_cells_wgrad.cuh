@@ -34,7 +34,11 @@ struct PairsTile {
 
 template <class Operand, int WIDTH, bool PAIRS>
 DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t block) {
-    const ConvPlace place = conv_place(p, block);
+    ConvPlace place = conv_place(p, block);
+    place.split = uniform(place.split);
+    place.branch = uniform(place.branch);
+    place.column_tile = uniform(place.column_tile);
+    place.row_tile = uniform(place.row_tile);
     const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
     const uint32_t first = uniform(uint32_t(iterations * place.split / p.splits));
     const uint32_t count = uniform(uint32_t(iterations * (place.split + 1) / p.splits) - first);
@@ -50,7 +54,7 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     unsigned char* shared = shared_memory<unsigned char>();
     const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
     const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
-    const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
+    const auto step_of = [&](uint32_t i) { return cell_step(p, place.branch, first + i); };
     const CellHalo halo(p, tiling, patch_of<Form::WGRAD>(p, 0).pixel_step);
     // In shared memory: there are no registers for what only the products read.
     static_assert(TAP_PAIRS <= sizeof(tables.taps) / 4);
@@ -68,9 +72,13 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     sync_threads();
 
     // dy: for each eight output channels all pixels, a granule each. Stores of eight threads meet no bank twice.
+    using Dy = Prologue<Operand, Pair::DELTA, PAIRS>;
     constexpr int DY_PARTS = WIDTH / 8, DY_PITCH = CELLS * CELL_PIXELS + (WIDTH == 64 ? 1 : 2);
     constexpr int DY_ABREAST = GROUP_THREADS / DY_PARTS;
-    const auto load_dy = [&](const Patch& patch, const auto& dy, uint32_t slot) {
+    // A block of those that read the same stores delta. Of a delta that is the same in all branches the first.
+    const auto load_dy = [&](const Patch& patch, const Dy& dy, uint32_t slot) {
+        const bool keeps =
+            PAIRS && p.matrix.kept && place.column_tile == 0 && (p.matrix.kept_branch != 0 || dy.branch == 0);
         const int part = int(threadIdx.x) % DY_PARTS, channel = k + part * 8;
         const FactorTable<SLICE>& factors = tables.matrix[slot][part / PARTS];
         unsigned char* to = shared + tiling.matrices + slot * tiling.matrix_bytes + part * DY_PITCH * GRANULE;
@@ -91,26 +99,32 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         ROLLED
         for (; pixel < CELLS * CELL_PIXELS; pixel += CELL_FLIGHT * DY_ABREAST) {
             static_assert(CELLS * CELL_PIXELS % (CELL_FLIGHT * DY_ABREAST) == 0);
-            decltype(dy.load(0, false)) loaded[CELL_FLIGHT];
+            typename Dy::Loaded loaded[CELL_FLIGHT];
             UNROLLED
             for (int i = 0; i < CELL_FLIGHT; ++i) {
                 const bool there = inside(pixel + i * DY_ABREAST, offset);
-                loaded[i] = dy.load(offset, there);
+                loaded[i] = dy.load(p.matrix, keeps, offset, there, factors, part % PARTS * 8,
+                                    operand_place(to, uint32_t(pixel + i * DY_ABREAST)));
             }
             UNROLLED
             for (int i = 0; i < CELL_FLIGHT; ++i) {
-                store_operand(to + (pixel + i * DY_ABREAST) * GRANULE, dy.round(loaded[i], factors, part % PARTS * 8));
+                const int at = pixel + i * DY_ABREAST;
+                const uint4 coded = dy.round(p.matrix, keeps, loaded[i], factors, part % PARTS * 8, operand_place(to, uint32_t(at)));
+                store_operand(to + at * GRANULE, coded);
+                if (keeps && p.matrix.kept_half) {
+                    uint16_t* kept = static_cast<uint16_t*>(p.matrix.kept) + dy.branch * p.matrix.kept_branch;
+                    if (inside(at, offset)) *reinterpret_cast<uint4*>(kept + offset) = coded;
+                }
             }
         }
     };
     const auto fill = [&](uint32_t i) {
         const ConvStep step = step_of(i);
         const uint32_t slot = i % 2;
-        const Patch patch = patch_of<Form::WGRAD>(p, step.inner_tile);
-        const auto x = prologue<Operand, Pair::TANGENT, PAIRS>(
-            {term.image, step.branch * term.image_branch, term.image_half}, p.image, step.branch, x_made);
-        const auto dy = prologue<Operand, Pair::DELTA, PAIRS>(
-            {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, p.matrix, step.branch, dy_made);
+        const Patch patch = cell_patch<Form::WGRAD>(p, step.inner_tile);
+        const Prologue<Operand, Pair::TANGENT, PAIRS> x = {
+            {term.image, step.branch * term.image_branch, term.image_half}, step.branch, x_made};
+        const Dy dy = {{term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, dy_made};
         load_halo(p, patch, halo, x, c, tables.image[slot], shared + tiling.halos + slot * tiling.halo_bytes);
         load_dy(patch, dy, slot);
         copies_done();

@@ -21,7 +21,8 @@ struct WgradTile {
 
     template <class F>
     DEVICE void each(F f) {
-        const int lane = int(threadIdx.x) % 32, row = lane / 4, column = int(threadIdx.x) / 32 * 8 + lane % 4 * 2;
+        const uint32_t thread = again(threadIdx.x);
+        const int lane = int(thread % 32), row = lane / 4, column = int(thread / 32) * 8 + lane % 4 * 2;
         for (int t = 0; t < MOST_TAPS; ++t) {
             for (int m = 0; m < 2; ++m) {
                 for (int i = 0; i < 4; ++i) {
@@ -48,8 +49,8 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
 
     auto& tables = *shared_memory<DirectTables>();
     uint16_t* slots = reinterpret_cast<uint16_t*>(&tables + 1);
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
+    const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+    const int32_t channel = int32_t(threadIdx.x % CHUNKS) * 8;
 
     const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
     const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
@@ -75,20 +76,20 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const auto begin = [&](uint32_t i) {
         const ConvStep step = step_of(i);
         patch = patch_of<Form::WGRAD>(p, step.inner_tile);
-        x = prologue<Operand, Pair::TANGENT, PAIRS>({term.image, step.branch * term.image_branch, term.image_half},
-                                                    p.image, step.branch, x_made);
-        dy = prologue<Operand, Pair::DELTA, PAIRS>({term.matrix, step.branch * term.matrix_branch, term.matrix_half},
-                                                   p.matrix, step.branch, dy_made);
+        x = {{term.image, step.branch * term.image_branch, term.image_half}, step.branch, x_made};
+        dy = {{term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, dy_made};
         halo.begin(p);
         dy_at = threadIdx.x / CHUNKS;
     };
-    const auto load_x = [&](const Halo& from) {
+    const auto load_x = [&](const Halo& from, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, c + channel, offset);
-        return x.load(offset, inside);
+        uint16_t* place = from.place(slots + slot * slot_elements);
+        return x.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
     const auto store_x = [&](uint32_t slot, const auto& loaded) {
-        halo.put(slots + slot * slot_elements, x.round(loaded, tables.image[slot], channel));
+        uint16_t* to = slots + slot * slot_elements;
+        halo.put(to, x.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
     const auto dy_inside = [&](uint32_t at, uint32_t& offset) {
@@ -96,14 +97,27 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         offset = row * uint32_t(p.rows) + uint32_t(k + channel);
         return row != NO_ROW && k + channel < p.rows;
     };
-    const auto load_dy = [&](uint32_t at) {
+    // Whether this block stores delta: one of those that read the same does. Of a delta that is the same in all branches the first.
+    const auto keeps = [&] {
+        return PAIRS && p.matrix.kept && place.column_tile == 0 && (p.matrix.kept_branch != 0 || dy.branch == 0);
+    };
+    const auto dy_place = [&](uint32_t at, uint32_t slot) {
+        return slots + slot * slot_elements + halo_elements + at * PIXEL + channel;
+    };
+    const auto load_dy = [&](uint32_t at, uint32_t slot) {
         uint32_t offset;
         const bool inside = dy_inside(at, offset);
-        return dy.load(offset, inside);
+        return dy.load(p.matrix, keeps(), offset, inside, tables.matrix[slot], channel, dy_place(at, slot));
     };
     const auto store_dy = [&](uint32_t slot, const auto& loaded) {
-        uint16_t* to = slots + slot * slot_elements + halo_elements + dy_at * PIXEL + channel;
-        *reinterpret_cast<uint4*>(to) = dy.round(loaded, tables.matrix[slot], channel);
+        uint16_t* to = dy_place(dy_at, slot);
+        const uint4 coded = dy.round(p.matrix, keeps(), loaded, tables.matrix[slot], channel, to);
+        *reinterpret_cast<uint4*>(to) = coded;
+        if (keeps() && p.matrix.kept_half) {
+            uint32_t offset;
+            uint16_t* kept = static_cast<uint16_t*>(p.matrix.kept) + dy.branch * p.matrix.kept_branch;
+            if (dy_inside(dy_at, offset)) *reinterpret_cast<uint4*>(kept + offset) = coded;
+        }
         dy_at += ABREAST;
     };
     // Begins to copy what needs nothing done to it.
@@ -125,18 +139,22 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     };
     const auto load_rest = [&](uint32_t slot) {
         while (halo.more()) {
-            decltype(load_x(halo)) loaded[IN_FLIGHT];
+            decltype(load_x(halo, slot)) loaded[IN_FLIGHT];
             Halo ahead = halo;
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                loaded[i] = load_x(ahead);
+                loaded[i] = load_x(ahead, slot);
                 ahead.next(p);
             }
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, loaded[i]);
         }
         static_assert(PATCH % (ABREAST * IN_FLIGHT) == 0);
         while (dy_at + (IN_FLIGHT - 1) * ABREAST < PATCH) {
-            decltype(load_dy(dy_at)) loaded[IN_FLIGHT];
-            for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST);
+            decltype(load_dy(dy_at, slot)) loaded[IN_FLIGHT];
+            UNROLLED
+            for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST, slot);
+            UNROLLED
             for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, loaded[i]);
         }
     };
@@ -170,10 +188,10 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
-            decltype(load_x(halo)) of_x = {};
-            decltype(load_dy(dy_at)) of_dy = {};
-            if (loads_x) of_x = load_x(halo);
-            if (loads_dy) of_dy = load_dy(dy_at);
+            decltype(load_x(halo, slot)) of_x = {};
+            decltype(load_dy(dy_at, slot)) of_dy = {};
+            if (loads_x) of_x = load_x(halo, 1 - slot);
+            if (loads_dy) of_dy = load_dy(dy_at, 1 - slot);
             const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
             uint32_t a[2][4];
             for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
@@ -190,7 +208,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
             if (loads_dy) store_dy(1 - slot, of_dy);
         }
         if (more) {
-            while (halo.more()) store_x(1 - slot, load_x(halo));
+            while (halo.more()) store_x(1 - slot, load_x(halo, 1 - slot));
             copies_done();
         }
         sync_threads();
@@ -201,5 +219,5 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const bool there = tap < taps && in_slice < p.image_channels;
         return there ? uint32_t((first_tap + tap) * p.image_channels + in_slice) : NO_ROW;
     };
-    conv_finish<Operand, WgradTile<Operand>, Form::WGRAD>(p, place, tile, row, column_of);
+    conv_finish<Operand, WgradTile<Operand>, Form::WGRAD>(p, conv_place(p, again(block)), tile, row, column_of);
 }

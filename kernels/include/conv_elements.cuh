@@ -50,21 +50,25 @@ DEVICE Chunk chunk_load(const void* from, int64_t at, int half) {
 }
 
 template <class Operand>
-DEVICE float4 four_of(uint32_t first, uint32_t second) {
-    const float2 a = Operand::decode_pair(first), b = Operand::decode_pair(second);
-    return {a.x, a.y, b.x, b.y};
-}
-
-template <class Operand>
 DEVICE void chunk_decode(float (&v)[8], const Chunk& chunk, int half) {
     if (half) {
-        const float4 low = four_of<Operand>(chunk.low.x, chunk.low.y), high = four_of<Operand>(chunk.low.z, chunk.low.w);
-        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+        const uint32_t words[4] = {chunk.low.x, chunk.low.y, chunk.low.z, chunk.low.w};
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = Operand::decode_pair(words[i]);
+            v[2 * i] = pair.x;
+            v[2 * i + 1] = pair.y;
+        }
     } else {
         __builtin_memcpy(v, &chunk.low, 16);
         __builtin_memcpy(v + 4, &chunk.high, 16);
     }
+}
+
+// Four elements of 16 bits.
+template <class Operand>
+DEVICE float4 four_of(uint32_t low, uint32_t high) {
+    const float2 a = Operand::decode_pair(low), b = Operand::decode_pair(high);
+    return {a.x, a.y, b.x, b.y};
 }
 
 // Rounds eight elements to the operand type.

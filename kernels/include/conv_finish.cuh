@@ -39,7 +39,7 @@ template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
 DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of, ColumnOf column_of) {
     auto& shared = *shared_memory<ConvFinish<Tile>>();
     constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
-    const int thread = int(threadIdx.x);
+    const int thread = int(again(threadIdx.x));
     if (p.splits > 1) {
         const uint32_t tile = place.tile(p);
         float* partial = p.partial + int64_t(tile) * p.splits * ELEMENTS + thread;

@@ -53,23 +53,26 @@ struct ConvPair {
     ConvNorm norm;
     const float* vectors[4];  // [M, C] delta: dg, db, null, null; tangent: ġ, ḃ, ⟨ẋ⟩, ρ
     int64_t vector_branches[4];
+    const void* residual;     // a further term of delta, at the same places; null: there is none
+    int64_t residual_branch;
+    void* kept;               // wgrad: delta is stored here as well, at the same places; null: it is not
+    int64_t kept_branch;
     int32_t half;             // it has 16 bits, not 32
+    int32_t residual_half, kept_half;
     float count;              // of the samples and pixels that a sum is over
 };
-static_assert(sizeof(ConvPair) == 160);
+static_assert(sizeof(ConvPair) == 200);
 
-// Sums of the columns of the result with a batch norm and a ReLU: `conv_sums.cuh`. Tensors are [M, rows, columns].
+// Sums of the columns of the result with a batch norm: `conv_sums.cuh`. Tensors are [M, rows, columns].
 struct ConvSums {
     const void* next;    // what the batch norm normalises; null: no sums are wanted
-    const void* dy;      // tangent: the cotangent behind the ReLU
-    int64_t next_branch, dy_branch;
-    ConvNorm norm;
-    const float* db;     // [M, columns] tangent: Σ m dy
-    int64_t db_branch;
-    float* results[3];   // [M, columns] backward: dg, db, null; tangent: ⟨ẏ⟩, ρ, covariance
-    int32_t next_half, dy_half;
+    int64_t next_branch;
+    ConvNorm norm;       // tangent: without g and b
+    float* results[2];   // [M, columns] backward: dg, db; tangent: ⟨ẏ⟩, ρ
+    int32_t next_half;
+    int32_t unused;
 };
-static_assert(sizeof(ConvSums) == 152);
+static_assert(sizeof(ConvSums) == 112);
 
 struct ConvProduct {
     ConvTerm terms[2];       // the second is fprop's alone
@@ -109,13 +112,13 @@ struct ConvProduct {
     int32_t patches_down, patches_across;  // of an image's grid
     int32_t halo_height, halo_width;       // pixels of the image, of each of the patch's, that are loaded
 };
-static_assert(sizeof(ConvProduct) == 840);
+static_assert(sizeof(ConvProduct) == 880);
 
 // `conv2d_fprop_*`
 struct ConvParams {
     ConvProduct product;
 };
-static_assert(sizeof(ConvParams) == 840);
+static_assert(sizeof(ConvParams) == 880);
 
 // `conv2d_backward_*`: both gradients or one. A launch has the blocks of both, mixed in proportion: those that read the
 // same part of dy run at about the same time.
@@ -123,7 +126,7 @@ struct ConvBackwardParams {
     ConvProduct dgrad, wgrad;
     int32_t dgrad_blocks, wgrad_blocks;
 };
-static_assert(sizeof(ConvBackwardParams) == 1688);
+static_assert(sizeof(ConvBackwardParams) == 1768);
 
 // The place of a block among those of a product.
 struct ConvPlace {
@@ -144,10 +147,8 @@ DEVICE ConvPlace conv_place(const ConvProduct& p, uint32_t i) {
     i /= p.row_tiles;
     const uint32_t inner = p.by_pixel ? p.branches : p.splits;
     const uint32_t fast = i % inner, slow = i / inner;
-    place.split = uniform(p.by_pixel ? slow : fast);
-    place.branch = uniform(p.by_pixel ? fast : slow);
-    place.column_tile = uniform(place.column_tile);
-    place.row_tile = uniform(place.row_tile);
+    place.split = p.by_pixel ? slow : fast;
+    place.branch = p.by_pixel ? fast : slow;
     return place;
 }
 
@@ -161,8 +162,8 @@ DEVICE ConvStep conv_step(const ConvProduct& p, uint32_t result_branch, uint32_t
     ConvStep step;
     const uint32_t per = p.by_pixel ? p.segments : p.inner_tiles;
     const uint32_t slow = iteration / per, fast = iteration - slow * per;
-    step.inner_tile = uniform(p.by_pixel ? slow : fast);
-    const uint32_t segment = uniform(p.by_pixel ? fast : slow), first = uint32_t(p.terms[0].segments);
+    step.inner_tile = p.by_pixel ? slow : fast;
+    const uint32_t segment = p.by_pixel ? fast : slow, first = uint32_t(p.terms[0].segments);
     step.second = segment >= first;
     step.branch = result_branch + (step.second ? segment - first : segment);
     return step;

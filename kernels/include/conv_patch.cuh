@@ -23,7 +23,7 @@ struct Patch {
     int32_t grid_height, grid_width;
     int32_t first_down, first_across;  // where that grid's first pixel lies in the result
     int32_t grid_step;                 // from a pixel of the grid to the next
-    int32_t first_tap;                 // the filter's first pixel of those that the phase has
+    int32_t phase_down, phase_across;  // the filter's first pixel of those that the phase has
     int32_t halo_down, halo_across;    // the halo's first pixel in the image
     int32_t halo_step;                 // pixels of the image from one of the halo to the next
     int32_t pixel_step;                // pixels of the halo from one of the patch to the next
@@ -46,12 +46,12 @@ DEVICE Patch patch_of(const ConvProduct& p, uint32_t number) {
     patch.image = int32_t(number % groups) * p.patch_images;
     if constexpr (FORM == Form::DGRAD) {
         const int32_t phase = int32_t(number / groups), stride = p.stride;
-        const int32_t phase_down = phase / stride, phase_across = phase - phase_down * stride;
-        patch.first_tap = phase_down * p.kernel_width + phase_across;
-        patch.taps_down = taps_from(phase_down, p.kernel_height, stride);
-        patch.taps_across = taps_from(phase_across, p.kernel_width, stride);
-        patch.first_down = (phase_down + (stride - 1) * p.pad) % stride;
-        patch.first_across = (phase_across + (stride - 1) * p.pad) % stride;
+        patch.phase_down = phase / stride;
+        patch.phase_across = phase - patch.phase_down * stride;
+        patch.taps_down = taps_from(patch.phase_down, p.kernel_height, stride);
+        patch.taps_across = taps_from(patch.phase_across, p.kernel_width, stride);
+        patch.first_down = (patch.phase_down + (stride - 1) * p.pad) % stride;
+        patch.first_across = (patch.phase_across + (stride - 1) * p.pad) % stride;
         patch.grid_height = taps_from(patch.first_down, p.grid_height, stride);
         patch.grid_width = taps_from(patch.first_across, p.grid_width, stride);
         patch.grid_step = stride;
@@ -63,7 +63,7 @@ DEVICE Patch patch_of(const ConvProduct& p, uint32_t number) {
         const bool single = p.kernel_height == 1 && p.kernel_width == 1;
         patch.taps_down = p.kernel_height;
         patch.taps_across = p.kernel_width;
-        patch.first_tap = patch.first_down = patch.first_across = 0;
+        patch.phase_down = patch.phase_across = patch.first_down = patch.first_across = 0;
         patch.grid_height = p.grid_height;
         patch.grid_width = p.grid_width;
         patch.grid_step = 1;
@@ -72,12 +72,6 @@ DEVICE Patch patch_of(const ConvProduct& p, uint32_t number) {
         patch.halo_step = single ? p.stride : 1;
         patch.pixel_step = single ? 1 : p.stride;
     }
-    patch.taps_down = uniform(patch.taps_down);
-    patch.taps_across = uniform(patch.taps_across);
-    patch.image = uniform(patch.image);
-    patch.halo_down = uniform(patch.halo_down);
-    patch.halo_across = uniform(patch.halo_across);
-    patch.first_tap = uniform(patch.first_tap);
     return patch;
 }
 

@@ -3,7 +3,7 @@
 //
 //   norm     relu(bn(x))
 //   tangent  m (g r (ẋ − ⟨ẋ⟩ − x̂ρ) + ġ x̂ + ḃ)     of the pair ẋ, x
-//   delta    g r (m dy − db/n − x̂ dg/n)             of the pair dy, y
+//   delta    R + g r (m dy − db/n − x̂ dg/n)         of the pair dy, y; R: the residual term, if there is one
 //
 // A pair's element is affine in both of its tensors: `scale·t + slope·x + rest`, with scale = g r as in bn(x). Each constant is rounded
 // once, so that it costs no more digits than the given mean had, and ends in one rounding each.
@@ -88,9 +88,12 @@ struct Source {
     DEVICE Chunk load(uint32_t offset) const {
         return chunk_load<Operand>(at, int64_t(offset), half);
     }
-    // Eight elements of a tensor of 16 bits.
-    DEVICE uint4 halves(uint32_t offset) const {
-        return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(at) + offset);
+    // Four neighbours, aligned to as many.
+    template <class Operand>
+    DEVICE float4 load_four(uint32_t offset) const {
+        if (!half) return *reinterpret_cast<const float4*>(static_cast<const float*>(at) + offset);
+        const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(at) + offset);
+        return four_of<Operand>(words.x, words.y);
     }
     // An element of a tensor of 16 bits, or the tensor itself if it is not there.
     DEVICE const uint16_t* place(uint32_t offset, bool there) const {
@@ -103,17 +106,19 @@ struct Source {
 template <class Operand, Pair PAIR, bool PAIRS>
 struct Prologue {
     Source of;
+    uint32_t branch;
     Made made;
 
     struct Loaded {
         Chunk of;
         bool inside;
     };
-    DEVICE Loaded load(uint32_t offset, bool inside) const {
+    DEVICE Loaded load(const ConvPair&, bool, uint32_t offset, bool inside, const FactorTable<SLICE>&, int, uint16_t*) const {
         return {inside ? of.template load<Operand>(offset) : Chunk{}, inside};
     }
     // Rounds what is loaded, `channel` the first of its channels in the table; zeros stay for what is not inside.
-    DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
+    DEVICE uint4 round(const ConvPair&, bool, const Loaded& loaded, const FactorTable<SLICE>& factors, int channel,
+                       const uint16_t*) const {
         if (!loaded.inside || made == Made::PLAIN) return chunk_round<Operand>(loaded.of, of.half, loaded.inside);
         float v[8];
         chunk_decode<Operand>(v, loaded.of, of.half);
@@ -124,51 +129,85 @@ struct Prologue {
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
 
-// There are registers for two tensors of 16 bits to wait in, no more: in kernels for pairs all images have 16 bits.
+// There are registers for two tensors of 16 bits; the residual term waits in shared memory where what is made of all will lie. Wider
+// ones are rounded at once.
 template <class Operand, Pair PAIR>
 struct Prologue<Operand, PAIR, true> {
-    Source of, with;
+    Source of;
+    uint32_t branch;
     Made made;
 
     struct Loaded {
         uint4 of, with;
         bool inside;
     };
-    DEVICE Loaded load(uint32_t offset, bool inside) const {
-        Loaded loaded = {{}, {}, inside};
-        if (inside) loaded.of = of.halves(offset);
-        if (inside && made == Made::PAIR) loaded.with = with.halves(offset);
-        return loaded;
+    DEVICE bool has_residual(const ConvPair& pair) const {
+        return PAIR == Pair::DELTA && made == Made::PAIR && pair.residual;
     }
-    DEVICE uint4 round(const Loaded& loaded, const FactorTable<SLICE>& factors, int channel) const {
-        if (!loaded.inside || made == Made::PLAIN) return loaded.of;
-        const uint2 low = make(loaded.of.x, loaded.of.y, loaded.with.x, loaded.with.y, factors, channel);
-        const uint2 high = make(loaded.of.z, loaded.of.w, loaded.with.z, loaded.with.w, factors, channel + 4);
-        return {low.x, low.y, high.x, high.y};
+    static DEVICE bool keeps_wide(const ConvPair& pair, bool keeps) {
+        return PAIR == Pair::DELTA && keeps && !pair.kept_half;
     }
-    // Four elements at a time: the factors of eight take too many registers.
-    DEVICE uint2 make(uint32_t first, uint32_t second, uint32_t with_first, uint32_t with_second,
-                      const FactorTable<SLICE>& factors, int channel) const {
-        const float4 given = four_of<Operand>(first, second);
-        float v[4] = {given.x, given.y, given.z, given.w};
-        if (made == Made::NORM) {
-            for (int i = 0; i < 4; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
-        } else {
-            const float4 other = four_of<Operand>(with_first, with_second);
-            const float x[4] = {other.x, other.y, other.z, other.w};
-            for (int i = 0; i < 4; ++i) v[i] = factors.pair(channel + i).template of<PAIR>(v[i], x[i]);
+    DEVICE bool waits(const ConvPair& pair, bool keeps) const {
+        const bool wide = made == Made::PAIR && (!pair.half || (has_residual(pair) && !pair.residual_half));
+        return of.half && !wide && !keeps_wide(pair, keeps);
+    }
+    // `place`: where what is made will lie in shared memory; `keeps`: it is stored as well, here if that has 32 bits.
+    DEVICE Loaded load(const ConvPair& pair, bool keeps, uint32_t offset, bool inside, const FactorTable<SLICE>& factors,
+                       int channel, uint16_t* place) const {
+        if (!inside) return {{}, {}, false};
+        const Source with(pair.at, branch * pair.branch, pair.half);
+        const Source residual(pair.residual, branch * pair.residual_branch, pair.residual_half);
+        if (waits(pair, keeps)) {
+            if (has_residual(pair)) copy_async(place, residual.place(offset, true), true);
+            const uint4 mine = of.template load<Operand>(offset).low;
+            return {mine, made == Made::PAIR ? with.template load<Operand>(offset).low : uint4{}, true};
         }
-        return {Operand::encode(v[0], v[1]), Operand::encode(v[2], v[3])};
+        uint2 coded[2];
+        UNROLLED
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t at = offset + 4 * i;
+            const float4 mine = of.template load_four<Operand>(at);
+            const float4 other = made == Made::PAIR ? with.template load_four<Operand>(at) : float4{};
+            const float4 v = four(mine, other, has_residual(pair), residual, at, factors, channel + 4 * i);
+            if (keeps_wide(pair, keeps)) {
+                *reinterpret_cast<float4*>(static_cast<float*>(pair.kept) + (branch * pair.kept_branch + at)) = v;
+            }
+            coded[i] = {Operand::encode(v.x, v.y), Operand::encode(v.z, v.w)};
+        }
+        return {{coded[0].x, coded[0].y, coded[1].x, coded[1].y}, {}, true};
     }
-    DEVICE bool plain() const { return made == Made::PLAIN; }
+    DEVICE uint4 round(const ConvPair& pair, bool keeps, const Loaded& loaded, const FactorTable<SLICE>& factors, int channel,
+                       const uint16_t* place) const {
+        if (!loaded.inside) return {};
+        if (!waits(pair, keeps) || made == Made::PLAIN) return loaded.of;
+        if (has_residual(pair)) copies_done();
+        // Four at a time: with the factors of all eight, registers would run short.
+        const Source term(place, 0, 1);
+        const float4 low = four(four_of<Operand>(loaded.of.x, loaded.of.y), four_of<Operand>(loaded.with.x, loaded.with.y),
+                                has_residual(pair), term, 0, factors, channel);
+        const uint2 first = {Operand::encode(low.x, low.y), Operand::encode(low.z, low.w)};
+        const float4 high = four(four_of<Operand>(loaded.of.z, loaded.of.w), four_of<Operand>(loaded.with.z, loaded.with.w),
+                                 has_residual(pair), term, 4, factors, channel + 4);
+        return {first.x, first.y, Operand::encode(high.x, high.y), Operand::encode(high.z, high.w)};
+    }
+    // What is made of four elements and, if there is `more`, of those at `at` of the residual term.
+    DEVICE float4 four(const float4& mine, const float4& other, bool more, const Source& residual, uint32_t at,
+                       const FactorTable<SLICE>& factors, int channel) const {
+        float4 v = mine;
+        if (made == Made::NORM) {
+            v = {factors.norm(channel).relu(v.x), factors.norm(channel + 1).relu(v.y), factors.norm(channel + 2).relu(v.z),
+                 factors.norm(channel + 3).relu(v.w)};
+        } else if (made == Made::PAIR) {
+            v = {factors.pair(channel).template of<PAIR>(v.x, other.x),
+                 factors.pair(channel + 1).template of<PAIR>(v.y, other.y),
+                 factors.pair(channel + 2).template of<PAIR>(v.z, other.z),
+                 factors.pair(channel + 3).template of<PAIR>(v.w, other.w)};
+        }
+        if (more) {
+            const float4 term = residual.template load_four<Operand>(at);
+            v = {v.x + term.x, v.y + term.y, v.z + term.z, v.w + term.w};
+        }
+        return v;
+    }
+    DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
-
-// That of a tensor, and of the other of a pair, in a branch.
-template <class Operand, Pair PAIR, bool PAIRS>
-DEVICE Prologue<Operand, PAIR, PAIRS> prologue(const Source& of, const ConvPair& pair, int64_t branch, Made made) {
-    if constexpr (PAIRS) {
-        return {of, {pair.at, branch * pair.branch, pair.half}, made};
-    } else {
-        return {of, made};
-    }
-}

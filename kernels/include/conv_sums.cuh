@@ -86,7 +86,7 @@ DEVICE void reduce_records(const ConvProduct& p, const ConvPlace& place, ConvFin
 template <class Tile>
 DEVICE void conv_statistics(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared) {
     constexpr int LINES = ConvFinish<Tile>::LINES, PITCH = ConvFinish<Tile>::PITCH;
-    const int line = int(threadIdx.x) / Tile::COLUMNS, column = int(threadIdx.x) % Tile::COLUMNS;
+    const int line = int(threadIdx.x / Tile::COLUMNS), column = int(threadIdx.x % Tile::COLUMNS);
     sync_threads();
     const float* values = shared.values + line * PITCH + column;
     const Moments mine = moments_of(
@@ -98,12 +98,13 @@ DEVICE void conv_statistics(const ConvProduct& p, const ConvPlace& place, ConvFi
     });
 }
 
-// Of a column v of the result: backward: Σ m v (x−μ), Σ m v, 0; tangent: Σ v, Σ v (x−μ), Σ v (m dy − ⟨m dy⟩).
+// Of a column v of the result: backward: Σ m v (x−μ), Σ m v; tangent: Σ v (x−μ), Σ v.
 struct SumRecord {
-    float of[3];
+    float of[2];
 
     DEVICE void add(const SumRecord& other) {
-        for (int i = 0; i < 3; ++i) of[i] += other.of[i];
+        of[0] += other.of[0];
+        of[1] += other.of[1];
     }
 };
 static_assert(sizeof(SumRecord) <= RECORD);
@@ -127,33 +128,25 @@ struct SumOperand<Operand, 1> {
 // The sums of the present thread's columns, RUN neighbours, over its rows.
 template <class Operand, bool TANGENT, int RUN>
 struct ThreadSums {
-    static constexpr int COUNT = TANGENT ? 3 : 2;
+    static constexpr int COUNT = 2;
     BnScaleShift norm[RUN];
-    float mean[RUN], dy_mean[RUN];
+    float mean[RUN];
     float of[COUNT][RUN];
 
     // Of columns from `column` on, which the result has all or none of.
-    DEVICE ThreadSums(const ConvProduct& p, int64_t branch, uint32_t column) : norm(), mean(), dy_mean(), of() {
+    DEVICE ThreadSums(const ConvProduct& p, int64_t branch, uint32_t column) : norm(), mean(), of() {
         if (column >= uint32_t(p.columns)) return;
-        const ConvSums& sums = p.sums;
+        const ConvNorm& of_next = p.sums.norm;
         for (int c = 0; c < RUN; ++c) {
-            norm[c] = sums.norm.of(branch, column + c);
-            mean[c] = sums.norm.mean[branch * sums.norm.mean_branch + column + c];
-            if (TANGENT) dy_mean[c] = sums.db[branch * sums.db_branch + column + c] / float(p.rows);
+            if (!TANGENT) norm[c] = of_next.of(branch, column + c);
+            mean[c] = of_next.mean[branch * of_next.mean_branch + column + c];
         }
     }
-    DEVICE void add(const float (&v)[RUN], const float (&x)[RUN], const float (&dy)[RUN]) {
+    DEVICE void add(const float (&v)[RUN], const float (&x)[RUN]) {
         for (int c = 0; c < RUN; ++c) {
-            const bool passes = norm[c].passes(x[c]);
-            if constexpr (TANGENT) {
-                of[0][c] += v[c];
-                of[1][c] = fmaf(v[c], x[c] - mean[c], of[1][c]);
-                of[2][c] = fmaf(v[c], (passes ? dy[c] : 0.0f) - dy_mean[c], of[2][c]);
-            } else {
-                const float masked = passes ? v[c] : 0.0f;
-                of[0][c] = fmaf(masked, x[c] - mean[c], of[0][c]);
-                of[1][c] += masked;
-            }
+            const float counted = TANGENT || norm[c].passes(x[c]) ? v[c] : 0.0f;
+            of[0][c] = fmaf(counted, x[c] - mean[c], of[0][c]);
+            of[1][c] += counted;
         }
     }
     // The record of one of the block's columns, as `ConvFinish` divides them among threads, from what all threads have. All take part,
@@ -185,7 +178,7 @@ template <class Operand, class Tile, bool TANGENT, class ColumnOf>
 DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, ColumnOf column_of) {
     constexpr int RUN = Tile::RUN, ROWS_ABREAST = Tile::THREADS * RUN / Tile::COLUMNS, PARTS = Tile::ROWS / ROWS_ABREAST;
     // Rows that a thread has in flight at a time. More threads hide as much with fewer, and have fewer registers.
-    constexpr int AHEAD = Tile::THREADS > 128 ? 1 : TANGENT && RUN > 1 ? 2 : 4;
+    constexpr int AHEAD = Tile::THREADS > 128 ? 1 : 4;
     static_assert(Tile::THREADS * RUN % Tile::COLUMNS == 0 && Tile::ROWS % (ROWS_ABREAST * AHEAD) == 0);
     const ConvSums& sums = p.sums;
     const int first = int(threadIdx.x) * RUN, c = first % Tile::COLUMNS;
@@ -194,7 +187,7 @@ DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<T
     ThreadSums<Operand, TANGENT, RUN> mine(p, place.branch, column);
     ROLLED
     for (int part = 0; part < PARTS; part += AHEAD) {
-        SumOperand<Operand, RUN> next[AHEAD], cotangent[AHEAD];
+        SumOperand<Operand, RUN> next[AHEAD];
         bool has[AHEAD];
         UNROLLED
         for (int i = 0; i < AHEAD; ++i) {
@@ -203,35 +196,32 @@ DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<T
             if (!has[i]) continue;
             const uint32_t at = row * uint32_t(p.columns) + column;
             next[i].load(sums.next, place.branch * sums.next_branch + at, sums.next_half);
-            if (TANGENT) cotangent[i].load(sums.dy, place.branch * sums.dy_branch + at, sums.dy_half);
         }
         UNROLLED
         for (int i = 0; i < AHEAD; ++i) {
             if (!has[i]) continue;
             const float* values =
                 shared.values + (first / Tile::COLUMNS + (part + i) * ROWS_ABREAST) * ConvFinish<Tile>::PITCH + c;
-            float v[RUN], x[RUN], dy[RUN] = {};
+            float v[RUN], x[RUN];
             if constexpr (RUN == 1) {
                 v[0] = *values;
             } else {
                 eight_of(v, values);
             }
             next[i].unpack(x, sums.next_half);
-            if (TANGENT) cotangent[i].unpack(dy, sums.dy_half);
-            mine.add(v, x, dy);
+            mine.add(v, x);
         }
     }
     sync_threads();
     reduce_records<Tile>(p, place, shared, mine.record(shared), [&](uint32_t at, const SumRecord& record) {
         const float variance = sums.norm.var[place.branch * sums.norm.var_branch + at];
-        const float r = 1.0f / sqrtf(variance + sums.norm.epsilon), count = float(p.rows);
+        const float with_x = record.of[0] / sqrtf(variance + sums.norm.epsilon), count = float(p.rows);
         const int64_t to = int64_t(place.branch) * p.columns + at;
         if constexpr (TANGENT) {
-            sums.results[0][to] = record.of[0] / count;
-            sums.results[1][to] = record.of[1] * r / count;
-            sums.results[2][to] = record.of[2] / count;
+            sums.results[0][to] = record.of[1] / count;
+            sums.results[1][to] = with_x / count;
         } else {
-            sums.results[0][to] = record.of[0] * r;
+            sums.results[0][to] = with_x;
             sums.results[1][to] = record.of[1];
         }
     });

@@ -27,6 +27,12 @@
 #define UNROLLED _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
 
+// The value itself, but what is made of it is made again, not kept in registers from where it was made of the same before.
+DEVICE uint32_t again(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // Defines a kernel: `p` is its parameter struct, `threads` the most threads a block may have.
 #define KERNEL(name, Params, threads) \
     extern "C" __global__ void __launch_bounds__(threads, KERNEL_BLOCKS) name(const __grid_constant__ Params p)
@@ -47,6 +53,8 @@ DEVICE T* shared_memory() {
 
 #define UNROLLED
 #define ROLLED
+
+DEVICE uint32_t again(uint32_t value) { return value; }
 
 #define KERNEL(name, Params, threads)                                                                             \
     static void name##_body(const Params& p);                                                                     \

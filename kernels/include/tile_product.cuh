@@ -80,11 +80,11 @@ struct Product {
         }
     }
 
-    static DEVICE int first_row() { return int(threadIdx.x) / 32 % 2 * 32 + int(threadIdx.x) % 32 / 4; }
-    static DEVICE int first_column() { return int(threadIdx.x) / 64 * 32; }
+    static DEVICE int first_row() { return int(threadIdx.x / 32) % 2 * 32 + int(threadIdx.x % 32) / 4; }
+    static DEVICE int first_column() { return int(threadIdx.x / 64) * 32; }
 
     DEVICE void add(const typename Operand::Stored* rows, const typename Operand::Stored* columns) {
-        const int g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
+        const int g = int(threadIdx.x % 32) / 4, t = int(threadIdx.x % 4);
         const uint32_t* row = reinterpret_cast<const uint32_t*>(rows) + first_row() * PITCH + t;
         const uint32_t* column = reinterpret_cast<const uint32_t*>(columns) + (first_column() + g) * PITCH + t;
         for (int k = 0; k < WORDS; k += 8) {
@@ -104,7 +104,7 @@ struct Product {
     // Calls `f(i, row, column, value)` for every element that this thread holds, i = 0, 1, ….
     template <class F>
     DEVICE void each(F f) {
-        const int row = first_row(), column = first_column() + int(threadIdx.x) % 4 * 2;
+        const int row = first_row(), column = first_column() + int(threadIdx.x % 4) * 2;
         for (int m = 0; m < 2; ++m) {
             for (int n = 0; n < 4; ++n) {
                 for (int i = 0; i < 4; ++i) {
@@ -132,8 +132,8 @@ struct Product<F32> {
     }
 
     DEVICE void add(const float* rows, const float* columns) {
-        const float* row = rows + int(threadIdx.x) / 8 * F32::PITCH;
-        const float* column = columns + int(threadIdx.x) % 8 * F32::PITCH;
+        const float* row = rows + int(threadIdx.x / 8) * F32::PITCH;
+        const float* column = columns + int(threadIdx.x % 8) * F32::PITCH;
         for (int k = 0; k < DEPTH; k += 4) {
             Four a[4];
             for (int m = 0; m < 4; ++m) a[m] = *reinterpret_cast<const Four*>(row + 16 * m * F32::PITCH + k);
@@ -148,7 +148,7 @@ struct Product<F32> {
 
     template <class F>
     DEVICE void each(F f) {
-        const int row = int(threadIdx.x) / 8, column = int(threadIdx.x) % 8;
+        const int row = int(threadIdx.x / 8), column = int(threadIdx.x % 8);
         for (int m = 0; m < 4; ++m) {
             for (int n = 0; n < 8; ++n) f(8 * m + n, row + 16 * m, column + 8 * n, d[m][n]);
         }

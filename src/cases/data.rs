@@ -17,6 +17,10 @@ pub enum Data {
     Spaced,
     /// Positive, between 0.1 and 1: weights of samples, gains.
     Positive,
+    /// Normal, but for the number at this position, counted from the end where it is negative, which is infinite or none at all.
+    Planted(Bad, isize),
+    /// All the same.
+    Constant(f64),
     /// Class labels, below this number.
     Labels(usize),
     /// Below this number, and -1 for about half of them: ranks of neighbours.
@@ -29,6 +33,17 @@ pub enum Data {
     MeanOf(usize),
     /// Biased batch variance per channel of the operand at this position.
     VarianceOf(usize),
+}
+
+/// What is no finite number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bad {
+    /// Infinity.
+    Infinite,
+    /// Negative infinity.
+    NegativeInfinite,
+    /// Not a number.
+    None,
 }
 
 /// The nearest single-precision number.
@@ -52,6 +67,17 @@ impl Data {
         let mut reals = |f: &mut dyn FnMut(&mut Stream) -> f64| HostVec::F64((0..n).map(|_| single(f(rng))).collect());
         match self {
             Data::Normal => reals(&mut normal),
+            Data::Constant(x) => reals(&mut |_| x),
+            Data::Planted(bad, at) => {
+                let mut values: Vec<f64> = (0..n).map(|_| single(normal(rng))).collect();
+                let at = if at < 0 { n - at.unsigned_abs() } else { at.unsigned_abs() };
+                values[at] = match bad {
+                    Bad::Infinite => f64::INFINITY,
+                    Bad::NegativeInfinite => f64::NEG_INFINITY,
+                    Bad::None => f64::NAN,
+                };
+                HostVec::F64(values)
+            }
             Data::Positive => reals(&mut |rng| 0.1 + 0.9 * uniform(rng)),
             Data::Clear => reals(&mut |rng| {
                 let x = normal(rng);

@@ -2,12 +2,17 @@
 //! benchmarks, so that no two of them can disagree on what an operation must do.
 //!
 //! A [`Case`] is data: an operation, its operands with shapes, branching and the kind of numbers they hold, which
-//! results are summed over the branches, and how far single precision may be off. [`all`] is the table.
+//! results are summed over the branches, and how far single precision may be off. [`all`] is the table of what stands on a tape,
+//! [`planned`] that of what only the planner makes.
 
 mod data;
+mod expand;
+mod fused;
 mod table;
 
-pub use data::Data;
+pub use data::{Bad, Data};
+pub use expand::expand;
+pub use fused::{Planned, planned, recomputed};
 pub use table::all;
 
 use crate::device::HostVec;

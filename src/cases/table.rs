@@ -1,10 +1,10 @@
 //! The table: every operation of the set, with shared and per-branch operands, sums, odd sizes and strides.
 
-use super::{Case, Data, Operand};
+use super::{Bad, Case, Data, Operand};
 use crate::ops::{
-    AvgPool, AvgPoolBackward, BnBackward, BnDoubleBackward, BnEval, BnForward, CeGrad, CeLoss, ChannelBroadcast,
-    ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex, NearestNeighbours, Op,
-    Operation, PoolGather, PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
+    AllFinite, AvgPool, AvgPoolBackward, BnBackward, BnDoubleBackward, BnEval, BnForward, CeGrad, CeLoss,
+    ChannelBroadcast, ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex,
+    NearestNeighbours, Op, Operation, PoolGather, PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
 };
 use crate::tape::{Coef, DType, Meta};
 
@@ -20,6 +20,7 @@ pub fn all() -> Vec<Case> {
     table.pools();
     table.heads();
     table.neighbours();
+    table.guards();
     table.cases
 }
 
@@ -28,7 +29,7 @@ fn operand(name: &'static str, meta: Meta, data: Data) -> Operand {
 }
 
 /// An operand without derivative.
-fn fixed(name: &'static str, meta: Meta, data: Data) -> Operand {
+pub(super) fn fixed(name: &'static str, meta: Meta, data: Data) -> Operand {
     Operand { differentiable: false, ..operand(name, meta, data) }
 }
 
@@ -38,13 +39,13 @@ fn mixtures(n: usize) -> std::ops::Range<u32> {
 }
 
 #[derive(Default)]
-struct Table {
-    cases: Vec<Case>,
+pub(super) struct Table {
+    pub cases: Vec<Case>,
 }
 
 /// Operands of a case to be: names, shapes, numbers, all shared.
 #[derive(Clone)]
-struct Template {
+pub(super) struct Template {
     op: Op,
     sizes: String,
     operands: Vec<Operand>,
@@ -53,22 +54,22 @@ struct Template {
 }
 
 impl Template {
-    fn new(op: impl Into<Op>, sizes: impl Into<String>, operands: Vec<Operand>) -> Self {
+    pub fn new(op: impl Into<Op>, sizes: impl Into<String>, operands: Vec<Operand>) -> Self {
         Template { op: op.into(), sizes: sizes.into(), operands, tolerance: 1e-5, fused: false }
     }
 
-    fn tolerance(self, tolerance: f64) -> Self {
+    pub fn tolerance(self, tolerance: f64) -> Self {
         Template { tolerance, ..self }
     }
 
-    fn fused(self) -> Self {
+    pub fn fused(self) -> Self {
         Template { fused: true, ..self }
     }
 }
 
 impl Table {
     /// Adds a case: operand i is per-branch where bit i of `mixture` is set, statistics where their source is.
-    fn add(&mut self, template: &Template, branches: usize, mixture: u32, sum: &[bool]) {
+    pub fn add(&mut self, template: &Template, branches: usize, mixture: u32, sum: &[bool]) {
         let mut operands = template.operands.clone();
         for (i, operand) in operands.iter_mut().enumerate() {
             let bit = operand.data.derived_from().unwrap_or(i);
@@ -182,7 +183,7 @@ impl Table {
                 match full {
                     true => {
                         self.mix(&backward, mixtures(3), &sums);
-                        self.mix(&backward, mixtures(3).skip(1).map(|m| m | y).filter(|_| relu), &sums);
+                        self.mix(&backward, mixtures(3).map(|m| m | y).filter(|_| relu), &sums);
                     }
                     false => self.mix(&backward, [1, 7 | y], &sums[..2]),
                 }
@@ -200,7 +201,10 @@ impl Table {
                 // Per-branch tangents and cotangents at a shared network: MLNT's second order.
                 let sums: [&[bool]; 3] = [&[false, true, true], &[true; 3], &[true, false, false]];
                 match full {
-                    true => self.mix(&double, [0, 7, 8, 15, 16 | y, 32, 63 | y], &sums),
+                    true => {
+                        self.mix(&double, [0, 7, 8, 15, 16 | y, 32, 63 | y], &sums);
+                        self.mix(&double, Some(y).filter(|_| relu), &sums);
+                    }
                     false => self.mix(&double, [15], &sums[..1]),
                 }
                 self.add(&double, 1, 63 | y, &[true; 3]);
@@ -329,6 +333,54 @@ impl Table {
             self.mix(&transfer, mixtures(3), &[]);
         }
     }
+
+    /// What decides whether a step is taken, and what is taken then.
+    fn guards(&mut self) {
+        let (one, vector) = (Meta::vector(1), Meta::vector(13));
+        // Several pieces of the kernel, and an end that fills none.
+        let large = Meta::weight(65, 32, 3, 3);
+        let plants = [
+            ("finite", Data::Normal),
+            ("infinite at the start", Data::Planted(Bad::Infinite, 0)),
+            ("none at the end", Data::Planted(Bad::None, -1)),
+            ("infinite within", Data::Planted(Bad::NegativeInfinite, -7)),
+        ];
+        for (what, data) in plants {
+            let alone = Template::new(AllFinite, format!("13 {what}"), vec![fixed("x0", vector, data)]).tolerance(0.0);
+            self.add(&alone, M, 0, &[true]);
+            self.add(&alone, M, 1, &[true]);
+            for (list, planted) in [("first", 0), ("last", 2)] {
+                let names = [("x0", large), ("x1", one), ("x2", large)];
+                let mut operands: Vec<Operand> = names.map(|(name, meta)| fixed(name, meta, Data::Normal)).into();
+                operands[planted].data = data;
+                let several = Template::new(AllFinite, format!("k65 c32 3x3 {list} {what}"), operands).tolerance(0.0);
+                [0, 4, 7].into_iter().for_each(|mixture| self.add(&several, M, mixture, &[true]));
+            }
+        }
+        for meta in [Meta::vector(13), Meta::weight(5, 3, 3, 3), Meta::activation(2, 3, 15, 11)] {
+            for (what, guard, data) in [
+                ("taken", 1.0, Data::Normal),
+                ("taken as well", -0.5, Data::Normal),
+                ("not taken", 0.0, Data::Normal),
+                ("not taken, infinite", 0.0, Data::Planted(Bad::Infinite, 3)),
+                ("not taken, none", 0.0, Data::Planted(Bad::None, -1)),
+            ] {
+                let operands = vec![
+                    fixed("x0", meta, Data::Normal),
+                    fixed("x1", meta, data),
+                    fixed("guard", one, Data::Constant(guard)),
+                ];
+                // As states are kept, and as velocities are updated.
+                for coefs in [[0.0, 1.0], [0.9, 1.0]] {
+                    let op = LinComb { coefs: coefs.map(Coef::constant).into(), guarded: true };
+                    let text = format!("{meta} {} {what}", coefs[0]);
+                    let sum = Template::new(op, text, operands.clone());
+                    let sum = sum.tolerance(if guard == 0.0 { 0.0 } else { 1e-6 });
+                    self.add(&sum, M, 0, &[]);
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -353,6 +405,6 @@ mod tests {
     #[test]
     fn every_operation_of_the_set_has_cases() {
         let ops: HashSet<std::mem::Discriminant<Op>> = all().iter().map(|c| std::mem::discriminant(&c.op)).collect();
-        assert_eq!(ops.len(), 24);
+        assert_eq!(ops.len(), 25);
     }
 }

@@ -1,4 +1,5 @@
-//! The check of a device that runs the kernels: every operation case against double precision, and whole steps.
+//! The check of a device that runs the kernels: every operation case against double precision, those of the planner too, and whole
+//! steps.
 //!
 //! What is asked of a device, on a card or simulated: results within tolerance of the CPU in f64, the same bits in
 //! every run, the same bits whether launches are queued one by one or replayed as a graph, and the same bits whether
@@ -11,7 +12,7 @@ mod steps;
 pub use judge::{deviation, same_bits};
 
 use crate::device::Device;
-use crate::device::cuda::Mode;
+use crate::device::cuda::{Mode, Operands};
 use crate::error::{Error, Result};
 use crate::ops::{Fill, Op};
 use crate::plan::Plan;
@@ -20,9 +21,9 @@ use std::time::Instant;
 
 /// The devices to check in one precision.
 pub struct Machine<'a> {
-    /// Name of the precision.
-    pub precision: String,
-    /// Largest relative error of a convolution, whose operands are rounded to that precision.
+    /// What they compute in.
+    pub operands: Operands,
+    /// Largest relative error of a convolution, whose operands are rounded.
     pub tolerance: f64,
     /// Opens a fresh device.
     pub open: &'a dyn Fn(Mode) -> Result<Box<dyn Device>>,
@@ -167,8 +168,8 @@ pub fn check(
     };
     for (i, machine) in machines.iter().enumerate() {
         answers(machine)?;
-        for (name, cases) in operations::selected(selection, i == 0) {
-            let (row, stopped) = timed(|| operations::run(machine, name, &cases));
+        for (name, jobs) in operations::selected(selection, machine.operands, i == 0) {
+            let (row, stopped) = timed(|| operations::run(machine, name, &jobs));
             take(row, &mut verdict)?;
             if stopped.is_some() {
                 return Ok(Verdict { stopped, ..verdict });

@@ -68,7 +68,7 @@ pub(super) fn run(machine: &Machine<'_>, recipe: Recipe, selection: &Selection) 
         Recipe::Sequential => "step sequential",
         Recipe::Joint => "step joint",
     };
-    let mut row = Row::new(what, Some(&machine.precision));
+    let mut row = Row::new(what, Some(machine.operands.name()));
     for comparison in Comparison::ALL {
         let case = format!("{what}: {}", comparison.name());
         if !selection.takes(&case) {

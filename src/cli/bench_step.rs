@@ -65,12 +65,12 @@ fn by_operation(launches: &[&'static str], times: &[(usize, f64)]) -> Vec<(&'sta
 }
 
 /// Bytes that the step takes on a device that runs the kernels: arena, states, inputs and scratch.
-fn device_bytes(args: &BenchStepArgs, config: &Config, plan: &Plan) -> Result<Option<usize>> {
-    if !matches!(args.plan.device, DeviceKind::Cuda(_) | DeviceKind::Simt) {
+fn device_bytes(config: &Config, plan: &Plan) -> Result<Option<usize>> {
+    if !matches!(config.device, DeviceKind::Cuda(_) | DeviceKind::Simt) {
         return Ok(None);
     }
     let inputs: usize = plan.inputs.iter().map(|p| 4 * p.meta.total(plan.branches)).sum();
-    let scratch = kernel_cost(plan, config.precision)?.scratch_bytes;
+    let scratch = kernel_cost(plan, config.computes_in())?.scratch_bytes;
     Ok(Some(plan.arena_bytes(4) + plan.state_bytes(4) + inputs + scratch))
 }
 
@@ -80,9 +80,10 @@ fn device_bytes(args: &BenchStepArgs, config: &Config, plan: &Plan) -> Result<Op
 /// For settings that are no step.
 pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let before = peak_rss();
-    let config = args.plan.config()?;
+    let mut config = args.plan.config()?;
     let (input, model) = (args.plan.input(), args.plan.model_spec(&config));
     let opened = open_device(args.plan.device, config.precision, args.threads)?;
+    (config.device, config.precision) = (opened.kind, opened.precision.into());
     let (mut device, why) = (opened.device, opened.text);
     let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
     let fit = (device.real_bytes(), device.arena_budget());
@@ -92,7 +93,7 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let scalars =
         StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0, scales };
     let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
-    let memory = device_bytes(args, &config, &plan)?;
+    let memory = device_bytes(&config, &plan)?;
     let launches: Vec<&'static str> = plan.launches.iter().map(|l| l.op.name()).collect();
     let id = device.load(plan)?;
     for owner in ["", "teacher."] {
@@ -117,10 +118,8 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
         device.write_input(id, "y_syn", HostSlice::I32(&y_syn))?;
         device.write_input(id, "class_weight", HostSlice::F32(&weights))?;
         let own = device.run_timed(id, &scalars)?;
-        device.read_output_into(id, "class_loss", &mut loss)?;
-        if config.scaled() {
-            device.read_output_into(id, "finite", &mut finite)?;
-        }
+        let of_scales = config.scaled().then_some(("finite", &mut finite));
+        device.read_outputs_into(id, &mut std::iter::once(("class_loss", &mut loss)).chain(of_scales))?;
         if step >= args.warmup {
             seconds.push(start.elapsed().as_secs_f64());
             own_seconds.push(own);
@@ -138,7 +137,8 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     match args.plan.json {
         true => say(json!({ "seconds_per_step": median, "min": min, "max": max, "steps": seconds.len(),
                     "device_seconds_per_step": own, "device_min": own_min, "device_max": own_max, "peak_device_bytes": memory,
-                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "taken": finite == [1.0], "device": device.describe() }))?,
+                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "taken": finite == [1.0], "device": device.describe(),
+                    "precision": opened.precision.to_string() }))?,
         false => {
             let memory = peak_rss().map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6));
             say(format_args!("{why}\n{median:.4} s per step (least {min:.4}, most {max:.4}), peak memory {memory}"))?;

@@ -4,6 +4,7 @@ use super::console::say;
 use crate::device::cuda::driver::gpu::{Card, Gpu};
 use crate::device::cuda::embedded::{self, EmbeddedModule};
 use crate::error::Result;
+use crate::train::choice::{DeviceKind, Precision, PrecisionChoice};
 use serde_json::{Value, json};
 
 /// The help above the arguments.
@@ -39,7 +40,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     say(format_args!("mlnt {}", env!("CARGO_PKG_VERSION")))?;
-    say(format_args!("cpu      {threads} threads, f32 and f64"))?;
+    say(format_args!("cpu      {threads} threads; {} unless asked for f64", auto(DeviceKind::Cpu)))?;
     match Gpu::probe() {
         Ok(probe) => {
             let (major, minor) = probe.cuda;
@@ -57,8 +58,11 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
     }
     say(format_args!("kernels  {}", built()))?;
     say(match embedded::has_simt() {
-        true => "simt     built: --device simt runs the kernels thread by thread on the processor",
-        false => "simt     not built: it needs a C++20 compiler (for instance g++) when mlnt is built",
+        true => format!(
+            "simt     built: --device simt runs the kernels thread by thread on the processor; {} unless asked for another",
+            auto(DeviceKind::Simt)
+        ),
+        false => "simt     not built: it needs a C++20 compiler (for instance g++) when mlnt is built".to_string(),
     })?;
     Ok(0)
 }
@@ -84,8 +88,17 @@ fn fitting(card: &Card) -> String {
     match architectures(fit.iter().copied())[..] {
         [] if embedded::modules().is_empty() => "no kernels in this binary".to_string(),
         [] => format!("no kernels: sm_{}{} is older than all of them", card.capability.0, card.capability.1),
-        ref names => format!("kernels for {} fit it", names.join(", ")),
+        ref names => format!(
+            "kernels for {} fit it; {} unless asked for another",
+            names.join(", "),
+            auto(DeviceKind::Cuda(card.ordinal))
+        ),
     }
+}
+
+/// What a device computes in unless told otherwise.
+fn auto(device: DeviceKind) -> Precision {
+    PrecisionChoice::Auto.on(device)
 }
 
 /// Names of the architectures of some modules, each once.
@@ -106,6 +119,7 @@ fn object() -> Value {
             "free_bytes": card.free_bytes().ok(),
             "multiprocessors": card.multiprocessors,
             "kernels": architectures(embedded::modules_for(card.capability).into_iter()),
+            "precision": auto(DeviceKind::Cuda(card.ordinal)).to_string(),
         })
     };
     let (driver, cards, missing) = match Gpu::probe() {

@@ -24,7 +24,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::error::Error;
-use crate::train::choice::{DeviceKind, Precision};
+use crate::train::choice::{DeviceKind, PrecisionChoice};
 use crate::train::preset::Preset;
 
 /// Train image classifiers on noisy labels.
@@ -149,9 +149,9 @@ pub struct NetworkArgs {
     /// Where to compute: auto, cpu, cuda, cuda:N or simt.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub device: DeviceKind,
-    /// Floating-point type of the computation [default: the network's own, f32 or f64]
+    /// Floating-point type of the computation [default: f64 for a network in f64, else auto]
     #[arg(long, value_name = "TYPE")]
-    pub precision: Option<Precision>,
+    pub precision: Option<PrecisionChoice>,
     /// Threads; 0 = one per core.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = threads)]
     pub threads: usize,

@@ -13,7 +13,7 @@ use crate::mlnt::{StateKind, record_eval, state_name};
 use crate::model::ModelSpec;
 use crate::plan::Plan;
 use crate::train::checkpoint::{Dtype, TensorData, TensorSpec, match_tensors, read_model};
-use crate::train::choice::Precision;
+use crate::train::choice::{Precision, PrecisionChoice};
 use crate::train::engine::for_each_batch;
 use crate::train::open_device::open_device;
 use crate::train::prepare::LabelledSet;
@@ -91,7 +91,7 @@ impl Trained {
         expected.extend(counters.iter().map(|(n, _)| spec(&format!("{n}.num_batches_tracked"), vec![], Dtype::I64)));
         let tensors = match_tensors(path, tensors, &expected)?;
 
-        let own = if dtype == Dtype::F64 { Precision::F64 } else { Precision::F32 };
+        let own = if dtype == Dtype::F64 { Precision::F64.into() } else { PrecisionChoice::Auto };
         let opened = open_device(args.device, args.precision.unwrap_or(own), args.threads)?;
         let (mut device, why) = (opened.device, opened.text);
         let pair = open(args.data.as_deref().unwrap_or(&meta.data))?;

@@ -3,14 +3,16 @@
 use std::str::FromStr;
 
 use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::console::say;
+use crate::device::cuda::KernelCost;
 use crate::error::Result;
 use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
+use crate::ops::Operation;
 use crate::plan::{Cost, Plan, PlanOptions};
-use crate::train::choice::{DeviceKind, Group, Precision, Recipe};
+use crate::train::choice::{DeviceKind, Group, Precision, PrecisionChoice, Recipe};
 use crate::train::config::{Config, Overrides};
 use crate::train::engine::{grouped_plan, step_spec};
 use crate::train::open_device::{arena_budget, kernel_cost, plan_options};
@@ -49,9 +51,9 @@ pub struct PlanArgs {
     /// Drop the second-order term of the meta gradient.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub first_order: Option<bool>,
-    /// Floating-point type of the computation; it decides the bytes.
+    /// Floating-point type of the computation; it decides the bytes. Auto is f16 for cuda, else f32.
     #[arg(long, value_name = "TYPE")]
-    pub precision: Option<Precision>,
+    pub precision: Option<PrecisionChoice>,
     /// Branches that the step works on at a time: auto (what the device likes), all, or a number.
     #[arg(long, value_name = "auto|all|N")]
     pub group: Option<Group>,
@@ -62,6 +64,9 @@ pub struct PlanArgs {
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub json: bool,
+    /// List every launch in the object too: phase, operation and shapes, kernels, FLOPs and bytes.
+    #[arg(long, requires = "json")]
+    pub launches: bool,
     /// The network.
     #[command(flatten)]
     pub model: ModelArgs,
@@ -106,6 +111,7 @@ impl PlanArgs {
             first_order: self.first_order,
             precision: self.precision,
             group: self.group,
+            device: Some(self.device),
             widths: self.model.widths.clone(),
             blocks: self.model.blocks.clone(),
             ..Overrides::default()
@@ -140,9 +146,10 @@ impl PlanArgs {
 
 impl PlanArgs {
     /// The device that the plan is for: where none is named, one that computes in `precision`.
-    fn planned_device(&self, precision: Precision) -> DeviceKind {
+    fn planned_device(&self, precision: PrecisionChoice) -> DeviceKind {
+        use Precision::{Bf16, F16, Tf32};
         match (self.device, precision) {
-            (DeviceKind::Auto, Precision::Tf32 | Precision::F16 | Precision::Bf16) => DeviceKind::Cuda(0),
+            (DeviceKind::Auto, PrecisionChoice::Of(Tf32 | F16 | Bf16)) => DeviceKind::Cuda(0),
             (DeviceKind::Auto, _) => DeviceKind::Cpu,
             (device, _) => device,
         }
@@ -154,11 +161,12 @@ impl PlanArgs {
 /// # Errors
 /// For settings that are no step.
 pub(super) fn run(args: &PlanArgs) -> Result<u8> {
-    let config = args.config()?;
+    let mut config = args.config()?;
     let (input, model) = (args.input(), args.model_spec(&config));
-    let real_bytes = if config.precision == Precision::F64 { 8 } else { 4 };
-    let device = args.planned_device(config.precision);
-    let options = plan_options(device, config.precision)?;
+    config.device = args.planned_device(config.precision);
+    let (device, precision) = (config.device, config.computes_in());
+    let real_bytes = if precision == Precision::F64 { 8 } else { 4 };
+    let options = plan_options(device, precision)?;
     let ce = CeSpec {
         model: model.clone(),
         batch: config.batch,
@@ -170,14 +178,14 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &PlanOptions::default())?.cost(real_bytes);
     let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);
     let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
-    let fit = (real_bytes, arena_budget(device, config.precision)?);
+    let fit = (real_bytes, arena_budget(device, precision)?);
     let plan = grouped_plan(&tape, &options, config.group, fit)?;
     let cost = plan.cost(real_bytes);
     let ratio = cost.flops() as f64 / forward as f64;
     let (arena, states) = (plan.arena_bytes(real_bytes), plan.state_bytes(real_bytes));
     // The kernels of a plan are known without a card.
     let kernels = match device {
-        DeviceKind::Cuda(_) | DeviceKind::Simt => Some(kernel_cost(&plan, config.precision)?),
+        DeviceKind::Cuda(_) | DeviceKind::Simt => Some(kernel_cost(&plan, precision)?),
         DeviceKind::Auto | DeviceKind::Cpu => None,
     };
     if args.json {
@@ -186,7 +194,8 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             "branches": config.branches,
             "recipe": config.recipe.to_string(),
             "first_order": config.first_order,
-            "precision": config.precision.to_string(),
+            "device": device.to_string(),
+            "precision": precision.to_string(),
             "parameters": model.param_count(),
             "flops": cost.flops(),
             "forward_flops": forward,
@@ -199,6 +208,9 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             "phases": cost.phases,
             "operations": cost.operations,
         });
+        if args.launches {
+            object["listing"] = listing(&plan, real_bytes, kernels.as_ref());
+        }
         if let Some(kernels) = kernels {
             object["kernel_launches"] = json!(kernels.launches);
             object["scratch_bytes"] = json!(kernels.scratch_bytes);
@@ -213,7 +225,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         "One MLNT step: {} recipe, {order}, batch {k}, {m} branches{taken}, {}; PreAct ResNet, widths {:?}, blocks {:?}, \
          {} parameters, images {}x{}x{}, {} classes\n",
         config.recipe,
-        config.precision,
+        precision,
         config.widths,
         config.blocks,
         model.param_count(),
@@ -235,6 +247,25 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         say(format_args!("scratch             {:.3} GB", kernels.scratch_bytes as f64 / 1e9))?;
     }
     Ok(0)
+}
+
+/// Every launch of a plan, in order.
+fn listing(plan: &Plan, real_bytes: usize, kernels: Option<&KernelCost>) -> Value {
+    let row = |(i, launch)| {
+        let (flops, bytes) = plan.launch_cost(launch, real_bytes);
+        let mut row = json!({
+            "phase": launch.phase,
+            "operation": launch.op.name(),
+            "what": plan.launch_label(launch),
+            "flops": flops,
+            "bytes_moved": bytes,
+        });
+        if let Some(kernels) = kernels {
+            row["kernels"] = json!(kernels.kernels[i]);
+        }
+        row
+    };
+    plan.launches.iter().enumerate().map(row).collect()
 }
 
 fn phase_table(cost: &Cost, forward: u64) -> Table {

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::console::{Console, say};
 use crate::error::{Error, Result};
-use crate::train::choice::DeviceKind;
 use crate::train::config::{Config, Overrides};
 use crate::train::engine::Engine;
 use crate::train::open_device::open_device;
@@ -70,7 +69,8 @@ impl TrainArgs {
         Config::resolve(self.config.as_deref(), &self.settings)
     }
 
-    /// The settings with which a run of settings `run` is continued: its own, but for those that change no result.
+    /// The settings with which a run of settings `run` is continued: its own, but for those that change no result. A device or
+    /// precision of `auto` asks for nothing.
     ///
     /// # Errors
     /// [`Error::Usage`] when flags ask for another run than `run`, with the settings that differ; and those of
@@ -78,6 +78,7 @@ impl TrainArgs {
     pub fn resumed(&self, run: &Config) -> Result<Config> {
         let mut config = run.clone();
         self.settings.apply(&mut config);
+        config.settle(run);
         config.validate()?;
         let differing = run.diff(&config)?;
         if differing.is_empty() {
@@ -140,9 +141,7 @@ pub(super) fn create(mut config: Config) -> Result<Run> {
         return Err(Error::file(out, "the run directory exists; choose another --out, or continue it with --resume"));
     }
     find_from_anywhere(&mut config);
-    let (data, engine, device) = start(&config)?;
-    // Another machine may have another device: a run keeps to the one it began on, for the sake of its bytes.
-    config.device = device;
+    let (data, engine) = start(&mut config)?;
     let run = Run::create(config, data, engine)?;
     say(format_args!("run directory: {}", run.dir().path().display()))?;
     Ok(run)
@@ -169,8 +168,8 @@ fn resume(args: &TrainArgs, path: &Path) -> Result<Run> {
 ///
 /// # Errors
 /// Where the run is not one of these settings, and those of data, files and device.
-pub(super) fn go_on(config: Config, dir: RunDir) -> Result<Run> {
-    let (data, engine, _) = start(&config)?;
+pub(super) fn go_on(mut config: Config, dir: RunDir) -> Result<Run> {
+    let (data, engine) = start(&mut config)?;
     let run = Run::resume(config, data, engine, dir)?;
     if run.is_complete() {
         say("the run is complete")?;
@@ -178,9 +177,11 @@ pub(super) fn go_on(config: Config, dir: RunDir) -> Result<Run> {
     Ok(run)
 }
 
-/// Opens the device and reads the data; nothing is written yet.
-fn start(config: &Config) -> Result<(Prepared, Engine, DeviceKind)> {
+/// Opens the device and reads the data; nothing is written yet. Device and precision are settled then: another machine may
+/// have others, and a run keeps to those it began with, for the sake of its bytes.
+fn start(config: &mut Config) -> Result<(Prepared, Engine)> {
     let opened = open_device(config.device, config.precision, config.threads)?;
+    (config.device, config.precision) = (opened.kind, opened.precision.into());
     say(&opened.text)?;
     let data = Prepared::new(config)?;
     let (train, val, test) = (data.train.len(), data.validation.len(), data.test.len());
@@ -199,5 +200,5 @@ fn start(config: &Config) -> Result<(Prepared, Engine, DeviceKind)> {
         model.param_count()
     ))?;
     let engine = Engine::new(opened.device, config, model)?;
-    Ok((data, engine, opened.kind))
+    Ok((data, engine))
 }

@@ -46,7 +46,7 @@ pub struct VerifyArgs {
     /// Where to compute: auto, cpu, cuda, cuda:N or simt.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     pub device: DeviceKind,
-    /// Floating-point type of the computation [default: f64 on the CPU, f32 on other devices]
+    /// Floating-point type of the computation [default: the strictest of the device: f64 on the CPU, f32 on others]
     #[arg(long, value_name = "TYPE")]
     pub precision: Option<Precision>,
     /// Print one JSON object per file instead of a table.

@@ -54,10 +54,11 @@ fn check_places(plan: &Plan) -> std::result::Result<(), String> {
         if !inside {
             return Err(format!("a tensor ({meta}) does not lie in its memory, or is a state of indices"));
         }
-        if buffer.half
-            && !matches!((buffer.place, meta.kind, meta.dtype), (Place::Arena(_), Kind::Activation, DType::Real))
-        {
-            return Err(format!("a tensor ({meta}) takes 16 bits and is no activation in the arena"));
+        let may = meta.kind == Kind::Activation || (meta.kind == Kind::Weight && meta.per_branch);
+        if buffer.half && !(may && matches!((buffer.place, meta.dtype), (Place::Arena(_), DType::Real))) {
+            return Err(format!(
+                "a tensor ({meta}) takes 16 bits and is no activation or weight per branch in the arena"
+            ));
         }
     }
     if plan.outputs.iter().any(|port| port.buffer.is_some_and(|b| plan.buffers[b].half)) {
@@ -95,12 +96,14 @@ fn check_starts(plan: &Plan) -> std::result::Result<(), String> {
             Op::Conv(_) => Some(2),
             Op::FusedConv(op) => op.start_operand(),
             Op::BnReluBackward(_) => Some(6),
-            Op::BnReluBackwardApply(_) => Some(8),
-            Op::BnReluDoubleBackwardApply(_) => Some(13),
+            Op::BnReluBackwardApply(op) => Some(op.first_start()),
+            Op::BnReluDoubleBackwardApply(_) => Some(12),
             _ => None,
         };
         let branched = |b: usize| plan.buffers[b].meta.per_branch;
-        let begins = |inputs: &[usize]| start.and_then(|i| inputs.get(i)).is_some_and(|b| branched(*b));
+        // What is added comes last.
+        let begins =
+            |inputs: &[usize]| start.and_then(|i| inputs.get(i..)).is_some_and(|s| s.iter().any(|b| branched(*b)));
         if launch.args.iter().any(|a| begins(&a.inputs) && !branched(a.outputs[0])) {
             let what = "a result that is shared cannot start from values per branch";
             return Err(format!("{}: {what}", launch.op.name()));

@@ -90,6 +90,9 @@ pub struct Crop {
     pub flip: i32,
 }
 
+/// Names of outputs, each with where its values go.
+pub type Destinations<'i, 'a> = &'i mut dyn Iterator<Item = (&'a str, &'a mut Vec<f64>)>;
+
 /// What every device does.
 ///
 /// States are known by name and shared by all plans of a device; inputs belong to one plan. Outputs can be read
@@ -170,12 +173,12 @@ pub trait Device {
     /// When there is no such output or another plan has run since.
     fn read_output(&self, plan: PlanId, name: &str) -> Result<HostVec>;
 
-    /// As [`Device::read_output`], in double precision, which holds each value exactly: replaces what `to` holds, and
-    /// allocates only while `to` is too small.
+    /// Reads several outputs as [`Device::read_output`] does, waiting for the device once, in double precision, which holds each
+    /// value exactly: replaces what the vectors hold, and enlarges those alone that are too small.
     ///
     /// # Errors
     /// As [`Device::read_output`].
-    fn read_output_into(&self, plan: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()>;
+    fn read_outputs_into<'a>(&self, plan: PlanId, outputs: Destinations<'_, 'a>) -> Result<()>;
 
     /// Names and shapes of all states, in order of creation.
     fn states(&self) -> Vec<(String, Meta)>;

@@ -36,6 +36,7 @@ impl Scales {
             "outer_unscale" => 1.0 / self.outer,
             "second_scale" => self.second,
             "second_unscale" => 1.0 / self.second,
+            "tangent_scale" => self.second / (self.outer * self.inner),
             "apply" => f64::from(u8::from(self.apply)),
             _ => return None,
         })
@@ -59,6 +60,8 @@ pub(super) struct Scaling {
     pub inner: Scale,
     pub outer: Scale,
     pub second: Scale,
+    /// What gradients at the fast weights, scaled as they are, are multiplied with as cotangents of the inner gradients, scaled as they are.
+    pub tangent: Coef,
     scaled: bool,
 }
 
@@ -72,7 +75,8 @@ impl Scaling {
         let inner = scale("inner_scale", "inner_unscale");
         let outer = scale("outer_scale", "outer_unscale");
         let second = scale("second_scale", "second_unscale");
-        Scaling { inner, outer, second, scaled }
+        let tangent = if scaled { tape.scalar("tangent_scale") } else { Coef::ONE };
+        Scaling { inner, outer, second, tangent, scaled }
     }
 
     /// Ends the record of a step whose states follow from `gradients`: where one is not finite, or the scalar `apply` is 0, all

@@ -347,21 +347,27 @@ impl<'a> Step<'a> {
 
     /// `Σ_m v_m`.
     fn first_order(&mut self, pulls: &Tensors) -> Result<Tensors> {
-        let sums: Result<Vec<Tensor>> =
-            pulls.list().into_iter().map(|t| self.tape.scaled_sum_branches(self.scaling.outer.down, t)).collect();
+        self.summed(pulls, self.scaling.outer.down)
+    }
+
+    /// `c Σ_m v_m`.
+    fn summed(&mut self, pulls: &Tensors, c: Coef) -> Result<Tensors> {
+        let sums: Result<Vec<Tensor>> = pulls.list().into_iter().map(|t| self.tape.scaled_sum_branches(c, t)).collect();
         Ok(pulls.with(sums?))
     }
 
     /// `Σ_m (I − α H_m) v_m [+ ∇ class loss]`, scaled as second-order cotangents are, by differentiating the record of A and B.
     fn exact(&mut self, fast: &Fast, pulls: &Tensors, class_loss: Option<Tensor>) -> Result<Tensors> {
-        let Scaling { outer, second, .. } = self.scaling;
-        let pulls = scaled(&mut self.tape, second.up.by(outer.down), pulls)?;
-        let mut seeds: Vec<(Tensor, Tensor)> = fast.weights.list().into_iter().zip(pulls.list()).collect();
+        let Scaling { outer, second, tangent, .. } = self.scaling;
+        // The cotangents of g_m in θ_m = θ − α g_m; θ itself has those of θ_m.
+        let tangents = Tensors::lin_comb(&mut self.tape, &[(tangent.times(-self.spec.alpha), pulls)])?;
+        let mut seeds: Vec<(Tensor, Tensor)> = fast.inner_grads.list().into_iter().zip(tangents.list()).collect();
         if let Some(loss) = class_loss {
             seeds.push((loss, self.tape.fill(Meta::vector(1), second.up)?));
         }
-        let grads = self.tape.vjp(&seeds, &self.student.list(), Fan::Sum)?;
-        Ok(self.student.with(complete(grads)?))
+        let grads = complete(self.tape.vjp(&seeds, &self.student.list(), Fan::Sum)?)?;
+        let sums = self.summed(pulls, second.up.by(outer.down))?;
+        Tensors::lin_comb(&mut self.tape, &[(Coef::ONE, &self.student.with(grads)), (Coef::ONE, &sums)])
     }
 
     /// E: the gradient of the update, exact or first order, with the classification gradient riding along; and the factor

@@ -33,23 +33,38 @@ pub enum Epilogue {
     /// With [`ConvForm::Backward`] and `norm`: dx is the cotangent of `relu(bn(x))`, and `(dg, db)` are those of the batch norm's
     /// backward, `Σ m dx x̂` and `Σ m dx` with the ReLU's mask m.
     BackwardSums,
-    /// With [`ConvForm::Tangent`]: ẏ is the tangent of what a batch norm normalises. Operands `next, g, b, mean, var` of that batch norm
-    /// and, of its backward, `dy, db`; results `⟨ẏ⟩`, `ρ = ⟨x̂ẏ⟩` and the covariance `⟨(m dy − ⟨m dy⟩) ẏ⟩`.
+    /// With [`ConvForm::Tangent`] and [`ConvForm::Fprop`]: the result ẏ is the tangent of what a batch norm normalises. Operands
+    /// `next, mean, var` of that batch norm, next shared or per branch; results `⟨ẏ⟩` and `ρ = ⟨x̂ẏ⟩`.
     TangentSums,
+}
+
+/// What a [`FusedConv`] makes its cotangent dy of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Delta {
+    /// It is an operand.
+    None,
+    /// The operand dy is the cotangent of `relu(bn(y))` for the convolution's result y, and the convolution's is that of y,
+    /// `δ = g r (m dy − db/n − x̂ dg/n)`, n samples and pixels, x̂ that of y. Operands `y, g, b, mean, var, dg, db`, the sums per branch
+    /// where dy is.
+    Backward {
+        /// δ has one more term: an operand of the shape of y behind the others.
+        residual: bool,
+        /// δ, as it is stored, is a result behind those of the form: others read it as well. It cannot lie where an operand does.
+        kept: bool,
+    },
 }
 
 /// One or two convolutions with what stands before and behind them.
 ///
 /// Operands, in this order: those of the form; what `tangent`, `norm`, `delta` and `epilogue` want; with `start` what is added to the first
-/// result. Results: those of the form, then those of `epilogue`. `relu(bn(·))` and its derivatives are made of other tensors as these are
+/// result. Results: those of the form, that of `delta`, those of `epilogue`. `relu(bn(·))` and its derivatives are made of other tensors as these are
 /// loaded, with the same ReLU mask everywhere; padding stays zero. With x̂ = (x−μ)r, r = 1/√(σ²+ε) and m the mask:
 ///
 /// * `norm`: `g, b, mean, var` `[C]`. The operand x is that of the batch norm, the convolution's is `relu(bn(x))`.
 /// * `tangent`, with `norm` only: `ẋ` is the tangent of the batch norm's operand, the convolution's is the tangent of `relu(bn(x))`,
 ///   `m (g r (ẋ − ⟨ẋ⟩ − x̂ρ) + ġ x̂ + ḃ)`: the first operand of [`ConvForm::Tangent`], which has x as well, and in the place of x in the other
 ///   forms, which take x in front of the four of `norm`. Behind these `ġ, ḃ, ⟨ẋ⟩, ρ` `[C]`, per branch where ẋ is.
-/// * `delta`: the operand dy is the cotangent of `relu(bn(y))` for the convolution's result y, and the convolution's is that of y,
-///   `g r (m dy − db/n − x̂ dg/n)`, n samples and pixels. Operands `y, g, b, mean, var, dg, db`, the sums per branch where dy is.
+/// * `delta`: see [`Delta`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FusedConv {
     /// Which convolutions.
@@ -61,7 +76,7 @@ pub struct FusedConv {
     /// ẋ goes through the derivative of batch norm and ReLU as it is loaded.
     pub tangent: bool,
     /// dy goes through the backward of ReLU and batch norm as it is loaded.
-    pub delta: bool,
+    pub delta: Delta,
     /// Something is added to the first result: y, ẏ or dx. For [`ConvForm::Wgrad`], dw.
     pub start: bool,
     /// What is found of the first result.
@@ -71,7 +86,15 @@ pub struct FusedConv {
 impl FusedConv {
     /// The form with nothing around it.
     pub fn plain(form: ConvForm, geom: ConvGeom) -> Self {
-        FusedConv { form, geom, norm: false, tangent: false, delta: false, start: false, epilogue: Epilogue::None }
+        FusedConv {
+            form,
+            geom,
+            norm: false,
+            tangent: false,
+            delta: Delta::None,
+            start: false,
+            epilogue: Epilogue::None,
+        }
     }
 
     /// Number of the form's own operands.
@@ -125,22 +148,47 @@ impl FusedConv {
     /// Positions of `y, g, b, mean, var, dg, db`, if there are any.
     pub fn delta_operands(&self) -> Option<[usize; 7]> {
         let first = self.before_delta();
-        self.delta.then_some([0, 1, 2, 3, 4, 5, 6].map(|i| first + i))
+        (self.delta != Delta::None).then_some([0, 1, 2, 3, 4, 5, 6].map(|i| first + i))
+    }
+
+    /// Position of the residual term of δ.
+    pub fn residual_operand(&self) -> Option<usize> {
+        matches!(self.delta, Delta::Backward { residual: true, .. }).then_some(self.before_delta() + 7)
     }
 
     fn before_epilogue(&self) -> usize {
-        self.before_delta() + if self.delta { 7 } else { 0 }
+        let delta = match self.delta {
+            Delta::None => 0,
+            Delta::Backward { residual, .. } => 7 + usize::from(residual),
+        };
+        self.before_delta() + delta
     }
 
-    /// Positions of `next, g, b, mean, var, dy, db` of [`Epilogue::TangentSums`].
-    pub fn epilogue_operands(&self) -> Option<[usize; 7]> {
+    /// Positions of `next, mean, var` of [`Epilogue::TangentSums`].
+    pub fn epilogue_operands(&self) -> Option<[usize; 3]> {
         let first = self.before_epilogue();
-        (self.epilogue == Epilogue::TangentSums).then_some([0, 1, 2, 3, 4, 5, 6].map(|i| first + i))
+        (self.epilogue == Epilogue::TangentSums).then_some([0, 1, 2].map(|i| first + i))
+    }
+
+    /// Number of the form's own results.
+    fn results(&self) -> usize {
+        if self.form == ConvForm::Backward { 2 } else { 1 }
+    }
+
+    /// Position of δ among the results, if it is one.
+    pub fn delta_result(&self) -> Option<usize> {
+        matches!(self.delta, Delta::Backward { kept: true, .. }).then(|| self.results())
+    }
+
+    /// Positions of the two results of the epilogue.
+    pub fn epilogue_results(&self) -> Option<[usize; 2]> {
+        let first = self.results() + usize::from(self.delta_result().is_some());
+        (self.epilogue != Epilogue::None).then_some([first, first + 1])
     }
 
     /// Position of what is added to the first result, if there is anything.
     pub fn start_operand(&self) -> Option<usize> {
-        let first = self.before_epilogue() + if self.epilogue == Epilogue::TangentSums { 7 } else { 0 };
+        let first = self.before_epilogue() + if self.epilogue == Epilogue::TangentSums { 3 } else { 0 };
         self.start.then_some(first)
     }
 
@@ -151,10 +199,10 @@ impl FusedConv {
             Epilogue::None => true,
             Epilogue::Stats => form == ConvForm::Fprop,
             Epilogue::BackwardSums => form == ConvForm::Backward && self.norm && !self.tangent,
-            Epilogue::TangentSums => form == ConvForm::Tangent,
+            Epilogue::TangentSums => matches!(form, ConvForm::Tangent | ConvForm::Fprop),
         };
         let tangent = !self.tangent || (self.norm && form != ConvForm::Fprop);
-        epilogue && tangent && (!self.delta || self.dy_operand().is_some())
+        epilogue && tangent && (self.delta == Delta::None || self.dy_operand().is_some())
     }
 
     /// The form's operands and results.
@@ -188,16 +236,19 @@ impl Operation for FusedConv {
         want.extend(self.takes_x().then(|| self.geom.x()));
         want.extend([c; 4].into_iter().filter(|_| self.norm));
         want.extend([c; 4].into_iter().filter(|_| self.tangent));
-        if self.delta {
-            want.extend([self.geom.y(), k, k, k, k, k, k]);
+        let y = self.geom.y();
+        if self.delta != Delta::None {
+            want.extend([y, k, k, k, k, k, k]);
         }
+        want.extend(self.residual_operand().map(|_| y));
+        results.extend(self.delta_result().map(|_| y));
         match self.epilogue {
             Epilogue::None => {}
             Epilogue::Stats => results.extend([k; 2]),
             Epilogue::BackwardSums => results.extend([c; 2]),
             Epilogue::TangentSums => {
-                want.extend([self.geom.y(), k, k, k, k, self.geom.y(), k]);
-                results.extend([k; 3]);
+                want.extend([y, k, k]);
+                results.extend([k; 2]);
             }
         }
         want.extend(self.start.then_some(results[0]));
@@ -226,13 +277,16 @@ impl Operation for FusedConv {
         let per_element = |cost: u64, of: &Meta| cost * of.total(branches) as u64;
         let norm = if self.norm { per_element(2, &inputs[self.x_operand()]) } else { 0 };
         let tangent = if self.tangent { per_element(5, &inputs[0]) } else { 0 };
-        let delta = self.dy_operand().filter(|_| self.delta).map_or(0, |dy| per_element(5, &inputs[dy]));
+        let delta = match (self.dy_operand(), self.delta) {
+            (Some(dy), Delta::Backward { residual, .. }) => per_element(5 + u64::from(residual), &inputs[dy]),
+            _ => 0,
+        };
         let start = if self.start { outputs[0].total(branches) as u64 } else { 0 };
         let epilogue = match self.epilogue {
             Epilogue::None => 0,
             Epilogue::Stats => per_element(4, &outputs[0]),
             Epilogue::BackwardSums => per_element(6, &outputs[0]),
-            Epilogue::TangentSums => per_element(9, &outputs[0]),
+            Epilogue::TangentSums => per_element(4, &outputs[0]),
         };
         products + norm + tangent + delta + start + epilogue
     }
@@ -322,11 +376,24 @@ impl Operation for BnReluDoubleBackward {
     }
 }
 
-/// `(dy, x, g, b, mean, var, dg, db[, start]) → dx`: [`BnReluBackward`] whose sums are there already.
+/// `(dy, x, g, b, mean, var, dg, db[, ḡ][, start, …]) → dx`: [`BnReluBackward`] whose sums are there already,
+/// `g r (m dy − db/n − x̂ dg/n)` plus the starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BnReluBackwardApply {
-    /// Something is added to dx.
-    pub start: bool,
+    /// ḡ is added to dg: of a [`BnReluDoubleBackwardApply`] of the same batch norm, whose x̄ is among the starts.
+    pub second_order: bool,
+    /// How many tensors are added to dx: at most [`MOST_STARTS`](Self::MOST_STARTS).
+    pub starts: usize,
+}
+
+impl BnReluBackwardApply {
+    /// Tensors that can be added to dx.
+    pub const MOST_STARTS: usize = 2;
+
+    /// Position of the first start.
+    pub fn first_start(&self) -> usize {
+        8 + usize::from(self.second_order)
+    }
 }
 
 impl Operation for BnReluBackwardApply {
@@ -338,8 +405,12 @@ impl Operation for BnReluBackwardApply {
         let Some((x, c)) = inputs.get(1).map(|x| (*x, Meta::vector(x.dims[1]))) else {
             return Err(crate::Error::shape(self.name(), "takes eight operands"));
         };
+        if self.starts > Self::MOST_STARTS {
+            return Err(crate::Error::shape(self.name(), format!("{} starts", self.starts)));
+        }
         let mut want = vec![x, x, c, c, c, c, c, c];
-        want.extend(self.start.then_some(x));
+        want.extend(self.second_order.then_some(c));
+        want.extend(std::iter::repeat_n(x, self.starts));
         super::expect(self.name(), inputs, &want)?;
         Ok(vec![x.with_branching(any_branched(inputs))])
     }
@@ -349,13 +420,15 @@ impl Operation for BnReluBackwardApply {
     }
 
     fn flops(&self, inputs: &[Meta], outputs: &[Meta], branches: usize) -> u64 {
-        let start = if self.start { outputs[0].total(branches) as u64 } else { 0 };
-        5 * widest(inputs, branches) + start
+        5 * widest(inputs, branches) + (self.starts * outputs[0].total(branches)) as u64
     }
 }
 
-/// `(ẋ, ġ, dy, x, g, b, mean, var, dg, db, ⟨ẋ⟩, ρ, cov[, start]) → (x̄, ḡ)`: what [`BnReluDoubleBackward`] makes beside ẏ, from the sums of the
-/// batch norm's backward (`dg`, `db`) and those of [`Epilogue::TangentSums`], plus `start` in x̄.
+/// `(ẋ, ġ, dy, x, g, b, mean, var, dg, db, ⟨ẋ⟩, ρ[, start]) → (x̄, ḡ)`: what [`BnReluDoubleBackward`] makes beside ẏ, from the sums of the batch
+/// norm's backward (`dg`, `db`) and those of [`Epilogue::TangentSums`], plus `start` in x̄.
+///
+/// x̄ is without its last term, `−g r x̂⟨m dy x̂'⟩ = −g r x̂ ḡ/n` (summed over the branches where ḡ is): it needs the sum that is made in this very
+/// pass. [`BnReluBackwardApply`] with `second_order` adds it, for the price of one addition per channel: it has `−g r x̂ dg/n` anyway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BnReluDoubleBackwardApply {
     /// Something is added to x̄.
@@ -369,9 +442,9 @@ impl Operation for BnReluDoubleBackwardApply {
 
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         let Some((x, c)) = inputs.get(3).map(|x| (*x, Meta::vector(x.dims[1]))) else {
-            return Err(crate::Error::shape(self.name(), "takes thirteen operands"));
+            return Err(crate::Error::shape(self.name(), "takes twelve operands"));
         };
-        let mut want = vec![x, c, x, x, c, c, c, c, c, c, c, c, c];
+        let mut want = vec![x, c, x, x, c, c, c, c, c, c, c, c];
         want.extend(self.start.then_some(x));
         super::expect(self.name(), inputs, &want)?;
         let branched = any_branched(inputs);
@@ -384,6 +457,6 @@ impl Operation for BnReluDoubleBackwardApply {
 
     fn flops(&self, inputs: &[Meta], outputs: &[Meta], branches: usize) -> u64 {
         let start = if self.start { outputs[0].total(branches) as u64 } else { 0 };
-        10 * widest(inputs, branches) + start
+        14 * widest(inputs, branches) + start
     }
 }

@@ -19,8 +19,8 @@ pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
 pub use finite::AllFinite;
 pub use fused::{
-    BnReluBackward, BnReluBackwardApply, BnReluDoubleBackward, BnReluDoubleBackwardApply, BnStats, ConvForm, Epilogue,
-    FusedConv,
+    BnReluBackward, BnReluBackwardApply, BnReluDoubleBackward, BnReluDoubleBackwardApply, BnStats, ConvForm, Delta,
+    Epilogue, FusedConv,
 };
 pub use lin_comb::{Fill, LinComb};
 pub use neighbours::{NearestNeighbours, TransferLabels};
@@ -184,6 +184,18 @@ impl Op {
         )
     }
 
+    /// Operands that its kernels read twice: first for sums over samples and pixels, then element by element.
+    pub fn read_twice(&self) -> &'static [usize] {
+        match self {
+            Op::BnForward(_) => &[0],
+            Op::BnBackward(BnBackward { relu: false }) | Op::BnReluBackward(_) => &[0, 1],
+            Op::BnBackward(BnBackward { relu: true }) => &[0, 1, 5],
+            Op::BnDoubleBackward(BnDoubleBackward { relu: false }) | Op::BnReluDoubleBackward(_) => &[0, 3, 4],
+            Op::BnDoubleBackward(BnDoubleBackward { relu: true }) => &[0, 3, 4, 8],
+            _ => &[],
+        }
+    }
+
     /// Whether a result of the shape, width and branching of operand `i` may lie where that operand does; `summed`: the result is a
     /// sum over the branches.
     pub(crate) fn works_in_place(&self, i: usize, summed: bool) -> bool {
@@ -192,9 +204,9 @@ impl Op {
             Op::Conv(_) => i == 2,
             Op::FusedConv(op) => op.start_operand() == Some(i),
             Op::BnReluBackward(_) => i == 6 || (i == 0 && !summed),
-            Op::BnReluBackwardApply(_) => i == 8 || (i == 0 && !summed),
+            Op::BnReluBackwardApply(op) => i >= op.first_start() || (i == 0 && !summed),
             Op::BnReluDoubleBackward(_) => matches!(i, 0 | 3) && !summed,
-            Op::BnReluDoubleBackwardApply(_) => i == 13 || (matches!(i, 0 | 2) && !summed),
+            Op::BnReluDoubleBackwardApply(_) => i == 12 || (matches!(i, 0 | 2) && !summed),
             _ => false,
         }
     }

@@ -14,7 +14,7 @@ pub struct PhaseCost {
     pub flops: u64,
     /// Launches.
     pub launches: usize,
-    /// Bytes read and written when every operand is read once and every result written once.
+    /// Bytes read and written when every kernel reads each of its operands once and writes every result once.
     pub bytes_moved: u64,
 }
 
@@ -27,7 +27,7 @@ pub struct OperationCost {
     pub flops: u64,
     /// Launches.
     pub launches: usize,
-    /// Bytes read and written when every operand is read once and every result written once.
+    /// Bytes read and written when every kernel reads each of its operands once and writes every result once.
     pub bytes_moved: u64,
 }
 
@@ -83,6 +83,18 @@ impl Plan {
         cost
     }
 
+    /// Operation and shapes of a launch: of its first operands and results, and how many more sets it has.
+    pub fn launch_label(&self, launch: &Launch) -> String {
+        let shapes = |buffers: &[usize]| -> String {
+            let texts = buffers.iter().map(|&b| self.buffers[b].meta.to_string());
+            texts.collect::<Vec<String>>().join(", ")
+        };
+        let sets: Vec<String> =
+            launch.args.iter().take(1).map(|a| format!("{} -> {}", shapes(&a.inputs), shapes(&a.outputs))).collect();
+        let more = if launch.args.len() > 1 { format!(" and {} more", launch.args.len() - 1) } else { String::new() };
+        format!("{} {}{more}", launch.op.name(), sets.concat())
+    }
+
     /// FLOPs and bytes of one launch.
     pub fn launch_cost(&self, launch: &Launch, real_bytes: usize) -> (u64, u64) {
         let (mut flops, mut bytes) = (0, 0);
@@ -95,7 +107,8 @@ impl Plan {
             };
             let (inputs, outputs) = (metas(&args.inputs), metas(&args.outputs));
             flops += launch.op.flops(&inputs, &outputs, launch.branches.len());
-            let touched = args.inputs.iter().chain(&args.outputs).map(|&b| &self.buffers[b]);
+            let again = launch.op.read_twice().iter().map(|&i| &args.inputs[i]);
+            let touched = args.inputs.iter().chain(&args.outputs).chain(again).map(|&b| &self.buffers[b]);
             bytes += touched.map(|b| (b.elements() * width(b)) as u64).sum::<u64>();
         }
         (flops, bytes)

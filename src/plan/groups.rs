@@ -8,9 +8,7 @@
 
 use super::graph::{Graph, Part};
 use crate::error::Result;
-use crate::ops::{
-    BnReluBackward, BnReluBackwardApply, BnReluDoubleBackwardApply, Epilogue, FusedConv, LinComb, Op, Operation,
-};
+use crate::ops::{BnReluBackward, BnReluDoubleBackwardApply, Epilogue, FusedConv, LinComb, Op, Operation};
 use crate::tape::{Coef, Meta, Node, Tensor};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -68,7 +66,6 @@ fn start_operand(node: &Node) -> Option<usize> {
         Op::Conv(_) => (node.inputs.len() == 3).then_some(2),
         Op::FusedConv(op) => op.start_operand(),
         Op::BnReluBackward(BnReluBackward { start })
-        | Op::BnReluBackwardApply(BnReluBackwardApply { start })
         | Op::BnReluDoubleBackwardApply(BnReluDoubleBackwardApply { start }) => start.then(|| node.inputs.len() - 1),
         _ => None,
     }
@@ -310,7 +307,6 @@ fn set_start(op: &mut Op, start: bool) {
     match op {
         Op::FusedConv(op) => op.start = start,
         Op::BnReluBackward(op) => op.start = start,
-        Op::BnReluBackwardApply(op) => op.start = start,
         Op::BnReluDoubleBackwardApply(op) => op.start = start,
         _ => {}
     }
@@ -323,7 +319,6 @@ fn with_start(node: &Node, start: Tensor) -> Option<Node> {
         Op::Conv(_)
         | Op::FusedConv(FusedConv { epilogue: Epilogue::None, .. })
         | Op::BnReluBackward(_)
-        | Op::BnReluBackwardApply(_)
         | Op::BnReluDoubleBackwardApply(_) => {}
         _ => return None,
     }

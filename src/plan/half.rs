@@ -1,8 +1,8 @@
 //! Which tensors take 16 bits: activations that a step makes for itself, and not single pixels, which are the features and logits of
-//! the head. What the host reads or writes stays in 32 bits, and so does everything that is no activation.
+//! the head; and weights per branch that convolutions alone read. What the host reads or writes stays in 32 bits, and so does everything else.
 
 use super::graph::Graph;
-use crate::ops::{LinComb, Op};
+use crate::ops::{Conv, ConvForm, ConvKind, LinComb, Op};
 use crate::tape::{Coef, DType, Kind, Node, Tensor};
 use std::collections::{HashMap, HashSet};
 
@@ -60,6 +60,22 @@ fn large(graph: &Graph, t: Tensor) -> bool {
     meta.kind == Kind::Activation && meta.dtype == DType::Real && h * w > 1
 }
 
+/// Whether `t` holds weights per branch that convolutions alone read, and round to 16 bits anyway: fast weights, and their cotangents as
+/// the second order has them.
+fn rounded_weights(graph: &Graph, t: Tensor, uses: &[Vec<(usize, usize)>]) -> bool {
+    let meta = &graph.metas[t.index()];
+    let weight = |&(n, i): &(usize, usize)| match graph.nodes[n].op {
+        Op::Conv(Conv { kind: ConvKind::Fprop | ConvKind::Dgrad, .. }) => i == 1,
+        Op::FusedConv(op) => match op.form {
+            ConvForm::Fprop | ConvForm::Backward => i == 1,
+            ConvForm::Tangent => i == 1 || i == 3,
+            ConvForm::Wgrad => false,
+        },
+        _ => false,
+    };
+    meta.kind == Kind::Weight && meta.per_branch && uses[t.index()].iter().all(weight)
+}
+
 /// Marks the tensors that take 16 bits. Where an operation takes all its activations in one width and some of them must stay in 32
 /// bits, it works on 16-bit copies of these; a result that the host reads is copied at the end of the run.
 pub(super) fn narrow(graph: &mut Graph) {
@@ -106,6 +122,11 @@ fn mark(graph: &mut Graph) {
         for t in node.outputs.iter().filter(|t| large(graph, **t) && !full.contains(t)).copied().collect::<Vec<_>>() {
             graph.half[t.index()] = true;
         }
+    }
+    let (uses, escapes) = (graph.uses(), graph.escapes());
+    let sums = graph.nodes.iter().filter(|node| matches!(node.op, Op::LinComb(_))).map(|node| node.outputs[0]);
+    for t in sums.filter(|t| !escapes[t.index()] && rounded_weights(graph, *t, &uses)).collect::<Vec<_>>() {
+        graph.half[t.index()] = true;
     }
 }
 

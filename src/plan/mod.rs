@@ -24,15 +24,18 @@ pub struct PlanOptions {
     pub fuse: bool,
     /// Fuse further, to operations that only the CUDA kernels know (`ops::fused`); without `fuse` it does nothing.
     pub kernels: bool,
-    /// Keep activations and their cotangents in 16 bits, in the device's half-width type.
+    /// Keep activations, their cotangents and weights per branch in 16 bits, in the device's half-width type.
     pub half: bool,
+    /// Compute the cotangents of residual sums again for the second order instead of keeping them: a smaller arena, more bytes moved; only
+    /// with `kernels`.
+    pub recompute: bool,
     /// Run the work on branches in groups of at most this many, one group after the other; `None` takes all at a time.
     pub group: Option<usize>,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        PlanOptions { fuse: true, kernels: false, half: false, group: None }
+        PlanOptions { fuse: true, kernels: false, half: false, recompute: false, group: None }
     }
 }
 
@@ -52,7 +55,7 @@ pub enum Place {
 pub struct Buffer {
     /// Shape, kind, element type, branching.
     pub meta: Meta,
-    /// Its reals take 16 bits; only activations in the arena.
+    /// Its reals take 16 bits; only activations, and weights per branch, in the arena.
     pub half: bool,
     /// The first branch that it holds; 0 for a shared tensor.
     pub first: usize,
@@ -159,7 +162,7 @@ impl Plan {
             groups::order(&mut graph)?;
         }
         if options.fuse {
-            fuse::fuse(&mut graph, options.kernels)?;
+            fuse::fuse(&mut graph, options)?;
         }
         graph.remove_dead();
         if options.half {
@@ -181,16 +184,22 @@ impl Plan {
     }
 
     /// The plan with few groups of branches whose arena takes at most `bytes` when a real takes `real_bytes`; groups of about
-    /// [`LEAST_GROUP`] where every arena takes more: launches grow with the groups, and the arena shrinks little below. The
-    /// group of `options` does not count.
+    /// [`LEAST_GROUP`] where every arena takes more: launches grow with the groups, and the arena shrinks little below. Where that lets
+    /// it do with fewer groups, the plan is one with [`PlanOptions::recompute`]. This and the group of `options` do not count.
     ///
     /// # Errors
     /// As [`Plan::build`].
     pub fn within(tape: &Tape, options: &PlanOptions, real_bytes: usize, bytes: usize) -> Result<Plan> {
         let branches = tape.branches().max(1);
         let most = branches.div_ceil(LEAST_GROUP);
-        let build =
-            |groups: usize| Plan::build(tape, &PlanOptions { group: Some(branches.div_ceil(groups)), ..*options });
+        let build = |groups: usize| -> Result<Plan> {
+            let options = PlanOptions { recompute: false, group: Some(branches.div_ceil(groups)), ..*options };
+            let plan = Plan::build(tape, &options)?;
+            if !options.kernels || plan.arena_bytes(real_bytes) <= bytes {
+                return Ok(plan);
+            }
+            Plan::build(tape, &PlanOptions { recompute: true, ..options })
+        };
         let whole = build(1)?;
         let arena = whole.arena_bytes(real_bytes);
         if arena <= bytes || most == 1 {

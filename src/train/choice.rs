@@ -2,6 +2,7 @@
 
 use crate::mlnt::golden::TOLERANCE_F64;
 use clap::ValueEnum;
+use clap::builder::PossibleValue;
 use serde::{Deserialize, Serialize};
 
 /// How a run trains.
@@ -198,6 +199,64 @@ impl Precision {
     }
 }
 
+/// The floating-point type that somebody names, or leaves to the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum PrecisionChoice {
+    /// What [`PrecisionChoice::on`] says of the device.
+    Auto,
+    /// This one.
+    Of(Precision),
+}
+
+impl PrecisionChoice {
+    /// The type in which a device of this kind computes. Left open it is f16 on a card, for every card that the kernels are
+    /// compiled for has tensor cores; f32 on the processor, and on the SIMT host machine, which is there to check kernels.
+    /// [`DeviceKind::Auto`] counts as the processor.
+    pub fn on(self, device: DeviceKind) -> Precision {
+        match (self, device) {
+            (PrecisionChoice::Of(precision), _) => precision,
+            (PrecisionChoice::Auto, DeviceKind::Cuda(_)) => Precision::F16,
+            (PrecisionChoice::Auto, DeviceKind::Auto | DeviceKind::Cpu | DeviceKind::Simt) => Precision::F32,
+        }
+    }
+}
+
+impl From<Precision> for PrecisionChoice {
+    fn from(precision: Precision) -> Self {
+        PrecisionChoice::Of(precision)
+    }
+}
+
+impl ValueEnum for PrecisionChoice {
+    fn value_variants<'a>() -> &'a [Self] {
+        use PrecisionChoice::{Auto, Of};
+        &[Auto, Of(Precision::F32), Of(Precision::F64), Of(Precision::Tf32), Of(Precision::F16), Of(Precision::Bf16)]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        match self {
+            PrecisionChoice::Auto => Some(PossibleValue::new("auto").help("f16 on a card, f32 on cpu and simt")),
+            PrecisionChoice::Of(precision) => precision.to_possible_value(),
+        }
+    }
+}
+
+impl TryFrom<String> for PrecisionChoice {
+    type Error = String;
+    fn try_from(name: String) -> Result<Self, String> {
+        let names = || Self::value_variants().iter().map(Self::to_string).collect::<Vec<_>>().join(", ");
+        <Self as ValueEnum>::from_str(&name, false)
+            .map_err(|_| format!("no precision is called {name:?}; possible are {}", names()))
+    }
+}
+
+impl From<PrecisionChoice> for String {
+    fn from(choice: PrecisionChoice) -> String {
+        choice.to_string()
+    }
+}
+
 /// The name of a choice, as it stands on the command line and in TOML.
 macro_rules! display_by_name {
     ($($choice:ty),*) => {$(
@@ -211,4 +270,4 @@ macro_rules! display_by_name {
         }
     )*};
 }
-display_by_name!(Method, Recipe, Augment, Precision);
+display_by_name!(Method, Recipe, Augment, Precision, PrecisionChoice);

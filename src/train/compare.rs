@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::choice::{DeviceKind, Method};
+use super::choice::Method;
 use super::config::Config;
 use super::run_dir::RunDir;
 use crate::error::{Error, Result};
@@ -78,7 +78,8 @@ fn distinct<T: PartialEq + std::fmt::Display>(flag: &str, values: &[T]) -> Resul
 
 /// How far each of `cells` is. Nothing is written.
 ///
-/// Runs that are there decide where the others compute, if that was left open: a comparison has one device.
+/// Runs that are there decide where the others compute and in what precision, if that was left open: a comparison has one
+/// device.
 ///
 /// # Errors
 /// [`Error::File`] for a folder that is no run, or one of other settings.
@@ -90,9 +91,7 @@ pub fn survey(cells: &mut [Cell]) -> Result<Vec<State>> {
     }
     let found: Vec<Option<(Config, RunDir)>> = found.into_iter().map(Option::transpose).collect::<Result<_>>()?;
     if let Some((run, _)) = found.iter().flatten().next() {
-        cells.iter_mut().map(|cell| &mut cell.config.device).filter(|d| **d == DeviceKind::Auto).for_each(|device| {
-            *device = run.device;
-        });
+        cells.iter_mut().for_each(|cell| cell.config.settle(run));
     }
     cells.iter().zip(&found).map(|(cell, found)| state(cell, found.as_ref())).collect()
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Group, Method, Precision, Recipe};
+use super::choice::{Augment, DeviceKind, Group, Method, Precision, PrecisionChoice, Recipe};
 use super::preset::Preset;
 use super::toml_file;
 use crate::data::{NoiseKind, ValidationLabels};
@@ -168,8 +168,8 @@ settings! {
         [value_name = "N"] seed: u64,
         /// Where to compute: auto, cpu, cuda, cuda:N or simt.
         [value_name = "NAME"] device: DeviceKind,
-        /// Floating-point type of the computation.
-        [value_name = "TYPE"] precision: Precision,
+        /// Floating-point type of the computation; auto is f16 on a card, f32 on cpu and simt. A run keeps the one it began in.
+        [value_name = "TYPE"] precision: PrecisionChoice,
         /// Branches that a step works on at a time, for less memory: auto (what the device likes), all, or a number. It changes the
         /// order of sums over the branches, and no result beyond rounding.
         [value_name = "auto|all|N"] group: Group,
@@ -241,6 +241,22 @@ impl Config {
             config.move_lr_drops(preset_epochs);
         }
         Ok(config)
+    }
+
+    /// Takes over from `run`, the settings of a run that has begun, what these leave to the machine: the device and its
+    /// precision. Another machine might choose otherwise.
+    pub fn settle(&mut self, run: &Config) {
+        if self.device == DeviceKind::Auto {
+            self.device = run.device;
+        }
+        if self.precision == PrecisionChoice::Auto {
+            self.precision = run.precision;
+        }
+    }
+
+    /// The floating-point type of the computation, on the device of these settings.
+    pub fn computes_in(&self) -> Precision {
+        self.precision.on(self.device)
     }
 
     /// Reads the complete `config.toml` of a run directory.

@@ -20,6 +20,7 @@ use crate::plan::{Plan, PlanOptions};
 use crate::tape::Tape;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
+use std::iter::once;
 
 /// Images per forward pass of an evaluation.
 pub const EVAL_BATCH: usize = 250;
@@ -108,7 +109,10 @@ pub struct Engine {
 #[derive(Default)]
 struct Kept {
     scalars: Vec<f64>,
-    output: Vec<f64>,
+    finite: Vec<f64>,
+    class_loss: Vec<f64>,
+    consistency: Vec<f64>,
+    class_logits: Vec<f64>,
     losses: Vec<f32>,
     logits: Vec<Vec<f64>>,
     descent: Descent,
@@ -118,8 +122,8 @@ struct Kept {
 struct Step {
     phase: Phase,
     mentor: bool,
-    /// The forward whose logits the host computes the loss from, if it does.
-    look: Option<Loaded>,
+    /// The forward whose logits the host computes the loss from, if it does, and the names of these logits.
+    look: Option<(Loaded, Vec<String>)>,
     learn: Loaded,
 }
 
@@ -205,6 +209,7 @@ impl Engine {
             let options = Options { plan: plan_options, group: config.group, passes: phase.passes(config) };
             let look = phase.record_look(config, &model)?;
             let look = look.map(|tape| Loaded::new(&mut *device, &tape, &options)).transpose()?;
+            let look = look.map(|plan| (plan, (0..phase.networks().len()).map(logits_name).collect()));
             let learn = Loaded::new(&mut *device, &phase.record(config, &model, mentor)?, &options)?;
             steps.push(Step { phase, mentor, look, learn });
         }
@@ -288,7 +293,7 @@ impl Engine {
     /// As [`Device::stage`].
     pub fn stage(&mut self, part: &Part, images: ImagesId, crops: &[Crop]) -> Result<()> {
         let Step { look, learn, .. } = find(&self.steps, part)?;
-        let mut plans = look.iter().chain([learn]);
+        let mut plans = look.iter().map(|(plan, _)| plan).chain([learn]);
         plans.try_for_each(|plan| self.device.stage(images, plan.id, "x", crops))
     }
 
@@ -346,8 +351,9 @@ impl Engine {
         if !step.scaled {
             return Ok(true);
         }
-        self.device.read_output_into(step.id, "finite", &mut self.kept.output)?;
-        Ok(self.kept.output[0] != 0.0)
+        let Kept { finite, .. } = &mut self.kept;
+        self.device.read_outputs_into(step.id, &mut once(("finite", finite)))?;
+        Ok(self.kept.finite[0] != 0.0)
     }
 
     /// Begins a step of `part` whose loss the host computes: the logits `[k, classes]` of each of its networks, in
@@ -357,7 +363,7 @@ impl Engine {
     /// When the device fails.
     pub fn look(&mut self, part: &Part, x: Images<'_>) -> Result<&[Vec<f64>]> {
         let Engine { device, kept, steps, .. } = self;
-        let Step { look: Some(look), learn, .. } = find(steps, part)? else {
+        let Step { look: Some((look, names)), learn, .. } = find(steps, part)? else {
             return Err(Error::shape("step", format_args!("{} is one plan", part.title())));
         };
         if let Images::Host(x) = x {
@@ -365,10 +371,8 @@ impl Engine {
             device.write_input(learn.id, "x", HostSlice::F32(x))?;
         }
         device.run(look.id, &[])?;
-        kept.logits.resize_with(part.phase.networks().len(), Vec::new);
-        for (i, logits) in kept.logits.iter_mut().enumerate() {
-            device.read_output_into(look.id, &logits_name(i), logits)?;
-        }
+        kept.logits.resize_with(names.len(), Vec::new);
+        device.read_outputs_into(look.id, &mut names.iter().map(String::as_str).zip(&mut kept.logits))?;
         Ok(&kept.logits)
     }
 
@@ -391,23 +395,25 @@ impl Engine {
     /// # Errors
     /// When the device fails.
     pub fn outcome(&mut self, part: &Part, y: &[i32]) -> Result<StepOutcome> {
-        let taken = self.was_finite(part)?;
-        let id = find(&self.steps, part)?.learn.id;
-        let Engine { device, kept: Kept { output, losses, logits, descent, .. }, .. } = self;
-        let (mut loss, mut meta_loss, mut objective) = (descent.loss, None, None);
-        if part.phase.by_logits() {
-            objective = Some(descent.objective);
-            output.clone_from(&logits[0]);
-        } else {
-            device.read_output_into(id, "class_loss", output)?;
-            loss = output[0];
-            if part.phase == Phase::Mlnt {
-                device.read_output_into(id, "consistency", output)?;
-                meta_loss = Some(output.iter().sum::<f64>() / output.len() as f64);
-            }
-            device.read_output_into(id, "class_logits", output)?;
-        }
-        let rows = || output.chunks_exact(self.model.classes).zip(y);
+        let learn = &find(&self.steps, part)?.learn;
+        let Kept { finite, class_loss, consistency, class_logits, losses, logits, descent, .. } = &mut self.kept;
+        let (by_logits, has_meta) = (part.phase.by_logits(), part.phase == Phase::Mlnt);
+        let outputs = [
+            (learn.scaled, ("finite", &mut *finite)),
+            (!by_logits, ("class_loss", &mut *class_loss)),
+            (has_meta, ("consistency", &mut *consistency)),
+            (!by_logits, ("class_logits", &mut *class_logits)),
+        ];
+        // In one go: the host waits for the device once in a step.
+        let outputs = outputs.into_iter().filter_map(|(there, output)| there.then_some(output));
+        self.device.read_outputs_into(learn.id, &mut { outputs })?;
+        let taken = !learn.scaled || finite[0] != 0.0;
+        let meta_loss = has_meta.then(|| consistency.iter().sum::<f64>() / consistency.len() as f64);
+        let (loss, objective, logits) = match by_logits {
+            true => (descent.loss, Some(descent.objective), &logits[0]),
+            false => (class_loss[0], None, &*class_logits),
+        };
+        let rows = || logits.chunks_exact(self.model.classes).zip(y);
         let correct = rows().filter(|(logits, y)| argmax(logits) == **y as usize).count();
         losses.clear();
         losses.extend(rows().map(|(logits, y)| cross_entropy(logits, *y as usize) as f32));
@@ -488,7 +494,7 @@ pub fn for_each_batch(
         batcher.fill(0, &indices, &mut x)?;
         device.write_input(plan, "x", HostSlice::F32(&x))?;
         device.run(plan, &[])?;
-        device.read_output_into(plan, "probabilities", &mut probabilities)?;
+        device.read_outputs_into(plan, &mut once(("probabilities", &mut probabilities)))?;
         let classes = probabilities.len() / batch;
         use_batch(from..to, &probabilities[..(to - from) * classes])?;
     }

@@ -1,6 +1,6 @@
 //! From the device and precision asked for to a device, with the reason in words.
 
-use super::choice::{DeviceKind, Precision};
+use super::choice::{DeviceKind, Precision, PrecisionChoice};
 use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::device::cuda::driver::Driver;
@@ -19,32 +19,39 @@ pub struct Opened {
     pub device: Box<dyn Device>,
     /// Which it is: never [`DeviceKind::Auto`].
     pub kind: DeviceKind,
+    /// What it computes in.
+    pub precision: Precision,
     /// `device: NAME: WHY`, the first line of a run.
     pub text: String,
 }
 
-/// The device that `kind` asks for, computing in `precision` with `threads` threads on the host; 0 takes one per core.
+/// The device that `kind` asks for, computing in `precision`, if that is left open in what suits the device, with `threads`
+/// threads on the host; 0 takes one per core.
 ///
 /// # Errors
 /// When it cannot be had, or does not compute in that precision.
-pub fn open_device(kind: DeviceKind, precision: Precision, threads: usize) -> Result<Opened> {
+pub fn open_device(kind: DeviceKind, precision: impl Into<PrecisionChoice>, threads: usize) -> Result<Opened> {
+    let asked: PrecisionChoice = precision.into();
     // Batches are filled by the process's own pool, beside the device's; the first to ask decides its size.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     let (device, kind, why) = match kind {
-        DeviceKind::Cpu => (cpu(precision, threads)?, kind, "asked for".to_string()),
+        DeviceKind::Cpu => (cpu(asked.on(kind), threads)?, kind, "asked for".to_string()),
         DeviceKind::Cuda(_) | DeviceKind::Simt => {
-            (open_kernels(kind, precision, Mode::Graph)?, kind, "asked for".to_string())
+            (open_kernels(kind, asked.on(kind), Mode::Graph)?, kind, "asked for".to_string())
         }
-        DeviceKind::Auto if precision == Precision::F64 => {
-            (cpu(precision, threads)?, DeviceKind::Cpu, "the only one that computes in f64".to_string())
+        DeviceKind::Auto if asked == Precision::F64.into() => {
+            (cpu(Precision::F64, threads)?, DeviceKind::Cpu, "the only one that computes in f64".to_string())
         }
         DeviceKind::Auto => match working_gpu() {
-            Ok(gpu) => (cuda(gpu, precision, Mode::Graph)?, DeviceKind::Cuda(0), "the GPU works".to_string()),
-            Err(why) => (cpu(precision, threads)?, DeviceKind::Cpu, why),
+            Ok(gpu) => {
+                let kind = DeviceKind::Cuda(0);
+                (cuda(gpu, asked.on(kind), Mode::Graph)?, kind, "the GPU works".to_string())
+            }
+            Err(why) => (cpu(asked.on(DeviceKind::Cpu), threads)?, DeviceKind::Cpu, why),
         },
     };
     let text = format!("device: {}: {why}", device.describe());
-    Ok(Opened { device, kind, text })
+    Ok(Opened { device, kind, precision: asked.on(kind), text })
 }
 
 /// The first card, or in words why not.
@@ -72,7 +79,10 @@ fn cpu_computes(precision: Precision) -> Result<()> {
 }
 
 /// The operand type of convolutions that stands for `precision` on CUDA devices.
-fn operands(precision: Precision) -> Result<Operands> {
+///
+/// # Errors
+/// For f64.
+pub fn operands(precision: Precision) -> Result<Operands> {
     match precision {
         Precision::F32 => Ok(Operands::F32),
         Precision::Tf32 => Ok(Operands::Tf32),

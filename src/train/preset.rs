@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Group, Method, Precision, Recipe};
+use super::choice::{Augment, DeviceKind, Group, Method, PrecisionChoice, Recipe};
 use super::config::Config;
 use crate::data::{NoiseKind, ValidationLabels};
 
@@ -102,7 +102,7 @@ fn small() -> Config {
         blocks: vec![1, 1, 1],
         seed: 1,
         device: DeviceKind::Auto,
-        precision: Precision::F32,
+        precision: PrecisionChoice::Auto,
         group: Group::Auto,
         threads: 0,
         out: None,
@@ -161,7 +161,7 @@ fn cifar10() -> Config {
         blocks: vec![5, 5, 5],
         seed: 1,
         device: DeviceKind::Auto,
-        precision: Precision::F32,
+        precision: PrecisionChoice::Auto,
         group: Group::Auto,
         threads: 0,
         out: None,

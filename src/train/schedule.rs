@@ -23,7 +23,7 @@ impl Config {
 
     /// Whether cotangents are scaled: where they are kept in f16.
     pub fn scaled(&self) -> bool {
-        self.precision == Precision::F16
+        self.computes_in() == Precision::F16
     }
 
     /// Share λ of the teacher in the target after `progress` epochs: grows as η does, over `lambda_ramp` epochs.

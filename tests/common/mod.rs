@@ -95,6 +95,17 @@ pub fn step_spec(model: ModelSpec, batch: usize, branches: usize, recipe: Recipe
     }
 }
 
+/// The numbers of a step, where a test has no reason for others.
+pub const SCALARS: StepScalars = StepScalars {
+    lr: 0.1,
+    momentum: 0.9,
+    weight_decay: 1e-3,
+    eta: 0.3,
+    gamma: 0.99,
+    lambda: 0.5,
+    scales: Scales::NONE,
+};
+
 /// Starting values of a state by its name.
 pub fn start_values(name: &str, len: usize, position: u64) -> Vec<f64> {
     let small = normals(len, 1000 + position);
@@ -129,16 +140,7 @@ pub fn load_planned<D: Device>(device: D, spec: &StepSpec, report: Report, optio
 
 /// Loads a plan of the step.
 pub fn load_plan_on<D: Device>(mut device: D, spec: &StepSpec, plan: Plan) -> LoadedStep<D> {
-    let scalars = StepScalars {
-        lr: 0.1,
-        momentum: 0.9,
-        weight_decay: 1e-3,
-        eta: 0.3,
-        gamma: 0.99,
-        lambda: 0.5,
-        scales: Scales::NONE,
-    };
-    let scalars = scalars.in_order(&plan.scalars).collect();
+    let scalars = SCALARS.in_order(&plan.scalars).collect();
     let (inputs, launches) = (plan.inputs.clone(), plan.launches.len());
     let id = device.load(plan).unwrap();
     for (i, (name, meta)) in device.states().into_iter().enumerate() {

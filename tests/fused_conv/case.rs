@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use mlnt::device::cuda::Operands;
 use mlnt::ops::{
-    BN_EPS, BnBackward, BnDoubleBackward, BnEval, Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv,
+    BN_EPS, BnBackward, BnDoubleBackward, BnEval, Conv, ConvForm, ConvGeom, ConvKind, Delta, Epilogue, FusedConv,
 };
 use mlnt::rng::{Purpose, normal, stream, uniform};
 use mlnt::tape::{Kind, Meta, Tape, Tensor};
@@ -13,7 +13,7 @@ pub const X: u32 = 1;
 pub const NORM: u32 = 2;
 pub const Y: u32 = 4;
 pub const NEXT: u32 = 8;
-pub const DY: u32 = 16;
+pub const RESIDUAL: u32 = 16;
 
 /// One fused convolution and what its tensors are like.
 #[derive(Clone, Debug)]
@@ -22,13 +22,13 @@ pub struct Case {
     pub branches: usize,
     /// Bit i: operand i of the form is per-branch.
     pub branched: u32,
-    /// Which of the other operands are per-branch: [`X`], the four of `norm`, `y` and its four, `next` and its four, its `dy`. Sums
-    /// are per-branch where anything is that they are of.
+    /// Which of the other operands are per-branch: [`X`], the four of `norm`, `y` and its four, `next` and its two, the residual term.
+    /// Sums are per-branch where anything is that they are of.
     pub others: u32,
     /// Whether result 0 and 1 of the form are summed over the branches.
     pub summed: [bool; 2],
-    /// Activations among the operands (bit i: operand i of the form; 4: the start; 6 to 9: x, y, next and its dy) and the first result
-    /// (bit 5) have 16 bits.
+    /// Activations among the operands (bit i: operand i of the form; 4: the start; 6 to 9: x, y, next and the residual term), the first
+    /// result (bit 5) and the cotangent that is kept (bit 10) have 16 bits.
     pub half: u32,
 }
 
@@ -120,10 +120,21 @@ impl Case {
         self.on(1) || (self.op.tangent && self.norm_branched())
     }
 
+    /// Whether dy or y is per-branch.
+    fn pair_branched(&self) -> bool {
+        let dy = self.op.dy_operand().is_some_and(|i| self.on(1 << i));
+        dy || (self.op.delta != Delta::None && self.other(Y))
+    }
+
     /// Whether dy, after its prologue, is per-branch.
     fn delta_branched(&self) -> bool {
-        let dy = self.op.dy_operand().is_some_and(|i| self.on(1 << i));
-        dy || (self.op.delta && self.other(Y))
+        self.pair_branched() || (self.op.residual_operand().is_some() && self.other(RESIDUAL))
+    }
+
+    /// Whether result `i` has 16 bits.
+    pub fn half_result(&self, i: usize) -> bool {
+        let bit = |bit: u32| self.half >> bit & 1 == 1;
+        (i == 0 && self.op.form != ConvForm::Wgrad && bit(5)) || (self.op.delta_result() == Some(i) && bit(10))
     }
 
     /// Metas of the results.
@@ -142,11 +153,8 @@ impl Case {
         };
         let first = metas[0];
         let vector = Meta::vector(first.dims[1]).with_branching(first.per_branch);
-        metas.extend(match self.op.epilogue {
-            Epilogue::None => vec![],
-            Epilogue::Stats | Epilogue::BackwardSums => vec![vector; 2],
-            Epilogue::TangentSums => vec![vector; 3],
-        });
+        metas.extend(self.op.delta_result().map(|_| y.with_branching(delta)));
+        metas.extend(self.op.epilogue_results().into_iter().flatten().map(|_| vector));
         metas
     }
 
@@ -177,16 +185,17 @@ impl Case {
         if self.op.tangent {
             vectors(&mut list, &["g_dot", "b_dot", "x_dot_mean", "rho"], of_x, self.tangent_branched());
         }
-        if self.op.delta {
+        if self.op.delta != Delta::None {
             list.push(("y".into(), y.with_branching(self.other(Y)), Some(7)));
             vectors(&mut list, &["y_g", "y_b", "y_mean", "y_var"], of_y, self.other(Y));
-            vectors(&mut list, &["dg", "db"], of_y, self.delta_branched());
+            vectors(&mut list, &["dg", "db"], of_y, self.pair_branched());
+        }
+        if self.op.residual_operand().is_some() {
+            list.push(("residual".into(), y.with_branching(self.other(RESIDUAL)), Some(9)));
         }
         if self.op.epilogue == Epilogue::TangentSums {
             list.push(("next".into(), y.with_branching(self.other(NEXT)), Some(8)));
-            vectors(&mut list, &["next_g", "next_b", "next_mean", "next_var"], of_y, self.other(NEXT));
-            list.push(("next_dy".into(), y.with_branching(self.other(DY)), Some(9)));
-            vectors(&mut list, &["next_db"], of_y, self.other(DY | NEXT));
+            vectors(&mut list, &["next_mean", "next_var"], of_y, self.other(NEXT));
         }
         if self.op.start {
             let meta = self.results()[0];
@@ -240,7 +249,6 @@ impl Case {
                     masked(dy[at] * if name == "dg" { hat } else { 1.0 }, passes)
                 })
             }
-            "next_db" => per_channel(&y, |c, at| masked(of("next_dy")[at], behind("next_", "next", c, at).1)),
             _ => return None,
         })
     }
@@ -271,6 +279,9 @@ impl Case {
             let h = tape.record1(BnEval { relu: true }, &[y, g, b, mean, var], false).unwrap();
             let operands = [form[dy], y, g, mean, var, h];
             form[dy] = tape.record(BnBackward { relu: true }, &operands, &[false; 3]).unwrap()[0];
+            if let Some(residual) = self.op.residual_operand() {
+                form[dy] = tape.add(form[dy], inputs[residual]).unwrap();
+            }
         }
         let conv = |tape: &mut Tape, kind, a: usize, b: usize, sum: bool| {
             let branched = tape.meta(form[a]).per_branch || tape.meta(form[b]).per_branch;
@@ -292,53 +303,55 @@ impl Case {
         if let Some(start) = self.op.start_operand() {
             results[0] = tape.add(results[0], inputs[start]).unwrap();
         }
+        if let (Some(_), Some(dy)) = (self.op.delta_result(), self.op.dy_operand()) {
+            results.push(form[dy]);
+        }
         for (i, t) in results.into_iter().enumerate() {
             tape.output(format!("out{i}"), t);
         }
         tape
     }
 
-    /// What the epilogue finds of a first result, by its name.
-    pub fn found(&self, operands: &[Operand], result: &[f64]) -> Vec<(&'static str, Vec<f64>)> {
+    /// What the epilogue finds of a first result, by its name, and the size of what is added up to that: the same sum of absolute values.
+    pub fn found(&self, operands: &[Operand], result: &[f64]) -> Vec<(&'static str, [Vec<f64>; 2])> {
         let meta = self.results()[0];
         let count = (meta.len() / meta.dims[1].max(1)) as f64;
         let branches = if meta.per_branch { self.branches } else { 1 };
-        let each = |f: &dyn Fn(usize, &[f64]) -> Vec<f64>| -> Vec<f64> {
-            (0..branches).flat_map(|m| f(m, &result[m * meta.len()..][..meta.len()])).collect()
+        // Sums of `f(branch, channel, element, its value)`.
+        let sums = |f: &dyn Fn(usize, usize, usize, f64) -> f64| {
+            let each = |of: &dyn Fn(f64) -> f64| {
+                let branch = |m: usize| {
+                    let v = &result[m * meta.len()..][..meta.len()];
+                    per_channel(&meta, |c, at| of(f(m, c, at, v[at])))
+                };
+                (0..branches).flat_map(branch).collect()
+            };
+            [each(&|v| v), each(&f64::abs)]
         };
-        let mean = |v: &[f64]| -> Vec<f64> { per_channel(&meta, |_, at| v[at] / count) };
-        // A sum of what x̂ and the mask of the batch norm make of an element.
-        let sum = |prefix: &str, x: &str, m: usize, f: &dyn Fn(usize, usize, f64, bool) -> f64| {
-            per_channel(&meta, |c, at| {
-                let (hat, passes) = normalised(find(operands, x).of(m)[at], norm_at(operands, prefix, m, c));
-                f(c, at, hat, passes)
-            })
-        };
+        let mean = || sums(&|_, _, _, v| v / count);
         match self.op.epilogue {
             Epilogue::None => vec![],
             Epilogue::Stats => {
-                let variance = |v: &[f64]| {
-                    let mean = mean(v);
-                    per_channel(&meta, |c, at| (v[at] - mean[c]) * (v[at] - mean[c]) / count)
-                };
-                vec![("mean", each(&|_, v| mean(v))), ("variance", each(&|_, v| variance(v)))]
+                let [means, size]: [Vec<f64>; 2] = mean();
+                let off = |m: usize, c: usize, v: f64| v - means[m * meta.dims[1] + c];
+                let variance = sums(&|m, c, _, v| off(m, c, v) * off(m, c, v) / count);
+                vec![("mean", [means.clone(), size]), ("variance", variance)]
             }
             Epilogue::BackwardSums => {
-                let x = self.x_name();
-                let dg =
-                    |m: usize, v: &[f64]| sum("", x, m, &|_, at, hat, passes| if passes { v[at] * hat } else { 0.0 });
-                let db = |m: usize, v: &[f64]| sum("", x, m, &|_, at, _, passes| if passes { v[at] } else { 0.0 });
-                vec![("dg", each(&dg)), ("db", each(&db))]
+                let masked = |m: usize, c: usize, at: usize, v: f64, with_hat: bool| {
+                    let (hat, passes) =
+                        normalised(find(operands, self.x_name()).of(m)[at], norm_at(operands, "", m, c));
+                    if passes { v * if with_hat { hat } else { 1.0 } } else { 0.0 }
+                };
+                let sum = |with_hat: bool| sums(&|m, c, at, v| masked(m, c, at, v, with_hat));
+                vec![("dg", sum(true)), ("db", sum(false))]
             }
             Epilogue::TangentSums => {
-                let rho = |m: usize, v: &[f64]| sum("next_", "next", m, &|_, at, hat, _| v[at] * hat / count);
-                let covariance = |m: usize, v: &[f64]| {
-                    let dy = find(operands, "next_dy").of(m);
-                    let masked = |at: usize, passes: bool| if passes { dy[at] } else { 0.0 };
-                    let dy_mean = sum("next_", "next", m, &|_, at, _, passes| masked(at, passes) / count);
-                    sum("next_", "next", m, &|c, at, _, passes| (masked(at, passes) - dy_mean[c]) * v[at] / count)
+                let hat = |m: usize, c: usize, at: usize| {
+                    let of = |name: &str| find(operands, name).of(m);
+                    (of("next")[at] - of("next_mean")[c]) / (of("next_var")[c] + BN_EPS).sqrt()
                 };
-                vec![("mean", each(&|_, v| mean(v))), ("rho", each(&rho)), ("covariance", each(&covariance))]
+                vec![("mean", mean()), ("rho", sums(&|m, c, at, v| v * hat(m, c, at) / count))]
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::case::{Case, Operand, geom};
 use mlnt::ops::{Conv, ConvKind, Op};
 use mlnt::plan::{Args, Buffer, Launch, Place, Plan, Port};
-use mlnt::tape::{Kind, Meta};
+use mlnt::tape::Meta;
 
 /// A plan of the fused operation.
 pub fn fused(case: &Case, operands: &[Operand]) -> Plan {
@@ -26,8 +26,7 @@ pub fn fused(case: &Case, operands: &[Operand]) -> Plan {
     }
     let mut outputs = Vec::new();
     for (i, meta) in case.results().into_iter().enumerate() {
-        let half = i == 0 && meta.kind == Kind::Activation && case.half >> 5 & 1 == 1;
-        outputs.push(tensor(&mut plan, meta, half));
+        outputs.push(tensor(&mut plan, meta, case.half_result(i)));
     }
     launch(&mut plan, Op::FusedConv(case.op), inputs, outputs.clone());
     for (i, buffer) in outputs.into_iter().enumerate() {

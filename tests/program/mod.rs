@@ -253,3 +253,32 @@ impl SafeTensors {
         file
     }
 }
+
+/// Tiny settings.
+pub const TINY: &str = "train-size = 0\nepochs = 2\nfeature-epochs = 1\nwidths = [4, 6]\nblocks = [1, 1]\nbatch = 12\n\
+                        neighbours = 3\nbranches = 2\n";
+
+/// `config.toml` without the number of threads.
+pub fn settings(run: &Path) -> String {
+    let text = std::fs::read_to_string(run.join("config.toml")).unwrap();
+    text.lines().filter(|line| !line.starts_with("threads")).map(|line| format!("{line}\n")).collect()
+}
+
+/// Trains on `data` with the given flags in `out`.
+pub fn train(folder: &Folder, data: &Path, out: &Path, flags: &str) -> PathBuf {
+    let said = mlnt(&format!("{} {flags}", folder.train(TINY, data, out)));
+    assert_eq!(said.status, Some(0), "{flags}: {}", said.stderr);
+    assert_eq!(said.stderr, "", "{flags}");
+    out.to_path_buf()
+}
+
+/// Runs that must be refused: status 2, one line on standard error that names `names`.
+pub fn refused(line: &str, names: &[&str]) -> String {
+    let said = mlnt(line);
+    assert_eq!(said.status, Some(2), "{line}: {} {}", said.stdout, said.stderr);
+    let error = said.error_line();
+    for name in names {
+        assert!(error.contains(name), "`{line}` says `{error}`, which does not name `{name}`");
+    }
+    error
+}

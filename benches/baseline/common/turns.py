@@ -42,7 +42,10 @@ class Engine:
         return {"check": "mlnt verify", "check_seconds": time.monotonic() - start}
 
     def round(self):
-        return last_object(self.output(self.bench))
+        found = first_object(reversed(self.output(self.bench).splitlines()))
+        if found is None:
+            raise NotRun("printed no JSON object")
+        return found
 
     def output(self, command):
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -69,16 +72,16 @@ class Engine:
         pass
 
 
-def last_object(text):
-    """The last line that is a JSON object."""
-    for line in reversed(text.splitlines()):
+def first_object(lines):
+    """The first line that is a JSON object, or None: libraries, too, print."""
+    for line in lines:
         try:
             found = json.loads(line)
         except ValueError:
             continue
         if isinstance(found, dict):
             return found
-    raise NotRun("printed no JSON object")
+    return None
 
 
 class Served:
@@ -111,25 +114,26 @@ class Served:
         return self.answer()
 
     def answer(self):
-        """The next line that is a JSON object: libraries, too, print."""
+        """The next line that is a JSON object."""
         deadline = time.monotonic() + self.limit
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while True:
-                while b"\n" in self.pending:
-                    line, _, self.pending = self.pending.partition(b"\n")
-                    try:
-                        found = json.loads(line)
-                    except ValueError:
-                        continue
-                    if isinstance(found, dict):
-                        return found
+                found = first_object(self.lines())
+                if found is not None:
+                    return found
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     raise NotRun(f"no answer within {self.limit:.0f} s")
                 data = os.read(self.process.stdout.fileno(), 65536)
                 if not data:
                     raise NotRun(self.why())
                 self.pending += data
+
+    def lines(self):
+        """The lines that have come whole, each once."""
+        while b"\n" in self.pending:
+            line, _, self.pending = self.pending.partition(b"\n")
+            yield line
 
     def why(self):
         """Why the process ended."""

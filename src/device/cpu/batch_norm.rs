@@ -145,7 +145,7 @@ pub(super) fn backward<T: Real>(
     let ([dy, x, g, mean, var], [dx, dg, db]) = (ins, outs);
     let len = x.len / channels;
     let n = len as f64;
-    let live = if ins.iter().any(View::branched) { branches } else { 1 };
+    let live = if ins.iter().chain(&y).any(View::branched) { branches } else { 1 };
     let summed = live > 1 && outs.iter().any(|o| !o.branched());
     items(channels, live, summed).for_each(|(c, range)| {
         for m in range.clone() {
@@ -227,7 +227,7 @@ pub(super) fn double_backward<T: Real>(
     let ([dot, g_dot, b_dot, dy, x, g, mean, var], [y_dot, x_bar, g_bar]) = (ins, outs);
     let len = x.len / channels;
     let n = len as f64;
-    let live = if ins.iter().any(View::branched) { branches } else { 1 };
+    let live = if ins.iter().chain(&y).any(View::branched) { branches } else { 1 };
     let summed = live > 1 && outs.iter().any(|o| !o.branched());
     items(channels, live, summed).for_each(|(c, range)| {
         let second = |m: usize| {

@@ -26,7 +26,7 @@ pub use real::Real;
 use super::check::check;
 use super::shortage::{host_memory, shortage};
 use super::states::{State, States};
-use super::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
+use super::{Crop, Destinations, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::Conv;
 use crate::plan::{Place, Plan, Port};
@@ -259,8 +259,10 @@ impl<T: Real + Default> Device for Cpu<T> {
         Ok(self.output(id, name)?.to_host())
     }
 
-    fn read_output_into(&self, id: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()> {
-        self.output(id, name)?.to_f64(to);
+    fn read_outputs_into<'a>(&self, id: PlanId, outputs: Destinations<'_, 'a>) -> Result<()> {
+        for (name, to) in outputs {
+            self.output(id, name)?.to_f64(to);
+        }
         Ok(())
     }
 

@@ -16,7 +16,7 @@ pub use lower::Operands;
 use super::check::check;
 use super::shortage::REMEDY;
 use super::states::States;
-use super::{Crop, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
+use super::{Crop, Destinations, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::Operation;
 use crate::plan::{Place, Plan, PlanOptions, Port};
@@ -75,8 +75,7 @@ pub struct Cuda {
 impl Cuda {
     /// How plans for a device with these operands are best built; no machine is needed.
     pub fn plan_options_for(operands: Operands) -> PlanOptions {
-        let half = matches!(operands, Operands::F16 | Operands::Bf16);
-        PlanOptions { kernels: true, half, ..PlanOptions::default() }
+        PlanOptions { kernels: true, half: operands.is_half(), ..PlanOptions::default() }
     }
 
     /// The device on `driver`, whose convolutions round their operands to `operands`.
@@ -200,10 +199,10 @@ impl Cuda {
         self.driver.upload(Stream::Compute, to, bytemuck::cast_slice(&staging))
     }
 
-    /// Reads a tensor; `read` gets its bits in the order of the device.
-    fn download(&self, from: Address, total: usize, read: impl FnOnce(&[u32])) -> Result<()> {
+    /// Reads tensors, address and bytes of each, with one wait; `read` gets their bits in the order of the device.
+    fn download(&self, from: &[(Address, usize)], read: impl FnOnce(&[u32])) -> Result<()> {
         let mut staging = self.staging.borrow_mut();
-        staging.resize(total, 0);
+        staging.resize(from.iter().map(|(_, bytes)| bytes / 4).sum(), 0);
         self.driver.download(Stream::Compute, from, bytemuck::cast_slice_mut(&mut staging))?;
         read(&staging);
         Ok(())
@@ -211,17 +210,18 @@ impl Cuda {
 
     fn read(&self, meta: &Meta, branches: usize, from: Address) -> Result<HostVec> {
         let total = meta.total(branches);
+        let range = [(from, 4 * total)];
         Ok(match meta.dtype {
             DType::Real => {
                 let mut values = vec![0.0; total];
-                self.download(from, total, |bits| {
+                self.download(&range, |bits| {
                     permute(meta, branches, bits, &mut values, Towards::Host, f32::from_bits);
                 })?;
                 HostVec::F32(values)
             }
             DType::Index => {
                 let mut values = vec![0; total];
-                self.download(from, total, |bits| {
+                self.download(&range, |bits| {
                     permute(meta, branches, bits, &mut values, Towards::Host, |b| b as i32);
                 })?;
                 HostVec::I32(values)
@@ -260,10 +260,10 @@ fn lower_nowhere(plan: &Plan, operands: Operands, generation: Generation) -> Res
 /// Bytes within which the arena of a step is kept by taking its branches in groups, for convolutions with these operands.
 ///
 /// Every group costs launches and one more pass over the sums over branches, which are as large as one branch; so groups are as few as
-/// the budget lets, and of about one size. An exact step of PreAct ResNet-32 at batch 128 with ten branches takes about 0.65 GB and
-/// 0.42 GB for each branch of a group in 16 bits: 4.9 GB in one piece, 2.1 GB as 4 + 3 + 3. The largest activations of such a group then
-/// take 34 MB, which the L2 cache of a large card holds. A first-order step fits in one piece. The budget is
-/// the same on every card, so that results are too; twice as much where activations may take 32 bits.
+/// the budget lets, and of about one size. An exact step of PreAct ResNet-32 at batch 128 with ten branches takes about 0.35 GB and
+/// 0.4 GB for each branch of a group in 16 bits: 4.2 GB in one piece, 2.5 GB as 5 + 5, 2.2 GB if it computes some cotangents again
+/// (`PlanOptions::recompute`). A first-order step fits in one piece. The budget is the same on every card, so that results are too;
+/// twice as much where activations may take 32 bits.
 pub fn arena_budget(operands: Operands) -> usize {
     match operands {
         Operands::F16 | Operands::Bf16 => 2_200_000_000,
@@ -272,10 +272,12 @@ pub fn arena_budget(operands: Operands) -> usize {
 }
 
 /// What a plan takes beyond its arena on this device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelCost {
     /// Kernel launches of a run.
     pub launches: usize,
+    /// Their kernels, by launch of the plan.
+    pub kernels: Vec<Vec<&'static str>>,
     /// Bytes of scratch: partial sums, counters and the like.
     pub scratch_bytes: usize,
 }
@@ -287,7 +289,13 @@ impl KernelCost {
     /// When an operation has sizes that its kernels cannot take.
     pub fn of(plan: &Plan, operands: Operands) -> Result<Self> {
         let lowered = lower_nowhere(plan, operands, Generation::Portable)?;
-        Ok(KernelCost { launches: lowered.launches.len(), scratch_bytes: lowered.scratch + lowered.counters })
+        let starts = std::iter::once(0).chain(lowered.ends.iter().copied());
+        let names = |(from, to)| lowered.launches[from..to].iter().map(|launch| launch.kernel).collect();
+        Ok(KernelCost {
+            launches: lowered.launches.len(),
+            kernels: starts.zip(lowered.ends.iter().copied()).map(names).collect(),
+            scratch_bytes: lowered.scratch + lowered.counters,
+        })
     }
 }
 
@@ -416,14 +424,25 @@ impl Device for Cuda {
         self.read(&meta, branches, at)
     }
 
-    fn read_output_into(&self, id: PlanId, name: &str, to: &mut Vec<f64>) -> Result<()> {
-        let (meta, branches, at) = self.output(id, name)?;
-        to.resize(meta.total(branches), 0.0);
+    fn read_outputs_into<'a>(&self, id: PlanId, outputs: Destinations<'_, 'a>) -> Result<()> {
+        let (mut ranges, mut wanted) = (Vec::new(), Vec::new());
+        for (name, to) in outputs {
+            let (meta, branches, at) = self.output(id, name)?;
+            to.resize(meta.total(branches), 0.0);
+            ranges.push((at, 4 * to.len()));
+            wanted.push((meta, branches, to));
+        }
         let real = |bits| f64::from(f32::from_bits(bits));
         let index = |bits| f64::from(bits as i32);
-        self.download(at, to.len(), |bits| match meta.dtype {
-            DType::Real => permute(&meta, branches, bits, to, Towards::Host, real),
-            DType::Index => permute(&meta, branches, bits, to, Towards::Host, index),
+        self.download(&ranges, |mut rest| {
+            for (meta, branches, to) in wanted {
+                let (bits, others) = rest.split_at(to.len());
+                match meta.dtype {
+                    DType::Real => permute(&meta, branches, bits, to, Towards::Host, real),
+                    DType::Index => permute(&meta, branches, bits, to, Towards::Host, index),
+                }
+                rest = others;
+            }
         })
     }
 

@@ -29,9 +29,13 @@ pub(in crate::plan) fn gather(graph: &mut Graph) {
             needs[n].extend(uses[old.index()].iter().map(|u| u.0).filter(|&reader| reader != n));
         }
     }
+    // A sum over the branches does not wait: its operands take the memory of many results.
     let waits = |node: &Node| {
-        let small = |t: &Tensor| graph.metas[t.index()].kind != Kind::Activation;
-        matches!(node.op, Op::LinComb(_)) && node.outputs.iter().all(small)
+        let waits = |t: &Tensor| {
+            let meta = &graph.metas[t.index()];
+            meta.kind != Kind::Activation && (meta.per_branch || !graph.takes_branches(node))
+        };
+        matches!(node.op, Op::LinComb(_)) && node.outputs.iter().all(waits)
     };
     let waiting: Vec<usize> = (0..graph.nodes.len()).filter(|&n| waits(&graph.nodes[n])).collect();
     let (mut order, mut done) = (Vec::with_capacity(graph.nodes.len()), vec![false; graph.nodes.len()]);

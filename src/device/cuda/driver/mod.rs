@@ -160,11 +160,12 @@ pub trait Driver {
     /// When the machine fails.
     fn upload(&self, stream: Stream, to: Address, from: &[u8]) -> Result<()>;
 
-    /// Copies to the host, after all work queued on `stream`.
+    /// Copies ranges, each an address and its bytes, to the host, one behind the other in `to`, which is as long as all of them
+    /// together. Waits once, for all work queued on `stream`.
     ///
     /// # Errors
-    /// When the machine, or work queued before, fails.
-    fn download(&self, stream: Stream, from: Address, to: &mut [u8]) -> Result<()>;
+    /// When `to` has another length, or the machine, or work queued before, fails.
+    fn download(&self, stream: Stream, from: &[(Address, usize)], to: &mut [u8]) -> Result<()>;
 
     /// Copies within the device.
     ///

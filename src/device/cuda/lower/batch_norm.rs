@@ -2,8 +2,8 @@
 
 use super::super::driver::Address;
 use super::{Lowering, Operand, stored};
-use crate::error::{Error, Result};
-use crate::ops::BN_EPS;
+use crate::error::Result;
+use crate::ops::{BN_EPS, BnReluBackwardApply};
 use crate::plan::Args;
 use bytemuck::{Pod, Zeroable};
 
@@ -41,6 +41,10 @@ impl From<Operand> for Tensor {
 
 /// No operand.
 const NONE: Tensor = Tensor { at: Address::NULL, branch: 0 };
+
+fn optional(operand: Option<Operand>) -> Tensor {
+    operand.map_or(NONE, Tensor::from)
+}
 
 /// `BnMask`: where backward operations find what the ReLU let through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,14 +127,15 @@ struct BnBackwardParams {
     mean: Tensor,
     var: Tensor,
     y: Tensor,
-    start: Tensor,
+    starts: [Tensor; BnReluBackwardApply::MOST_STARTS],
     dx: Tensor,
     dg: Tensor,
     db: Tensor,
+    g_bar: Tensor,
     sums: Sums,
     shape: Shape,
 }
-const _: () = assert!(size_of::<BnBackwardParams>() == 248);
+const _: () = assert!(size_of::<BnBackwardParams>() == 280);
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -153,10 +158,35 @@ struct BnDoubleParams {
 }
 const _: () = assert!(size_of::<BnDoubleParams>() == 280);
 
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+struct BnDoubleBarParams {
+    x_dot: Tensor,
+    g_dot: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    g: Tensor,
+    b: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dg: Tensor,
+    db: Tensor,
+    x_dot_mean: Tensor,
+    rho: Tensor,
+    start: Tensor,
+    x_bar: Tensor,
+    g_bar: Tensor,
+    partials: Address,
+    counters: Address,
+    shape: Shape,
+}
+const _: () = assert!(size_of::<BnDoubleBarParams>() == 304);
+
 /// Bytes of `Moments`, and of what its apply kernel keeps per branch and channel; and so on.
 const FORWARD: Sizes = Sizes { sums: 16, factors: 0 };
 const BACKWARD: Sizes = Sizes { sums: 8, factors: 24 };
 const DOUBLE: Sizes = Sizes { sums: 24, factors: 40 };
+const DOUBLE_BAR: Sizes = Sizes { sums: 4, factors: 40 };
 
 /// Bytes per channel.
 #[derive(Clone, Copy)]
@@ -233,6 +263,13 @@ impl Division {
         let kept = (self.shape.group * self.shape.width) as usize;
         l.push(kernel, params, self.apply, THREADS, kept * sizes.factors);
     }
+
+    /// Appends a launch that works element by element and then makes sums, in the same memory.
+    fn apply_and_reduce<P: Pod>(&self, l: &mut Lowering<'_>, kernel: &'static str, params: &P, sizes: Sizes) {
+        let kept = (self.shape.group * self.shape.width) as usize;
+        let shared = (kept * sizes.factors).max(QUAD * THREADS * sizes.sums);
+        l.push(kernel, params, self.apply, THREADS, shared);
+    }
 }
 
 /// `live` if any of the operands is per-branch, else 1.
@@ -241,7 +278,7 @@ fn branches_of(operands: &[Operand], live: usize) -> usize {
 }
 
 /// Whether a result is a sum over the branches.
-fn any_summed(results: [Operand; 3], live: usize) -> bool {
+fn any_summed(results: &[Operand], live: usize) -> bool {
     live > 1 && results.iter().any(|o| o.branch == 0)
 }
 
@@ -300,13 +337,12 @@ pub(super) fn backward(l: &mut Lowering<'_>, mask: Mask, args: &Args) -> Result<
     let mut summands = vec![dy, x, mean];
     summands.extend(y);
     summands.extend(b.iter().flat_map(|b| [*b, g, var]));
-    let division = Division::new(&x, branches_of(&summands, live), live, any_summed(outputs, live), mask);
+    let division = Division::new(&x, branches_of(&summands, live), live, any_summed(&outputs, live), mask);
     let (sums, shape) = (division.sums(l, BACKWARD), division.shape);
     let [dx, dg, db] = outputs.map(Tensor::from);
-    let optional = |operand: Option<Operand>| operand.map_or(NONE, Tensor::from);
-    let (b, y, start) = (optional(b), optional(y), optional(start));
+    let ([b, y], starts) = ([b, y].map(optional), [optional(start), NONE]);
     let [dy, x, g, mean, var] = [dy, x, g, mean, var].map(Tensor::from);
-    let params = BnBackwardParams { dy, x, g, b, mean, var, y, start, dx, dg, db, sums, shape };
+    let params = BnBackwardParams { dy, x, g, b, mean, var, y, starts, dx, dg, db, g_bar: NONE, sums, shape };
     division.reduce(l, stored!(storage, "bn_backward_reduce"), &params, BACKWARD);
     division.apply(l, stored!(storage, "bn_backward_apply"), &params, BACKWARD);
     Ok(())
@@ -328,10 +364,10 @@ pub(super) fn double_backward(l: &mut Lowering<'_>, mask: Mask, args: &Args) -> 
     let mut summands = vec![x_dot, dy, x, mean];
     summands.extend(y);
     summands.extend(b.iter().flat_map(|b| [*b, g, var]));
-    let division = Division::new(&x, branches_of(&summands, live), live, any_summed(outputs, live), mask);
+    let division = Division::new(&x, branches_of(&summands, live), live, any_summed(&outputs, live), mask);
     let (sums, shape) = (division.sums(l, DOUBLE), division.shape);
     let [y_dot, x_bar, g_bar] = outputs.map(Tensor::from);
-    let (b, y) = (b.map_or(NONE, Tensor::from), y.map_or(NONE, Tensor::from));
+    let [b, y] = [b, y].map(optional);
     let [x_dot, g_dot, b_dot, dy, x, g, mean, var] = [x_dot, g_dot, b_dot, dy, x, g, mean, var].map(Tensor::from);
     let params = BnDoubleParams { x_dot, g_dot, b_dot, dy, x, g, b, mean, var, y, y_dot, x_bar, g_bar, sums, shape };
     division.reduce(l, stored!(storage, "bn_double_backward_reduce"), &params, DOUBLE);
@@ -339,12 +375,61 @@ pub(super) fn double_backward(l: &mut Lowering<'_>, mask: Mask, args: &Args) -> 
     Ok(())
 }
 
-/// `(dy, x, g, b, mean, var, dg, db[, start]) → dx`.
-pub(super) fn backward_apply(l: &mut Lowering<'_>, _: &Args) -> Result<()> {
-    Err(Error::shape("bn_relu_backward_apply", format!("is not lowered yet ({})", l.label)))
+/// `(dy, x, g, b, mean, var, dg, db[, ḡ][, start, …]) → dx`.
+pub(super) fn backward_apply(l: &mut Lowering<'_>, op: &BnReluBackwardApply, args: &Args) -> Result<()> {
+    let operands = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| l.input(args, i));
+    let g_bar = optional(op.second_order.then(|| l.input(args, 8)));
+    let starts: [_; BnReluBackwardApply::MOST_STARTS] =
+        std::array::from_fn(|i| l.optional_input(args, op.first_start() + i));
+    let (source, result) = (operands[1], l.output(args, 0));
+    let mut alike = vec![operands[0], source, result];
+    alike.extend(starts.iter().flatten());
+    let storage = l.one_storage(&alike)?;
+    let live = l.live_branches(args);
+    let division = Division::new(&source, 1, live, any_summed(&[result], live), Mask::Recomputed);
+    let [dy, x, g, b, mean, var, dg, db] = operands.map(Tensor::from);
+    let (starts, dx, shape) = (starts.map(optional), result.into(), division.shape);
+    let sums = Sums { partials: Address::NULL, totals: Address::NULL, counters: Address::NULL };
+    let params = BnBackwardParams { dy, x, g, b, mean, var, y: NONE, starts, dx, dg, db, g_bar, sums, shape };
+    division.apply(l, stored!(storage, "bn_backward_apply"), &params, BACKWARD);
+    Ok(())
 }
 
-/// `(ẋ, ġ, dy, x, g, b, mean, var, dg, db, ⟨ẋ⟩, ρ, cov[, start]) → (x̄, ḡ)`.
-pub(super) fn double_backward_apply(l: &mut Lowering<'_>, _: &Args) -> Result<()> {
-    Err(Error::shape("bn_relu_double_backward_apply", format!("is not lowered yet ({})", l.label)))
+/// `(ẋ, ġ, dy, x, g, b, mean, var, dg, db, ⟨ẋ⟩, ρ[, start]) → (x̄, ḡ)`, x̄ without its last term.
+pub(super) fn double_backward_apply(l: &mut Lowering<'_>, args: &Args) -> Result<()> {
+    let operands = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11].map(|i| l.input(args, i));
+    let (start, results) = (l.optional_input(args, 12), [0, 1].map(|i| l.output(args, i)));
+    let source = operands[3];
+    let storage = l.one_storage(&[operands[0], operands[2], source, start.unwrap_or(source), results[0]])?;
+    let live = l.live_branches(args);
+    let mut division = Division::new(&source, 1, live, any_summed(&results, live), Mask::Recomputed);
+    if division.shape.branches > 1 && results[0].branch == 0 && results[1].branch != 0 {
+        // Blocks that go through the branches for x̄, and for ḡ others of each branch.
+        division.apply[2] += live;
+    }
+    let [chunks, tiles, parts] = division.apply;
+    let [x_dot, g_dot, dy, x, g, b, mean, var, dg, db, x_dot_mean, rho] = operands.map(Tensor::from);
+    let [x_bar, g_bar] = results.map(Tensor::from);
+    let params = BnDoubleBarParams {
+        x_dot,
+        g_dot,
+        dy,
+        x,
+        g,
+        b,
+        mean,
+        var,
+        dg,
+        db,
+        x_dot_mean,
+        rho,
+        start: optional(start),
+        x_bar,
+        g_bar,
+        partials: l.scratch(parts * chunks * division.shape.channels as usize * DOUBLE_BAR.sums),
+        counters: l.counters(parts * tiles),
+        shape: division.shape,
+    };
+    division.apply_and_reduce(l, stored!(storage, "bn_double_backward_bar"), &params, DOUBLE_BAR);
+    Ok(())
 }

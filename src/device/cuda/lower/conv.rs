@@ -9,7 +9,6 @@ use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
 use crate::plan::Args;
-use crate::tape::Kind;
 use bytemuck::Zeroable;
 
 /// Threads of a block.
@@ -111,21 +110,15 @@ impl Job<'_> {
     /// All tensors.
     fn operands(&self) -> impl Iterator<Item = &Operand> {
         let norm = self.norm.iter().flat_map(|(_, operands)| operands);
-        let pairs = self.pairs().flat_map(Pair::operands);
+        let pairs = self.pairs().flat_map(|pair| pair.operands().chain(&pair.kept));
         let given = self.terms.iter().flatten().chain(norm).chain(pairs);
         given.chain(&self.start).chain([&self.out]).chain(self.found.operands())
     }
 
-    /// The activations that the product is of.
-    fn loaded(&self) -> impl Iterator<Item = &Operand> {
-        let pairs = self.pairs().map(|pair| &pair.with);
-        self.terms.iter().flatten().chain(pairs).filter(|o| o.meta.kind == Kind::Activation)
-    }
-
     /// Those with eight neighbours of which the direct kernels do something at a time.
     fn tensors(&self) -> impl Iterator<Item = &Operand> {
-        let pairs = self.pairs().map(|pair| &pair.with);
-        self.terms.iter().flatten().chain(pairs).chain(&self.start).chain([&self.out]).chain(self.found.activations())
+        let pairs = self.pairs().flat_map(Pair::activations);
+        self.terms.iter().flatten().chain(pairs).chain(&self.start).chain([&self.out]).chain(self.found.next())
     }
 
     /// Segments of all terms.
@@ -136,9 +129,8 @@ impl Job<'_> {
     /// Whether kernels can take it that work on patches: if they can take its sizes.
     fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
         let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
-        // Two tensors at a time have room in 16 bits only.
-        let narrow = self.pairs().next().is_none() || self.loaded().all(|o| o.half);
-        halves && narrow && self.out.len() > 0 && self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN))
+        let aligned = self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN));
+        halves && aligned && self.out.len() > 0
     }
 
     /// Its tiles, if the direct kernels can take it.
@@ -233,14 +225,14 @@ impl Job<'_> {
             };
         }
         if let Some((_, norm)) = &self.norm {
-            product.norm = ConvNorm::new(norm);
+            product.norm = ConvNorm::of_four(norm);
         }
         let count = g.n * g.p * g.q;
         product.image = self.image.as_ref().map_or(ConvPair::zeroed(), |pair| pair.lower(count));
         product.matrix = self.matrix.as_ref().map_or(ConvPair::zeroed(), |pair| pair.lower(count));
         match &self.found {
             Found::Nothing => {}
-            Found::Statistics(results) => (product.mean, product.var) = (results[0].at, results[1].at),
+            Found::Statistics([mean, var]) => (product.mean, product.var) = (mean.at, var.at),
             Found::Sums(sums) => product.sums = sums.lower(),
         }
         let columns = column_tiles * branches;
@@ -271,8 +263,8 @@ fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, besid
     wanted.min(worth).min(fit).max(1)
 }
 
-/// Refuses what the kernels' numbers have no room for, halves where the operand type has none, and what is found of a shared result
-/// with tensors per branch, or of a result per branch for all branches together.
+/// Refuses what the kernels' numbers have no room for, halves where the operand type has none, what is found of a shared result
+/// with tensors per branch, or of a result per branch for all branches together, and a delta that is kept for other branches than it has.
 fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_>) -> Result<()> {
     if g.h.max(g.w) + 2 * g.pad > MOST_PADDED_SIDE || g.stride > MOST_STRIDE {
         let what = format!("padding {} or stride {} is too large for its kernel", g.pad, g.stride);
@@ -289,6 +281,14 @@ fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_
     if read || made.iter().any(|o| o.meta.per_branch != branched) {
         let what = "what is found of a result must be per branch as it is, of operands that are no more so";
         return Err(Error::shape(name, format!("{what} ({})", lowering.label)));
+    }
+    let given = &job.terms[0][1].meta;
+    for (pair, kept) in job.matrix.iter().filter_map(|pair| Some((pair, pair.kept?))) {
+        let made = given.per_branch || pair.operands().any(|o| o.meta.per_branch);
+        if kept.meta.per_branch != made {
+            let what = "a cotangent that is kept must be per branch as it is";
+            return Err(Error::shape(name, format!("{what} ({})", lowering.label)));
+        }
     }
     Ok(())
 }
@@ -434,27 +434,28 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
     let start = op.start_operand().map(operand);
     let tangent = || {
         let vectors = op.tangent_operands()?.map(operand).to_vec();
-        Some(Pair { with: x, norm: norm?, vectors })
+        Some(Pair { with: x, norm: norm?, vectors, residual: None, kept: None })
     };
     // Of x as it is given, unless the form takes its tangent.
     let norm_of = |term| norm.filter(|_| !op.tangent || op.form == ConvForm::Tangent).map(|norm| (term, norm));
     let delta = || {
         let [y, g, b, mean, var, dg, db] = op.delta_operands()?.map(operand);
-        Some(Pair { with: y, norm: [g, b, mean, var], vectors: vec![dg, db] })
+        let residual = op.residual_operand().map(operand);
+        Some(Pair { with: y, norm: [g, b, mean, var], vectors: vec![dg, db], residual, kept: None })
     };
-    let first = if op.form == ConvForm::Backward { 2 } else { 1 };
-    let results = |count: usize| (first..first + count).map(result).collect::<Vec<_>>();
-    let found = match (op.epilogue, norm, op.epilogue_operands()) {
-        (Epilogue::Stats, ..) => Found::Statistics(results(2)),
-        (Epilogue::BackwardSums, Some(norm), _) => {
-            Found::Sums(Box::new(Sums { next: x, norm, dy: None, results: results(2) }))
+    // The weight gradient reads every element of dy as often as every other, and stores it.
+    let kept_delta = || Some(Pair { kept: op.delta_result().map(result), ..delta()? });
+    let sums = |next, gain, moments, results| Found::Sums(Box::new(Sums { next, gain, moments, results }));
+    let found = match (op.epilogue_results().map(|at| at.map(result)), op.epilogue_operands(), op.epilogue, norm) {
+        (Some(results), Some(at), ..) => {
+            let [next, mean, var] = at.map(operand);
+            sums(next, None, [mean, var], results)
         }
-        (Epilogue::TangentSums, _, Some(at)) => {
-            let [next, g, b, mean, var, dy, db] = at.map(operand);
-            let sums = Sums { next, norm: [g, b, mean, var], dy: Some([dy, db]), results: results(3) };
-            Found::Sums(Box::new(sums))
+        (Some(results), _, Epilogue::BackwardSums, Some([g, b, mean, var])) => {
+            sums(x, Some([g, b]), [mean, var], results)
         }
-        _ => Found::Nothing,
+        (Some(results), ..) => Found::Statistics(results),
+        (None, ..) => Found::Nothing,
     };
     match op.form {
         ConvForm::Fprop => {
@@ -470,7 +471,11 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
         ConvForm::Wgrad => {
             let terms = [[operand(0), operand(1)]];
             let plain = Job::plain(ConvKind::Wgrad, geom, &terms, result(0));
-            launch(lowering, op.name(), &[Job { norm: norm_of(0), image: tangent(), matrix: delta(), start, ..plain }])
+            launch(
+                lowering,
+                op.name(),
+                &[Job { norm: norm_of(0), image: tangent(), matrix: kept_delta(), start, ..plain }],
+            )
         }
         ConvForm::Backward => {
             let (x, w, dy) = (operand(0), operand(1), operand(2));
@@ -478,7 +483,7 @@ pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) ->
             let dgrad = Job::plain(ConvKind::Dgrad, geom, &to_x, result(0));
             let wgrad = Job::plain(ConvKind::Wgrad, geom, &to_w, result(1));
             let dgrad = Job { image: delta(), start, found, ..dgrad };
-            let wgrad = Job { norm: norm_of(0), image: tangent(), matrix: delta(), ..wgrad };
+            let wgrad = Job { norm: norm_of(0), image: tangent(), matrix: kept_delta(), ..wgrad };
             launch(lowering, op.name(), &[dgrad, wgrad])
         }
     }

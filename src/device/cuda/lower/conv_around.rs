@@ -1,4 +1,4 @@
-//! What stands around the product of a fused convolution: operands that are made of two tensors, and what is found of the result.
+//! What stands around the product of a fused convolution: operands that are made of others, and what is found of the result.
 
 use super::Operand;
 use super::conv_params::{ConvNorm, ConvPair, ConvSums};
@@ -12,12 +12,21 @@ pub(super) struct Pair {
     pub norm: [Operand; 4],
     /// Of delta `dg, db`, of a tangent `ġ, ḃ, ⟨ẋ⟩, ρ`.
     pub vectors: Vec<Operand>,
+    /// A further term of delta.
+    pub residual: Option<Operand>,
+    /// Where delta is stored.
+    pub kept: Option<Operand>,
 }
 
 impl Pair {
-    /// All its tensors.
+    /// What it is made of beside the given tensor.
     pub fn operands(&self) -> impl Iterator<Item = &Operand> {
-        [&self.with].into_iter().chain(&self.norm).chain(&self.vectors)
+        [&self.with].into_iter().chain(&self.norm).chain(&self.vectors).chain(&self.residual)
+    }
+
+    /// The activations that it reads beside the given one, and that it makes.
+    pub fn activations(&self) -> impl Iterator<Item = &Operand> {
+        [&self.with].into_iter().chain(&self.residual).chain(&self.kept)
     }
 
     /// As the kernels see it, with sums over `count` samples and pixels.
@@ -25,7 +34,7 @@ impl Pair {
         let mut pair = ConvPair {
             at: self.with.at,
             branch: self.with.branch,
-            norm: ConvNorm::new(&self.norm),
+            norm: ConvNorm::of_four(&self.norm),
             half: self.with.half.into(),
             count: count as f32,
             ..ConvPair::zeroed()
@@ -33,38 +42,39 @@ impl Pair {
         for (i, vector) in self.vectors.iter().enumerate() {
             (pair.vectors[i], pair.vector_branches[i]) = (vector.at, vector.branch);
         }
+        if let Some(o) = &self.residual {
+            (pair.residual, pair.residual_branch, pair.residual_half) = (o.at, o.branch, o.half.into());
+        }
+        if let Some(o) = &self.kept {
+            (pair.kept, pair.kept_branch, pair.kept_half) = (o.at, o.branch, o.half.into());
+        }
         pair
     }
 }
 
-/// Sums with what a batch norm with a ReLU behind it normalises.
+/// Sums with what a batch norm normalises.
 pub(super) struct Sums {
     /// What it normalises.
     pub next: Operand,
-    /// `g, b, mean, var`
-    pub norm: [Operand; 4],
-    /// Of a tangent: the cotangent behind the ReLU, and its sum.
-    pub dy: Option<[Operand; 2]>,
-    /// Of a cotangent `dg, db`, of a tangent its mean, ρ and the covariance.
-    pub results: Vec<Operand>,
+    /// Gain and bias, if the mask of a ReLU behind it counts.
+    pub gain: Option<[Operand; 2]>,
+    /// Mean and variance.
+    pub moments: [Operand; 2],
+    /// Of a cotangent `dg, db`, of a tangent its mean and ρ.
+    pub results: [Operand; 2],
 }
 
 impl Sums {
     /// As the kernels see them.
     pub fn lower(&self) -> ConvSums {
-        let mut sums = ConvSums {
+        ConvSums {
             next: self.next.at,
             next_branch: self.next.branch,
+            norm: ConvNorm::new(self.gain.as_ref(), &self.moments),
+            results: self.results.map(|result| result.at),
             next_half: self.next.half.into(),
-            norm: ConvNorm::new(&self.norm),
-            ..ConvSums::zeroed()
-        };
-        if let Some([dy, db]) = &self.dy {
-            (sums.dy, sums.dy_branch, sums.dy_half) = (dy.at, dy.branch, dy.half.into());
-            (sums.db, sums.db_branch) = (db.at, db.branch);
+            unused: 0,
         }
-        self.results.iter().enumerate().for_each(|(i, result)| sums.results[i] = result.at);
-        sums
     }
 }
 
@@ -73,26 +83,26 @@ pub(super) enum Found {
     /// Nothing.
     Nothing,
     /// Mean and variance.
-    Statistics(Vec<Operand>),
+    Statistics([Operand; 2]),
     /// Sums.
     Sums(Box<Sums>),
 }
 
 impl Found {
     /// All its tensors.
-    pub fn operands(&self) -> Vec<&Operand> {
+    pub fn operands(&self) -> impl Iterator<Item = &Operand> {
         let vectors = match self {
-            Found::Sums(sums) => sums.norm.iter().chain(sums.dy.iter().map(|[_, db]| db)).collect(),
-            _ => Vec::new(),
+            Found::Sums(sums) => Some(sums.gain.iter().flatten().chain(&sums.moments)),
+            _ => None,
         };
-        self.activations().into_iter().chain(vectors).chain(self.results()).collect()
+        self.next().into_iter().chain(vectors.into_iter().flatten()).chain(self.results())
     }
 
-    /// The activations that it reads.
-    pub fn activations(&self) -> Vec<&Operand> {
+    /// The activation that it reads.
+    pub fn next(&self) -> Option<&Operand> {
         match self {
-            Found::Sums(sums) => [&sums.next].into_iter().chain(sums.dy.iter().map(|[dy, _]| dy)).collect(),
-            _ => Vec::new(),
+            Found::Sums(sums) => Some(&sums.next),
+            _ => None,
         }
     }
 

@@ -40,27 +40,29 @@ pub(super) struct ConvPair {
     pub norm: ConvNorm,
     pub vectors: [Address; 4],
     pub vector_branches: [i64; 4],
+    pub residual: Address,
+    pub residual_branch: i64,
+    pub kept: Address,
+    pub kept_branch: i64,
     pub half: i32,
+    pub residual_half: i32,
+    pub kept_half: i32,
     pub count: f32,
 }
-const _: () = assert!(size_of::<ConvPair>() == 160);
+const _: () = assert!(size_of::<ConvPair>() == 200);
 
 /// Twin of `ConvSums`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct ConvSums {
     pub next: Address,
-    pub dy: Address,
     pub next_branch: i64,
-    pub dy_branch: i64,
     pub norm: ConvNorm,
-    pub db: Address,
-    pub db_branch: i64,
-    pub results: [Address; 3],
+    pub results: [Address; 2],
     pub next_half: i32,
-    pub dy_half: i32,
+    pub unused: i32,
 }
-const _: () = assert!(size_of::<ConvSums>() == 152);
+const _: () = assert!(size_of::<ConvSums>() == 112);
 
 /// Twin of `ConvProduct`.
 #[repr(C)]
@@ -112,7 +114,7 @@ pub(super) struct ConvProduct {
     pub halo_height: i32,
     pub halo_width: i32,
 }
-const _: () = assert!(size_of::<ConvProduct>() == 840);
+const _: () = assert!(size_of::<ConvProduct>() == 880);
 
 /// Twin of `ConvParams`.
 #[repr(C)]
@@ -120,7 +122,7 @@ const _: () = assert!(size_of::<ConvProduct>() == 840);
 pub(super) struct ConvParams {
     pub product: ConvProduct,
 }
-const _: () = assert!(size_of::<ConvParams>() == 840);
+const _: () = assert!(size_of::<ConvParams>() == 880);
 
 /// Twin of `ConvBackwardParams`.
 #[repr(C)]
@@ -131,11 +133,19 @@ pub(super) struct ConvBackwardParams {
     pub dgrad_blocks: i32,
     pub wgrad_blocks: i32,
 }
-const _: () = assert!(size_of::<ConvBackwardParams>() == 1688);
+const _: () = assert!(size_of::<ConvBackwardParams>() == 1768);
 
 impl ConvNorm {
+    /// Of gain and bias, where they are wanted, and of mean and variance.
+    pub fn new(gain: Option<&[Operand; 2]>, moments: &[Operand; 2]) -> Self {
+        let [g, b] = [0, 1].map(|i| gain.map_or((Address::NULL, 0), |gain| (gain[i].at, gain[i].branch)));
+        let [mean, var] = moments.map(|o| (o.at, o.branch));
+        let all = [g, b, mean, var];
+        ConvNorm { at: all.map(|v| v.0), branch: all.map(|v| v.1), epsilon: BN_EPS as f32, unused: 0 }
+    }
+
     /// Of `g, b, mean, var`.
-    pub fn new(norm: &[Operand; 4]) -> Self {
-        ConvNorm { at: norm.map(|o| o.at), branch: norm.map(|o| o.branch), epsilon: BN_EPS as f32, unused: 0 }
+    pub fn of_four(&[g, b, mean, var]: &[Operand; 4]) -> Self {
+        Self::new(Some(&[g, b]), &[mean, var])
     }
 }

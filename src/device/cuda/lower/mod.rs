@@ -46,6 +46,29 @@ impl Operands {
             Operands::Bf16 => "bf16",
         }
     }
+
+    /// Whether activations and their cotangents can lie in 16 bits.
+    pub fn is_half(self) -> bool {
+        matches!(self, Operands::F16 | Operands::Bf16)
+    }
+
+    /// Largest relative error of a number that is rounded to the 16 bits of a tensor; 0 where there are none such.
+    pub fn half_unit(self) -> f64 {
+        match self {
+            Operands::F16 => f64::exp2(-11.0),
+            Operands::Bf16 => f64::exp2(-8.0),
+            Operands::F32 | Operands::Tf32 => 0.0,
+        }
+    }
+
+    /// What a number becomes in a tensor that lies in 16 bits, or in 32 where there are none such: the nearest one, ties to even.
+    pub fn stored(self, x: f64) -> f64 {
+        match self {
+            Operands::F16 => half::f16::from_f64(x).to_f64(),
+            Operands::Bf16 => half::bf16::from_f64(x).to_f64(),
+            Operands::F32 | Operands::Tf32 => f64::from(x as f32),
+        }
+    }
 }
 
 /// How the reals of a tensor lie in memory.
@@ -199,7 +222,7 @@ impl<'a> Lowering<'a> {
             Op::BnStats(_) => batch_norm::stats(self, args),
             Op::BnReluBackward(_) => batch_norm::backward(self, Mask::Recomputed, args),
             Op::BnReluDoubleBackward(_) => batch_norm::double_backward(self, Mask::Recomputed, args),
-            Op::BnReluBackwardApply(_) => batch_norm::backward_apply(self, args),
+            Op::BnReluBackwardApply(op) => batch_norm::backward_apply(self, op, args),
             Op::BnReluDoubleBackwardApply(_) => batch_norm::double_backward_apply(self, args),
             Op::FusedConv(op) => conv::fused(self, op, args),
             Op::Relu(_) => elementwise::relu(self, args),

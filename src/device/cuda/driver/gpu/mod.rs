@@ -280,9 +280,12 @@ impl Driver for Gpu {
         self.tell(self.uploads.borrow_mut().write(self.queue(stream), to.0, from))
     }
 
-    fn download(&self, stream: Stream, from: Address, to: &mut [u8]) -> Result<()> {
+    fn download(&self, stream: Stream, from: &[(Address, usize)], to: &mut [u8]) -> Result<()> {
         self.enter("a download")?;
-        self.tell(self.downloads.borrow_mut().read(self.queue(stream), from.0, to))
+        if from.iter().map(|(_, bytes)| bytes).sum::<usize>() != to.len() {
+            return Err(self.error(format!("a download of {from:?} into {} bytes", to.len())));
+        }
+        self.tell(self.downloads.borrow_mut().read(self.queue(stream), from, to))
     }
 
     fn copy(&self, stream: Stream, from: Address, to: Address, bytes: usize) -> Result<()> {

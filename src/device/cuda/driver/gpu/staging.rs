@@ -6,8 +6,10 @@
 #![allow(unsafe_code)]
 
 use super::handles::{Call, Mark, Pinned, Queue, check};
+use crate::device::cuda::driver::Address;
 use cudarc::driver::sys;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Bytes of the ring for uploads.
 const RING: usize = 32 << 20;
@@ -161,8 +163,9 @@ impl Downloads {
         Ok(Downloads { pinned: Pinned::new(2 * HALF)?, marks })
     }
 
-    /// Copies from the card's address `from`, after all work queued on `queue`; `to` is filled when this returns.
-    pub fn read(&mut self, queue: &Queue, from: u64, to: &mut [u8]) -> Call<()> {
+    /// Copies the ranges `from` of the card, address and bytes of each, one behind the other, after all work queued on `queue`;
+    /// `to`, as long as all of them, is filled when this returns.
+    pub fn read(&mut self, queue: &Queue, from: &[(Address, usize)], to: &mut [u8]) -> Call<()> {
         let done = self.pieces(queue, from, to);
         if done.is_err() {
             // The next download must not meet a copy that is still under way.
@@ -171,7 +174,7 @@ impl Downloads {
         done
     }
 
-    fn pieces(&mut self, queue: &Queue, from: u64, to: &mut [u8]) -> Call<()> {
+    fn pieces(&mut self, queue: &Queue, from: &[(Address, usize)], to: &mut [u8]) -> Call<()> {
         let total = to.len();
         for (i, piece) in to.chunks_mut(HALF).enumerate() {
             if i == 0 {
@@ -188,15 +191,30 @@ impl Downloads {
         Ok(())
     }
 
-    /// Queues the copy of piece `i`, `len` bytes, into its half.
-    fn queue(&mut self, queue: &Queue, from: u64, i: usize, len: usize) -> Call<()> {
-        // SAFETY: no copy into this half is under way; the slice is only asked for its address.
-        let half = unsafe { self.pinned.slice_mut(i % 2 * HALF, len) }.as_mut_ptr();
-        // SAFETY: the half is left alone until its event is done; the address is the caller's, who allocated it.
-        let code = unsafe { sys::cuMemcpyDtoHAsync_v2(half.cast(), from + (i * HALF) as u64, len, queue.0) };
-        check(code, format_args!("copying {len} bytes from the card"))?;
+    /// Queues the copies that make piece `i`, `len` bytes, in its half.
+    fn queue(&mut self, queue: &Queue, from: &[(Address, usize)], i: usize, len: usize) -> Call<()> {
+        for (at, place) in within(from, i * HALF..i * HALF + len) {
+            // SAFETY: no copy into this half is under way; the slice is only asked for its address.
+            let part = unsafe { self.pinned.slice_mut(i % 2 * HALF + place.start, place.len()) }.as_mut_ptr();
+            // SAFETY: the half is left alone until its event is done; the address is the caller's, who allocated it.
+            let code = unsafe { sys::cuMemcpyDtoHAsync_v2(part.cast(), at.0, place.len(), queue.0) };
+            check(code, format_args!("copying {} bytes from the card", place.len()))?;
+        }
         self.marks[i % 2].record(queue)
     }
+}
+
+/// What of `ranges`, laid one behind the other, lies within `piece`: where on the card, and where within the piece.
+fn within(ranges: &[(Address, usize)], piece: Range<usize>) -> impl Iterator<Item = (Address, Range<usize>)> {
+    let starts = ranges.iter().scan(0, |end, (_, bytes)| {
+        let start = *end;
+        *end += bytes;
+        Some(start)
+    });
+    ranges.iter().zip(starts).filter_map(move |((at, bytes), start)| {
+        let (low, high) = (piece.start.max(start), piece.end.min(start + bytes));
+        (low < high).then(|| (at.offset(low - start), low - piece.start..high - piece.start))
+    })
 }
 
 #[cfg(test)]
@@ -251,6 +269,27 @@ mod tests {
             }
         }
         assert!(waits > 100 && wraps > 100 && full > 100, "{waits} waits, {wraps} wraps, {full} times full");
+    }
+
+    #[test]
+    fn pieces_of_ranges_cover_each_byte_once() {
+        // Ranges that are empty, within a piece, across a border and across several.
+        let lengths = [3, 0, 1, 4, 9, 1, 0, 2];
+        let ranges: Vec<_> = lengths.iter().enumerate().map(|(i, n)| (Address(1000 * i as u64), *n)).collect();
+        let expected: Vec<u64> = ranges.iter().flat_map(|(at, n)| (0..*n as u64).map(|byte| at.0 + byte)).collect();
+        for size in 1..=expected.len() + 1 {
+            let mut seen = vec![u64::MAX; expected.len()];
+            for start in (0..expected.len()).step_by(size) {
+                let piece = start..(start + size).min(expected.len());
+                for (at, place) in within(&ranges, piece) {
+                    for (byte, i) in place.enumerate() {
+                        assert_eq!(seen[start + i], u64::MAX, "twice");
+                        seen[start + i] = at.0 + byte as u64;
+                    }
+                }
+            }
+            assert_eq!(seen, expected, "pieces of {size} bytes");
+        }
     }
 
     #[test]

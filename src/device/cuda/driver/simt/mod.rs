@@ -228,11 +228,19 @@ impl Driver for Simt {
         Ok(())
     }
 
-    fn download(&self, stream: Stream, from: Address, to: &mut [u8]) -> Result<()> {
+    fn download(&self, stream: Stream, from: &[(Address, usize)], to: &mut [u8]) -> Result<()> {
         self.refuse_recording(stream)?;
-        let from = self.range(from, to.len())?;
-        // SAFETY: the range lies in an allocation, which `to` is not a part of.
-        unsafe { from.copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) }
+        if from.iter().map(|(_, bytes)| bytes).sum::<usize>() != to.len() {
+            return Err(self.error(format!("a download of {from:?} into {} bytes", to.len())));
+        }
+        let mut rest = to;
+        for (at, bytes) in from {
+            let from = self.range(*at, *bytes)?;
+            let (part, others) = rest.split_at_mut(*bytes);
+            // SAFETY: the range lies in an allocation, which `part` is not a part of.
+            unsafe { from.copy_to_nonoverlapping(part.as_mut_ptr(), part.len()) }
+            rest = others;
+        }
         Ok(())
     }
 
