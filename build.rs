@@ -97,7 +97,7 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
 
 /// The driver takes PTX as a C string.
 fn end_ptx_with_nul(images: &Path, sources: &[Source]) -> Result<(), String> {
-    for source in sources {
+    for source in sources.iter().filter(|source| !source.sm_90a) {
         let path = images.join(format!("{}.compute_80.ptx", source.module));
         let mut text = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         if text.last() != Some(&0) {
@@ -116,11 +116,11 @@ fn listing(nvcc: Option<&Nvcc>, sources: &[Source]) -> String {
             let (name, params) = (&kernel.name, &kernel.params);
             let _ = writeln!(
                 kernels,
-                "    EmbeddedKernel {{ name: {name:?}, module: {:?}, params: {params:?}, threads: {} }},",
-                source.module, kernel.threads
+                "    EmbeddedKernel {{ name: {name:?}, module: {:?}, params: {params:?}, threads: {}, sm_90a: {} }},",
+                source.module, kernel.threads, source.sm_90a
             );
         }
-        for target in nvcc.iter().flat_map(|_| &nvcc::TARGETS) {
+        for target in nvcc.iter().flat_map(|_| nvcc::targets(source)) {
             let _ = writeln!(
                 modules,
                 "    EmbeddedModule {{ name: {:?}, arch: {}, image: &Aligned(*include_bytes!(concat!(env!(\"OUT_DIR\"), \

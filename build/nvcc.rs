@@ -29,7 +29,7 @@ pub struct Target {
 }
 
 /// All targets: one machine code per generation of cards, and PTX for those to come.
-pub const TARGETS: [Target; 5] = [
+const TARGETS: [Target; 5] = [
     Target { suffix: "sm_80.cubin", arch: "Arch::Sm(80)", flag: "-cubin", gencode: "arch=compute_80,code=sm_80" },
     Target { suffix: "sm_86.cubin", arch: "Arch::Sm(86)", flag: "-cubin", gencode: "arch=compute_86,code=sm_86" },
     Target { suffix: "sm_89.cubin", arch: "Arch::Sm(89)", flag: "-cubin", gencode: "arch=compute_89,code=sm_89" },
@@ -94,13 +94,19 @@ fn probe(path: &Path) -> Result<Nvcc, String> {
     Ok(Nvcc { path: path.to_path_buf(), version: version.to_string() })
 }
 
+/// What a source is compiled for.
+pub fn targets(source: &Source) -> impl Iterator<Item = &'static Target> {
+    let only = source.sm_90a;
+    TARGETS.iter().filter(move |target| !only || target.suffix == "sm_90a.cubin")
+}
+
 /// The jobs that make all modules of `sources` in the folder `out`.
 pub fn jobs(nvcc: &Nvcc, sources: &[Source], out: &Path) -> Result<Vec<Job>, String> {
     let settings: Vec<_> = VARIABLES.iter().map(|name| variable(name)).collect();
     let context = format!("{} {settings:?}", nvcc.version);
     let mut jobs = Vec::new();
-    for target in &TARGETS {
-        for source in sources {
+    for source in sources {
+        for target in targets(source) {
             let output = out.join(format!("{}.{}", source.module, target.suffix));
             let mut command = Command::new(&nvcc.path);
             command.args(["-std=c++20", "-O3", "-Ikernels/include", "-lineinfo"]);

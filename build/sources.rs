@@ -16,7 +16,12 @@ pub struct Source {
     pub path: PathBuf,
     pub module: String,
     pub kernels: Vec<Kernel>,
+    /// It has instructions of sm_90a alone, and says so by the line [`SM_90A`].
+    pub sm_90a: bool,
 }
+
+/// The line of a source that is compiled for sm_90a and for no other card.
+pub const SM_90A: &str = "#define KERNEL_SM_90A";
 
 /// All `kernels/*.cu` in order of name. None if the folder is absent.
 ///
@@ -27,7 +32,8 @@ pub fn find(folder: &Path) -> Result<Vec<Source>, String> {
         let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         let kernels = kernels_in(&text).map_err(|e| format!("{}:{e}", path.display()))?;
         let module = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        sources.push(Source { path, module, kernels });
+        let sm_90a = text.lines().any(|line| line == SM_90A);
+        sources.push(Source { path, module, kernels, sm_90a });
     }
     let mut names = BTreeSet::new();
     for kernel in sources.iter().flat_map(|source| &source.kernels) {

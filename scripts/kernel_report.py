@@ -3,7 +3,8 @@
 
     scripts/kernel_report.py [FOLDER]      prints the report and writes it to docs/kernels.md
     scripts/kernel_report.py --check       fails on local memory, on a low-precision kernel that does not use the tensor
-                                           cores in its precision, and when docs/kernels.md is not up to date
+                                           cores in its precision and by the instruction of its name, and when
+                                           docs/kernels.md is not up to date
     scripts/kernel_report.py --self-test   plants such faults and fails unless they are found
 
 FOLDER holds the cubins and `nvcc.txt`, as build.rs leaves them in `target/*/build/mlnt-*/out/kernels`; without it the
@@ -40,8 +41,12 @@ SYSTEM_SHARED, SHARED_UNIT = 1024, 128
 
 # What the end of a convolution's name promises about its operands. That of other kernels says how tensors lie in memory.
 PRECISIONS, CONVOLUTIONS = {"f16", "bf16", "tf32"}, "conv2d_"
+# What its beginning promises about the instruction: HGMMA, for which wgmma stands in PTX, or else HMMA.
+WARPGROUPS = "conv2d_wgmma_"
+# The line by which a source says that it is for one architecture alone.
+ONLY_90A = "#define KERNEL_SM_90A"
 
-Kernel = namedtuple("Kernel", "registers stack local shared local_accesses tensor loop")
+Kernel = namedtuple("Kernel", "registers stack local shared local_accesses tensor instructions loop")
 Fault = namedtuple("Fault", "kernel arch what")
 
 
@@ -69,8 +74,8 @@ def operands(instruction):
 
 
 def parse_sass(text):
-    """`cuobjdump -sass`: for each function the number of LDL and STL, of tensor-core instructions by operand type, and its
-    densest loop."""
+    """`cuobjdump -sass`: for each function the number of LDL and STL, of tensor-core instructions by operand type and by name, and
+    its densest loop."""
     functions, current = {}, None
     for line in text.splitlines():
         if found := re.match(r"\s*Function : (\S+)$", line):
@@ -82,7 +87,8 @@ def parse_sass(text):
     for name, code in functions.items():
         local = Counter(op.split(".")[0] for _, op, _ in code if op.split(".")[0] in ("LDL", "STL"))
         tensor = Counter(kind for _, op, _ in code if (kind := operands(op)))
-        result[name] = local, tensor, densest_loop(code)
+        instructions = Counter(op.split(".")[0] for _, op, _ in code if operands(op))
+        result[name] = local, tensor, instructions, densest_loop(code)
     return result
 
 
@@ -107,10 +113,10 @@ def inspect(cubin, arch, cuobjdump):
         raise Failure(f"{cubin}: resources of {sorted(resources)}, but instructions of {sorted(sass)}")
     kernels = {}
     for name, use in resources.items():
-        local, tensor, loop = sass[name]
+        local, tensor, instructions, loop = sass[name]
         # For sm_90 the figure includes the system's share, where there is shared memory at all.
         shared = max(0, use["SHARED"] - (SYSTEM_SHARED if arch == "sm_90a" else 0))
-        kernels[name] = Kernel(use["REG"], use["STACK"], use["LOCAL"], shared, local.total(), tensor, loop)
+        kernels[name] = Kernel(use["REG"], use["STACK"], use["LOCAL"], shared, local.total(), tensor, instructions, loop)
     return kernels
 
 
@@ -154,16 +160,23 @@ def faults(arch, kernels):
         if name.startswith(CONVOLUTIONS) and precision in PRECISIONS and not kernel.tensor[precision]:
             others = ", ".join(f"{count} {kind}" for kind, count in sorted(kernel.tensor.items())) or "none at all"
             found.append(Fault(name, arch, f"no HMMA or HGMMA with {precision} operands (found: {others})"))
+        promised = "HGMMA" if name.startswith(WARPGROUPS) else "HMMA"
+        if other := kernel.instructions.keys() - {promised}:
+            found.append(Fault(name, arch, f"{', '.join(sorted(other))} where its name promises {promised} alone"))
     return found
 
 
 def declared():
-    """Threads of every kernel by name, and the module of each, from the lines that build.rs reads."""
-    threads, modules = {}, {}
+    """Threads of every kernel by name, and the module of each, from the lines that build.rs reads; and the modules that are for
+    sm_90a alone."""
+    threads, modules, only = {}, {}, set()
     for path in sorted((ROOT / "kernels").glob("*.cu")):
-        for name, count in re.findall(r"^KERNEL\(\s*(\w+)\s*,\s*\w+\s*,\s*(\d+)\s*\)", path.read_text(), re.MULTILINE):
+        text = path.read_text()
+        for name, count in re.findall(r"^KERNEL\(\s*(\w+)\s*,\s*\w+\s*,\s*(\d+)\s*\)", text, re.MULTILINE):
             threads[name], modules[name] = int(count), path.stem
-    return threads, modules
+        if ONLY_90A in text.splitlines():
+            only.add(path.stem)
+    return threads, modules, only
 
 
 def newest_build():
@@ -193,12 +206,12 @@ def compiler(folder):
     return version, nvcc, cuobjdump
 
 
-def read(folder, cuobjdump, modules):
-    """For each architecture the kernels of all cubins. They are those that the sources declare, no more and no less."""
+def read(folder, cuobjdump, modules, only):
+    """For each architecture the kernels of all cubins. They are those that the sources declare for it, no more and no less."""
     tables = {}
     for arch in ARCHITECTURES:
         table = {}
-        for module in sorted(set(modules.values())):
+        for module in sorted(set(modules.values()) - (only if arch != "sm_90a" else set())):
             cubin = folder / f"{module}.{arch}.cubin"
             if not cubin.is_file():
                 raise Failure(f"{cubin} is missing: run cargo build")
@@ -250,8 +263,8 @@ def report(folder, check):
     """Makes the report of a folder. Returns what is wrong, in words; with `check` nothing is written."""
     folder = Path(folder) if folder else newest_build()
     version, _, cuobjdump = compiler(folder)
-    threads, modules = declared()
-    tables = read(folder, cuobjdump, modules)
+    threads, modules, only = declared()
+    tables = read(folder, cuobjdump, modules, only)
     text = render(version, threads, tables)
     if not check:
         print(text)
@@ -295,6 +308,21 @@ KERNEL(local_f32) {
 KERNEL(stored_f16) { p.d[threadIdx.x] = p.a[threadIdx.x] * 3.0f; }
 KERNEL(conv2d_scalar_f16) { p.d[threadIdx.x] = p.a[threadIdx.x] * 2.0f; }
 KERNEL(conv2d_other_bf16) { MMA("m16n8k16.row.col.f32.f16.f16.f32") }
+KERNEL(conv2d_wgmma_slow_f16) { MMA("m16n8k16.row.col.f32.f16.f16.f32") }
+"""
+
+# For sm_90a alone.
+PLANTED_90A = r"""
+#define WGMMA                                                                                                        \
+    float d[4] = {0, 0, 0, 0};                                                                                       \
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");                                                          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;"           \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(uint64_t(p.a[0])), "l"(uint64_t(p.a[1])));   \
+    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");                  \
+    p.d[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+
+KERNEL(conv2d_wgmma_good_f16) { WGMMA }
+KERNEL(conv2d_group_f16) { WGMMA }
 """
 
 
@@ -322,13 +350,17 @@ def self_test():
     _, nvcc, cuobjdump = compiler(newest_build())
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "planted.cu"
-        source.write_text(PLANTED)
         for arch in ARCHITECTURES:
+            only = arch == "sm_90a"
+            source.write_text(PLANTED + (PLANTED_90A if only else ""))
             cubin = Path(folder) / f"planted.{arch}.cubin"
             gencode = f"arch={arch.replace('sm', 'compute')},code={arch}"
             run(nvcc, "-std=c++20", "-O3", "-cubin", "-gencode", gencode, "-o", cubin, source)
             found = {fault.kernel: fault.what for fault in faults(arch, inspect(cubin, arch, cuobjdump))}
             planted = {"local_f32": "spills", "conv2d_scalar_f16": "none at all", "conv2d_other_bf16": "found: 1 f16"}
+            planted["conv2d_wgmma_slow_f16"] = "HMMA where its name promises HGMMA"
+            if only:
+                planted["conv2d_group_f16"] = "HGMMA where its name promises HMMA"
             for name, part in planted.items():
                 if part not in found.pop(name, ""):
                     wrong.append(f"{name} on {arch}: the planted fault was not found")

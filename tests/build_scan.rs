@@ -3,7 +3,7 @@
 #[path = "../build/sources.rs"]
 mod sources;
 
-use sources::{Kernel, find, kernels_in, reached_from};
+use sources::{Kernel, SM_90A, find, kernels_in, reached_from};
 use std::path::Path;
 
 #[test]
@@ -42,7 +42,10 @@ fn a_folder_gives_its_files_in_order_and_a_name_once() {
     write("c.cuh", "KERNEL(c_f32, P, 32) {}");
     let found = find(folder.path()).unwrap();
     assert!(found.iter().map(|source| source.module.as_str()).eq(["a", "b"]));
-    assert!(found.iter().all(|source| source.path.is_file() && source.kernels.len() == 1));
+    assert!(found.iter().all(|source| source.path.is_file() && source.kernels.len() == 1 && !source.sm_90a));
+    write("a.cu", &format!("{SM_90A}\nKERNEL(a_f32, P, 32) {{}}"));
+    write("b.cu", &format!("// {SM_90A}\nKERNEL(b_f32, P, 32) {{}}"));
+    assert!(find(folder.path()).unwrap().iter().map(|source| source.sm_90a).eq([true, false]));
     write("d.cu", "KERNEL(a_f32, P, 32) {}");
     assert_eq!(find(folder.path()).err().unwrap(), "kernel a_f32 is defined twice");
 }
@@ -69,7 +72,9 @@ fn a_file_is_made_from_all_it_includes() {
 #[test]
 fn the_program_holds_the_kernels_of_the_sources() {
     let sources = find(&Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")).unwrap();
-    let expected = sources.iter().flat_map(|s| s.kernels.iter().map(|k| (&*k.name, &*s.module, &*k.params, k.threads)));
-    let held = mlnt::device::cuda::embedded::kernels().iter().map(|k| (k.name, k.module, k.params, k.threads));
+    let expected =
+        sources.iter().flat_map(|s| s.kernels.iter().map(|k| (&*k.name, &*s.module, &*k.params, k.threads, s.sm_90a)));
+    let held =
+        mlnt::device::cuda::embedded::kernels().iter().map(|k| (k.name, k.module, k.params, k.threads, k.sm_90a));
     assert_eq!(held.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
 }

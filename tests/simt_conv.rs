@@ -4,6 +4,7 @@ mod common;
 
 use common::on_two_threads;
 use mlnt::device::cpu::Cpu;
+use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
@@ -17,6 +18,19 @@ const ALL_OPERANDS: [Operands; 4] = [Operands::F32, Operands::Tf32, Operands::F1
 
 fn simt(operands: Operands, seed: u64) -> Cuda {
     Cuda::new(Box::new(Simt::open(seed).unwrap()), operands, Mode::Eager)
+}
+
+const HALVES: [Operands; 2] = [Operands::F16, Operands::Bf16];
+
+/// The outputs through the kernels of warpgroups; fails unless they ran, and nothing else did.
+fn run_groups(operands: Operands, plan: Plan, inputs: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let machine = Simt::open(3).unwrap().like(Generation::Hopper);
+    let tally = machine.tally();
+    let outputs = run(&mut Cuda::new(Box::new(machine), operands, Mode::Eager), plan, inputs);
+    let kernels: Vec<_> = tally.lock().unwrap().keys().map(|(kernel, _)| *kernel).collect();
+    let all = kernels.iter().all(|kernel| kernel.starts_with("conv2d_wgmma_"));
+    assert!(all && !kernels.is_empty(), "{:?}", tally.lock().unwrap().keys());
+    outputs
 }
 
 /// The outputs of `plan` for inputs in the order of the tape.
@@ -76,6 +90,16 @@ fn integers_are_convolved_exactly() {
         [2, 3, 8, 8, 4, 3, 3, 2, 0],    // a last column that no tap reaches
         [16, 3, 20, 20, 5, 3, 3, 1, 1], // a weight gradient in many splits
         [65, 33, 1, 1, 10, 1, 1, 1, 0], // a linear layer
+        // Channels in eights, for kernels that work on patches.
+        [2, 72, 9, 7, 64, 3, 3, 1, 1], // several tiles of channels, the last in part; cells in part
+        [1, 8, 15, 11, 16, 5, 5, 2, 2], // many taps
+        [3, 16, 7, 5, 40, 1, 1, 3, 0], // pixels that no tap reaches
+        [2, 8, 7, 9, 8, 3, 3, 1, 5],   // results that no pixel reaches
+        [3, 16, 9, 10, 8, 2, 3, 2, 1], // an oblong kernel
+        [9, 32, 8, 8, 64, 3, 3, 2, 1], // several images in a patch, the last in part
+        [2, 8, 40, 17, 8, 3, 3, 1, 1], // several patches in an image
+        [1, 8, 3, 33, 96, 5, 4, 1, 2],
+        [65, 40, 1, 1, 16, 1, 1, 1, 0],
     ];
     // Which operands are per-branch (bits), whether the result is summed, and whether there is a start: 0 none, 1
     // shared, 2 per branch.
@@ -95,9 +119,37 @@ fn integers_are_convolved_exactly() {
         let values: Vec<_> = operands.iter().zip(1..).map(|(m, seed)| integers(m, 2, seed)).collect();
         let want = run(&mut Cpu::<f64>::new(1).unwrap(), plan(&tape), &values);
         let differs = |operands: &Operands| run(&mut simt(*operands, 3), plan(&tape), &values) != want;
-        let wrong: Vec<_> = ALL_OPERANDS.iter().filter(|o| differs(o)).map(|o| o.name()).collect();
+        let mut wrong: Vec<_> = ALL_OPERANDS.iter().filter(|o| differs(o)).map(|o| o.name()).collect();
+        if geom.c % 8 == 0 && geom.k % 8 == 0 {
+            let differs = |operands: &Operands| run_groups(*operands, plan(&tape), &values) != want;
+            wrong.extend(HALVES.iter().filter(|o| differs(o)).map(|_| "warpgroups"));
+        }
         let name = format!("{kind:?} {geom:?} per-branch {bits:02b} summed {sum} start {start}: {wrong:?}");
         if wrong.is_empty() { Vec::new() } else { vec![name] }
+    });
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Blocks of warpgroups that work on several patches, with weights that stay, that change with the phase of a stride, and that do not
+/// fit shared memory beside the rest.
+#[test]
+fn blocks_of_several_patches_are_exact() {
+    let cases = [
+        ([40, 8, 18, 18, 16, 3, 3, 1, 1], ConvKind::Fprop),
+        ([90, 40, 18, 10, 72, 3, 3, 1, 1], ConvKind::Dgrad),
+        ([140, 8, 16, 16, 8, 3, 3, 2, 1], ConvKind::Dgrad),
+        ([141, 8, 16, 16, 8, 1, 1, 2, 0], ConvKind::Dgrad),
+        ([180, 160, 8, 8, 192, 3, 3, 1, 1], ConvKind::Fprop),
+        ([180, 160, 8, 8, 192, 3, 3, 1, 1], ConvKind::Wgrad),
+    ];
+    let failures = on_two_threads(&cases, |(size, kind)| {
+        let geom = geom(*size);
+        let [a, b, _] = metas(*kind, &geom);
+        let tape = one(2, Conv { kind: *kind, geom }, &[a.with_branching(true), b], false);
+        let values = [integers(&a.with_branching(true), 2, 1), integers(&b, 2, 2)];
+        let want = run(&mut Cpu::<f64>::new(1).unwrap(), plan(&tape), &values);
+        let differs = run_groups(Operands::F16, plan(&tape), &values) != want;
+        differs.then(|| format!("{kind:?} {size:?}")).into_iter().collect()
     });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }

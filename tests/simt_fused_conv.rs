@@ -7,11 +7,13 @@ use common::{deviation, on_two_threads};
 use fused_conv::case::{Case, NEXT, NORM, Operand, RESIDUAL, X, Y, geom};
 use fused_conv::plan::fused;
 use mlnt::device::cpu::Cpu;
+use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{self, ConvForm, Delta, Epilogue, FusedConv};
+use mlnt::ops::{self, ConvForm, Delta, Epilogue, FusedConv, Operation};
 use mlnt::plan::{Plan, PlanOptions};
+use std::cell::Cell;
 
 fn run(device: &mut dyn Device, plan: Plan, values: &[Operand]) -> Vec<Vec<f64>> {
     let (inputs, outputs) = (plan.inputs.clone(), plan.outputs.clone());
@@ -32,9 +34,25 @@ fn run(device: &mut dyn Device, plan: Plan, values: &[Operand]) -> Vec<Vec<f64>>
     outputs.iter().map(|port| device.read_output(id, &port.name).unwrap().to_f64()).collect()
 }
 
+thread_local! {
+    /// The machine that this thread's cases run on.
+    static GENERATION: Cell<Generation> = const { Cell::new(Generation::Portable) };
+}
+
 fn on_simt(case: &Case, values: &[Operand], operands: Operands, seed: u64) -> Vec<Vec<f64>> {
-    let mut device = Cuda::new(Box::new(Simt::open(seed).unwrap()), operands, Mode::Eager);
-    run(&mut device, fused(case, values), values)
+    let generation = GENERATION.get();
+    let machine = Simt::open(seed).unwrap().like(generation);
+    let tally = machine.tally();
+    let mut device = Cuda::new(Box::new(machine), operands, Mode::Eager);
+    let results = run(&mut device, fused(case, values), values);
+    // The rule of the lowering: operands of 16 bits, and channels in eights.
+    let geom = &case.op.geom;
+    let eights = geom.c.is_multiple_of(8) && geom.k.is_multiple_of(8);
+    let groups = generation == Generation::Hopper && operands.is_half() && eights;
+    let tally = tally.lock().unwrap();
+    let (kernel, _) = tally.keys().find(|(_, label)| label.starts_with(case.op.name())).unwrap();
+    assert!(kernel.contains("wgmma") == groups, "{case:?} ran {kernel}");
+    results
 }
 
 /// Twice to three times what the cases come to.
@@ -293,17 +311,56 @@ fn fused_convolutions_of_pairs_bf16() {
     check(Operands::Bf16, pairs);
 }
 
+/// Runs what follows on a machine of this kind, on this thread.
+fn like<T>(generation: Generation, body: impl FnOnce() -> T) -> T {
+    GENERATION.set(generation);
+    let result = body();
+    GENERATION.set(Generation::Portable);
+    result
+}
+
+/// The same table through the kernels of warpgroups, those that sizes allow.
+fn check_groups(operands: Operands, of: impl Fn(&FusedConv) -> bool) {
+    let failures = on_two_threads(&cases(of), |case| like(Generation::Hopper, || faults(case, operands)));
+    assert!(failures.is_empty(), "{}:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_f16() {
+    check_groups(Operands::F16, |op| !pairs(op));
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_and_pairs_f16() {
+    check_groups(Operands::F16, pairs);
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_bf16() {
+    check_groups(Operands::Bf16, |op| !pairs(op));
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_and_pairs_bf16() {
+    check_groups(Operands::Bf16, pairs);
+}
+
 /// Deviations of 1 around a mean of 10,000: single precision has the digits for the variance, if they are not thrown away.
 #[test]
 fn statistics_keep_their_digits() {
-    // More tiles than are combined at a time, of the kernels that gather and of the direct ones.
-    let tries = [(Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0]), (Operands::F16, [40, 8, 18, 18, 16, 1, 1, 1, 0])];
-    for (operands, size) in tries {
+    // More tiles than are combined at a time, of the kernels that gather, of the direct ones and of those of warpgroups.
+    let many = [40, 8, 18, 18, 16, 1, 1, 1, 0];
+    let tries = [
+        (Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0], Generation::Portable),
+        (Operands::F16, many, Generation::Portable),
+        (Operands::F16, many, Generation::Hopper),
+    ];
+    for (operands, size, generation) in tries {
         let op = FusedConv { start: true, epilogue: Epilogue::Stats, ..FusedConv::plain(ConvForm::Fprop, geom(size)) };
         let case = Case { op, branches: 2, branched: 1, others: 0, summed: [false; 2], half: 0 };
         let mut values = case.operands(operands);
         values.iter_mut().filter(|o| o.name == "start").for_each(|o| o.values.iter_mut().for_each(|v| *v = 1e4));
-        let have = on_simt(&case, &values, operands, 1);
+        let have = like(generation, || on_simt(&case, &values, operands, 1));
         let found = case.found(&values, &have[0]);
         assert!(sum_deviation(&have[1], &found[0].1) < 1e-7);
         let by = sum_deviation(&have[2], &found[1].1);
@@ -379,8 +436,10 @@ fn sums_of_many_tiles() {
         for (operands, size) in tries {
             let op = FusedConv { geom: geom(size), ..op };
             let case = Case { op, branches: 2, branched, others: 0, summed: [false; 2], half: LOADED };
-            let found = faults(&case, operands);
-            assert!(found.is_empty(), "{}", found.join("\n"));
+            for generation in [Generation::Portable, Generation::Hopper] {
+                let found = like(generation, || faults(&case, operands));
+                assert!(found.is_empty(), "{}", found.join("\n"));
+            }
         }
     }
 }

@@ -3,7 +3,8 @@
 mod common;
 
 use common::{LoadedStep, deviation, load_plan_on, on_two_threads, small_model, step_spec};
-use mlnt::device::cuda::driver::simt::Simt;
+use mlnt::device::cuda::driver::Generation;
+use mlnt::device::cuda::driver::simt::{Simt, Tally};
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::mlnt::golden::{Golden, Groups};
 use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
@@ -22,6 +23,39 @@ fn golden(name: &str) -> Golden {
 
 fn simt(operands: Operands, seed: u64) -> Cuda {
     Cuda::new(Box::new(Simt::open(seed).unwrap()), operands, Mode::Graph)
+}
+
+/// A machine with the kernels of warpgroups.
+fn hopper(operands: Operands, seed: u64) -> (Cuda, Tally) {
+    let machine = Simt::open(seed).unwrap().like(Generation::Hopper);
+    let tally = machine.tally();
+    (Cuda::new(Box::new(machine), operands, Mode::Graph), tally)
+}
+
+/// The same steps through the kernels of warpgroups: all convolutions but those of the images, whose channels are no eights.
+#[test]
+fn golden_steps_of_warpgroups() {
+    let precisions = [(Operands::F16, Precision::F16), (Operands::Bf16, Precision::Bf16)];
+    let cases: Vec<_> = FILES.iter().flat_map(|name| precisions.map(|precision| (*name, precision))).collect();
+    let failures = on_two_threads(&cases, |(name, (operands, precision))| {
+        let (golden, options) = (golden(name), PlanOptions { kernels: true, ..HALF });
+        let (mut device, tally) = hopper(*operands, 1);
+        let result = golden.run(&mut device, &options).unwrap();
+        let judgement = golden.judge(&result).unwrap();
+        let worst = judgement.replayed.iter().max_by(|a, b| a.1.rel.total_cmp(&b.1.rel)).unwrap();
+        let tally = tally.lock().unwrap();
+        let launches = |part: &str| -> u64 {
+            tally.iter().filter(|((kernel, _), _)| kernel.contains(part)).map(|(_, count)| count).sum()
+        };
+        let (groups, direct, gathered) = (launches("conv2d_wgmma"), launches("conv2d_direct"), launches("conv2d_"));
+        let gathered = gathered - groups - direct;
+        let text = format!("{name} {}: worst {} {:.1e}", operands.name(), worst.0, worst.1.rel);
+        println!("{text}; {groups} launches of warpgroups, {direct} on patches, {gathered} that gather");
+        let wrong = !judgement.pass(precision.tolerance()) || judgement.replayed.len() != 13;
+        let elsewhere = direct > 0 || groups < 4 * gathered;
+        (wrong || elsewhere).then(|| format!("{text}: {judgement:?} {tally:?}")).into_iter().collect()
+    });
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 /// They keep to the tolerances of activations in f32. Cotangents are scaled, as in training.
@@ -54,6 +88,11 @@ fn neither_another_run_nor_another_order_of_threads_changes_a_bit() {
     let first = run(1);
     for seed in [1, 2] {
         assert!(run(seed) == first, "seed {seed}");
+    }
+    let run = |seed| golden("step_sequential").run(&mut hopper(Operands::F16, seed).0, &HALF).unwrap().groups;
+    let first = run(1);
+    for seed in [1, 2] {
+        assert!(run(seed) == first, "warpgroups, seed {seed}");
     }
 }
 

@@ -177,8 +177,8 @@ struct ThreadSums {
 template <class Operand, class Tile, bool TANGENT, class ColumnOf>
 DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, ColumnOf column_of) {
     constexpr int RUN = Tile::RUN, ROWS_ABREAST = Tile::THREADS * RUN / Tile::COLUMNS, PARTS = Tile::ROWS / ROWS_ABREAST;
-    // Rows that a thread has in flight at a time.
-    constexpr int AHEAD = 4;
+    // Rows that a thread has in flight at a time. More threads hide as much with fewer, and have fewer registers.
+    constexpr int AHEAD = Tile::THREADS > 128 ? 1 : 4;
     static_assert(Tile::THREADS * RUN % Tile::COLUMNS == 0 && Tile::ROWS % (ROWS_ABREAST * AHEAD) == 0);
     const ConvSums& sums = p.sums;
     const int first = int(threadIdx.x) * RUN, c = first % Tile::COLUMNS;

@@ -1,10 +1,11 @@
-//! Convolutions, plain and fused: `kernels/conv.cu` and `kernels/conv_direct.cu`.
+//! Convolutions, plain and fused: `kernels/conv.cu`, `kernels/conv_direct.cu` and `kernels/conv_wgmma.cu`.
 
 use super::conv_around::{Found, Pair, Sums};
+use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
 use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_tiles::Tiling;
 use super::{Lowering, Operand, Operands};
-use crate::device::cuda::driver::Address;
+use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
 use crate::plan::Args;
@@ -125,12 +126,26 @@ impl Job<'_> {
         (0..self.terms.len()).map(|i| self.segments(i, branches)).sum()
     }
 
-    /// Its tiles, if the direct kernels can take it.
-    fn direct(&self, lowering: &Lowering<'_>) -> Option<Tiling> {
+    /// Whether kernels can take it that work on patches: if they can take its sizes.
+    fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
         let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
         let aligned = self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN));
+        halves && aligned && self.out.len() > 0
+    }
+
+    /// Its tiles, if the direct kernels can take it.
+    fn direct(&self, lowering: &Lowering<'_>) -> Option<Tiling> {
         let tiling = Tiling::direct(self.kind, self.geom, self.all_segments(lowering.branches()));
-        if halves && aligned && self.out.len() > 0 { tiling } else { None }
+        tiling.filter(|_| self.by_patches(lowering))
+    }
+
+    /// Its tiles, if the kernels for Hopper can take it.
+    fn cells(&self, lowering: &Lowering<'_>, width: usize) -> Option<(Tiling, CellTiling)> {
+        if lowering.generation != Generation::Hopper || !self.by_patches(lowering) {
+            return None;
+        }
+        let (segments, branches) = (self.all_segments(lowering.branches()), self.out.branches(lowering.branches()));
+        conv_cells::cells(self.kind, self.geom, Scale { segments, branches, width })
     }
 
     /// Its tiles with the kernels that gather.
@@ -157,7 +172,8 @@ impl Job<'_> {
         let branches = self.out.branches(lowering.branches());
         let tiles = row_tiles * column_tiles * branches;
         narrow(inner_tiles * segments)?;
-        let splits = splits(tiling, tiles, inner_tiles * segments, beside);
+        let blocks = row_tiles.div_ceil(tiling.run) * column_tiles * branches;
+        let splits = splits(tiling, [blocks, tiles], inner_tiles * segments, beside);
         let patches = &tiling.patches;
         let mut product = ConvProduct {
             start: self.start.map_or(Address::NULL, |s| s.at),
@@ -232,15 +248,15 @@ impl Job<'_> {
         if splits > 1 || finds {
             product.arrivals = lowering.counters(tiles + columns * (groups + 1));
         }
-        Ok((product, tiles * splits))
+        Ok((product, blocks * splits))
     }
 }
 
-/// Parts into which the inner dimension of `tiles` tiles of the result is divided; shapes alone decide it.
-fn splits(tiling: &Tiling, tiles: usize, iterations: usize, beside: Beside) -> usize {
+/// Parts into which the inner dimension of the tiles of the result, and of the blocks that make them, is divided; shapes alone decide it.
+fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, beside: Beside) -> usize {
     let wanted = match beside {
-        Beside::Nothing => BLOCKS.div_ceil(tiles),
-        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(tiles).max(iterations.div_ceil(tiling.joint)),
+        Beside::Nothing => BLOCKS.div_ceil(blocks),
+        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(blocks).max(iterations.div_ceil(tiling.joint)),
     };
     let worth = iterations / tiling.least;
     let fit = PARTIAL_BYTES / (4 * tiling.size[0] * tiling.size[1] * tiles);
@@ -285,7 +301,7 @@ struct Kernels {
     bf16: &'static str,
 }
 
-/// The kernels `name` of all operand types, or the direct ones of those that have them.
+/// The kernels `name` of all operand types, or those of 16 bits, which others do not ask for.
 macro_rules! kernels {
     ($name:literal) => {
         Kernels {
@@ -297,22 +313,38 @@ macro_rules! kernels {
     };
 }
 
-/// The kernel of fprop, or else of the gradients; `width`: columns of a tile of a direct kernel; `pairs`: whether any operand is one,
-/// for which there are variants, since it takes more registers.
-fn kernel(operands: Operands, fprop: bool, width: Option<usize>, pairs: bool) -> &'static str {
-    let kernels = match (fprop, width, pairs) {
-        (true, None, false) => kernels!("conv2d_fprop"),
-        (true, None, true) => kernels!("conv2d_fprop_pair"),
-        (true, Some(32), false) => kernels!("conv2d_direct_fprop_32"),
-        (true, Some(_), false) => kernels!("conv2d_direct_fprop_64"),
-        (true, Some(32), true) => kernels!("conv2d_direct_fprop_pair_32"),
-        (true, Some(_), true) => kernels!("conv2d_direct_fprop_pair_64"),
-        (false, None, false) => kernels!("conv2d_backward"),
-        (false, None, true) => kernels!("conv2d_backward_pair"),
-        (false, Some(32), false) => kernels!("conv2d_direct_backward_32"),
-        (false, Some(_), false) => kernels!("conv2d_direct_backward_64"),
-        (false, Some(32), true) => kernels!("conv2d_direct_backward_pair_32"),
-        (false, Some(_), true) => kernels!("conv2d_direct_backward_pair_64"),
+/// Ways to compute a product, with the columns of a tile where there are several.
+#[derive(Clone, Copy)]
+enum Way {
+    Gathered,
+    Direct(usize),
+    Cells(usize),
+}
+
+/// The kernel of fprop, or else of the gradients; `pairs`: whether any operand is one, for which there are variants, since it takes
+/// more registers.
+fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static str {
+    let kernels = match (fprop, way, pairs) {
+        (true, Way::Gathered, false) => kernels!("conv2d_fprop"),
+        (true, Way::Gathered, true) => kernels!("conv2d_fprop_pair"),
+        (true, Way::Direct(32), false) => kernels!("conv2d_direct_fprop_32"),
+        (true, Way::Direct(_), false) => kernels!("conv2d_direct_fprop_64"),
+        (true, Way::Direct(32), true) => kernels!("conv2d_direct_fprop_pair_32"),
+        (true, Way::Direct(_), true) => kernels!("conv2d_direct_fprop_pair_64"),
+        (true, Way::Cells(32), false) => kernels!("conv2d_wgmma_fprop_32"),
+        (true, Way::Cells(_), false) => kernels!("conv2d_wgmma_fprop_64"),
+        (true, Way::Cells(32), true) => kernels!("conv2d_wgmma_fprop_pair_32"),
+        (true, Way::Cells(_), true) => kernels!("conv2d_wgmma_fprop_pair_64"),
+        (false, Way::Gathered, false) => kernels!("conv2d_backward"),
+        (false, Way::Gathered, true) => kernels!("conv2d_backward_pair"),
+        (false, Way::Direct(32), false) => kernels!("conv2d_direct_backward_32"),
+        (false, Way::Direct(_), false) => kernels!("conv2d_direct_backward_64"),
+        (false, Way::Direct(32), true) => kernels!("conv2d_direct_backward_pair_32"),
+        (false, Way::Direct(_), true) => kernels!("conv2d_direct_backward_pair_64"),
+        (false, Way::Cells(32), false) => kernels!("conv2d_wgmma_backward_32"),
+        (false, Way::Cells(_), false) => kernels!("conv2d_wgmma_backward_64"),
+        (false, Way::Cells(32), true) => kernels!("conv2d_wgmma_backward_pair_32"),
+        (false, Way::Cells(_), true) => kernels!("conv2d_wgmma_backward_pair_64"),
     };
     match operands {
         Operands::F32 => kernels.f32,
@@ -325,16 +357,23 @@ fn kernel(operands: Operands, fprop: bool, width: Option<usize>, pairs: bool) ->
 /// Appends the launch of one product, or of the gradients of the input and of the weights together.
 fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> Result<()> {
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
-    // Both gradients are direct, or none.
+    let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
+    let leading = dgrad.unwrap_or(&jobs[0]);
+    // Both gradients go one way: that of warpgroups, else on patches, else gathered.
+    let width = conv_cells::width(leading.kind, leading.geom);
+    let cells: Option<Vec<_>> = jobs.iter().map(|job| job.cells(lowering, width)).collect();
     let direct: Option<Vec<Tiling>> = jobs.iter().map(|job| job.direct(lowering)).collect();
-    let width = |job: &Job<'_>| direct.as_ref().map(|_| Tiling::width(job.kind, job.geom));
-    let tilings = match &direct {
-        Some(tilings) => tilings.clone(),
-        None => jobs.iter().map(|job| job.gathered(lowering)).collect(),
+    let (way, threads, tilings) = match (&cells, direct) {
+        (Some(cells), _) => (Way::Cells(width), conv_cells::THREADS, cells.iter().map(|c| c.0).collect()),
+        (None, Some(direct)) => (Way::Direct(Tiling::width(leading.kind, leading.geom)), THREADS, direct),
+        (None, None) => (Way::Gathered, THREADS, jobs.iter().map(|job| job.gathered(lowering)).collect()),
+    };
+    let cells = |kind: ConvKind| -> Option<CellTiling> {
+        let (_, (_, cells)) = jobs.iter().zip(cells.as_ref()?).find(|(job, _)| job.kind == kind)?;
+        Some(*cells)
     };
     let pairs = jobs.iter().any(|job| job.pairs().next().is_some());
     let shared = tilings.iter().map(|t| t.shared).max().unwrap_or(0);
-    let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
     let (mut params, mut blocks) = (ConvBackwardParams::zeroed(), 0);
     for (job, tiling) in jobs.iter().zip(&tilings) {
         let beside = match dgrad {
@@ -352,9 +391,13 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
         let count = lowering.narrow("blocks", own)?;
         match job.kind {
             ConvKind::Fprop => {
-                if own > 0 {
-                    let kernel = kernel(lowering.operands, true, width(job), pairs);
-                    lowering.push(kernel, &ConvParams { product }, [own, 1, 1], THREADS, shared);
+                let kernel = kernel(lowering.operands, true, way, pairs);
+                match cells(ConvKind::Fprop) {
+                    _ if own == 0 => {}
+                    Some(tiling) => {
+                        lowering.push(kernel, &CellParams { product, tiling }, [own, 1, 1], threads, shared);
+                    }
+                    None => lowering.push(kernel, &ConvParams { product }, [own, 1, 1], threads, shared),
                 }
                 return Ok(());
             }
@@ -363,8 +406,15 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
         }
     }
     if blocks > 0 {
-        let kernel = kernel(lowering.operands, false, width(dgrad.unwrap_or(&jobs[0])), pairs);
-        lowering.push(kernel, &params, [blocks, 1, 1], THREADS, shared);
+        let kernel = kernel(lowering.operands, false, way, pairs);
+        match (cells(ConvKind::Dgrad), cells(ConvKind::Wgrad)) {
+            (None, None) => lowering.push(kernel, &params, [blocks, 1, 1], threads, shared),
+            (dgrad, wgrad) => {
+                let [dgrad, wgrad] = [dgrad, wgrad].map(|c| c.unwrap_or(CellTiling::zeroed()));
+                let params = CellBackwardParams { both: params, dgrad, wgrad };
+                lowering.push(kernel, &params, [blocks, 1, 1], threads, shared);
+            }
+        }
     }
     Ok(())
 }

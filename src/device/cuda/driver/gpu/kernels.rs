@@ -34,7 +34,7 @@ impl Kernels {
             modules.insert(image.name, module);
         }
         let mut by_name = HashMap::new();
-        for kernel in embedded::kernels() {
+        for kernel in embedded::kernels().iter().filter(|kernel| kernel.is_for(card.capability)) {
             let Some(module) = modules.get(kernel.module) else {
                 let what = format!("{card}: no image of module {} for it", kernel.module);
                 return Err(Failure { code: CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU, what });
@@ -100,7 +100,10 @@ fn params_size(library: Library, function: sys::CUfunction, name: &str) -> Call<
 pub(super) fn images(card: &Card) -> Result<Vec<&'static EmbeddedModule>, String> {
     let found = embedded::modules_for(card.capability);
     if embedded::nvcc_version().is_some()
-        && embedded::kernels().iter().all(|k| found.iter().any(|m| m.name == k.module))
+        && embedded::kernels()
+            .iter()
+            .filter(|k| k.is_for(card.capability))
+            .all(|k| found.iter().any(|m| m.name == k.module))
     {
         return Ok(found);
     }
