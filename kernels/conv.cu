@@ -3,7 +3,7 @@
 //
 // Operands are rounded to the operand type on their way into shared memory; tensors are f32, or 16 bits of that type.
 #include "conv_finish.cuh"
-#include "conv_params.cuh"
+#include "conv_prologue.cuh"
 #include "platform.cuh"
 #include "tile_product.cuh"
 
@@ -100,15 +100,16 @@ struct Shared {
     Position lines[TILE];        // of the image: pixels, or taps in wgrad
     Position inner[2][DEPTH];    // taps, or pixels in wgrad, of this iteration and the next
     uint32_t matrix[2][DEPTH];   // offset of the inner index in the matrix
-    BnScaleShift norm[2][TILE];  // of the taps: of inner indices, or of lines in wgrad
+    PairFactors of_image[2][TILE];   // of the taps: of inner indices, or of lines in wgrad
+    PairFactors of_matrix[2][TILE];  // of wgrad's lines
     typename Operand::Stored rows[2][TILE * Operand::PITCH];
     typename Operand::Stored columns[2][TILE * Operand::PITCH];
 };
-static_assert(sizeof(Shared<F32>) == 40192 && sizeof(Shared<Tf32>) == 40192);
-static_assert(sizeof(Shared<F16>) == 23808 && sizeof(Shared<Bf16>) == 23808);
+static_assert(sizeof(Shared<F32>) == 43264 && sizeof(Shared<Tf32>) == 43264);
+static_assert(sizeof(Shared<F16>) == 26880 && sizeof(Shared<Bf16>) == 26880);
 static_assert(sizeof(ConvFinish<Product<F16>>) <= sizeof(Shared<F16>));
 
-template <Form FORM, class Operand>
+template <Form FORM, class Operand, bool PAIRS>
 struct Block {
     static constexpr bool WGRAD = FORM == Form::WGRAD;
     static constexpr bool MATRIX_ALONG_INNER = FORM == Form::FPROP;
@@ -140,18 +141,30 @@ struct Block {
         } else {
             shared.inner[slot][i] = tap<FORM>(p, inner, p.inner, channel, filter_pixel);
             if constexpr (FORM == Form::DGRAD) offset = channel * p.filter + filter_pixel * p.columns;
-            if constexpr (FORM == Form::FPROP) {
-                if (term(step).norm) shared.norm[slot][i] = p.norm.of(step.branch, channel);
-            }
+            describe_image(step, slot, i, channel);
         }
         shared.matrix[slot][i] = inner < uint32_t(p.inner) ? offset : NO_OFFSET;
     }
 
-    // One entry of the table of batch norms of the lines for an iteration.
-    DEVICE void describe_norm(uint32_t iteration, int slot, int i) {
-        const uint32_t line = column + i;
-        const uint32_t channel = line < uint32_t(p.columns) ? line % uint32_t(p.image_channels) : 0;
-        shared.norm[slot][i] = p.norm.of(conv_step(p, branch, iteration).branch, channel);
+    // What the image is made of in an iteration.
+    DEVICE Made image_made(const ConvStep& step) const {
+        if (PAIRS && p.image.at && !(FORM == Form::FPROP && step.second)) return Made::PAIR;
+        return FORM != Form::DGRAD && term(step).norm ? Made::NORM : Made::PLAIN;
+    }
+    DEVICE bool matrix_pair() const { return PAIRS && WGRAD && p.matrix.at; }
+
+    // One entry of the tables of factors for an iteration.
+    DEVICE void describe_image(const ConvStep& step, int slot, int i, uint32_t channel) {
+        const Made made = image_made(step);
+        if (made == Made::NORM) shared.of_image[slot][i].norm = p.norm.of(step.branch, channel);
+        if (PAIRS && made == Made::PAIR) {
+            shared.of_image[slot][i] = pair_factors<IMAGE_PAIR<FORM>>(p.image, step.branch, channel);
+        }
+    }
+    DEVICE void describe_matrix(const ConvStep& step, int slot, int i) {
+        const uint32_t channel = row + i;
+        shared.of_matrix[slot][i] =
+            pair_factors<Pair::DELTA>(p.matrix, step.branch, channel < uint32_t(p.rows) ? channel : 0);
     }
 
     // What the threads that are not busy otherwise prepare for an iteration.
@@ -159,7 +172,14 @@ struct Block {
         const int thread = int(threadIdx.x);
         if (thread < DEPTH) describe_inner(iteration, slot, thread);
         if constexpr (WGRAD) {
-            if (thread >= TILE && p.terms[0].norm) describe_norm(iteration, slot, thread - TILE);
+            const ConvStep step = conv_step(p, branch, iteration);
+            if (thread < TILE) {
+                if (matrix_pair()) describe_matrix(step, slot, thread);
+            } else {
+                const uint32_t line = column + (thread - TILE);
+                const uint32_t channel = line < uint32_t(p.columns) ? line % uint32_t(p.image_channels) : 0;
+                describe_image(step, slot, thread - TILE, channel);
+            }
         }
     }
 
@@ -167,18 +187,23 @@ struct Block {
         return FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
     }
 
-    DEVICE float matrix_element(const Part<Operand>& matrix, uint32_t line, uint32_t offset) const {
+    DEVICE float matrix_element(const Part<Operand>& matrix, const Part<Operand>& with, uint32_t line, uint32_t offset,
+                                bool pair, const PairFactors& factors) const {
         const uint32_t at = (FORM == Form::FPROP ? line * p.filter : line) + offset;
-        return line < uint32_t(WGRAD ? p.rows : p.columns) && offset != NO_OFFSET ? matrix[at] : 0.0f;
+        const bool inside = line < uint32_t(WGRAD ? p.rows : p.columns) && offset != NO_OFFSET;
+        const float v = inside ? matrix[at] : 0.0f;
+        return PAIRS && pair && inside ? factors.of<Pair::DELTA>(v, with[at]) : v;
     }
 
-    // An element of the image, with its batch norm where it is inside.
-    DEVICE float image_element(const Part<Operand>& image, const Position& a, const Position& b, bool norm,
-                               const BnScaleShift& with) const {
+    // An element of the image as it is made where it is inside.
+    DEVICE float image_element(const Part<Operand>& image, const Part<Operand>& with, const Position& a, const Position& b,
+                               Made made, const PairFactors& factors) const {
         const bool inside = a.phase == b.phase && uint32_t(a.h + b.h) < uint32_t(p.image_height) &&
                             uint32_t(a.w + b.w) < uint32_t(p.image_width);
-        const float v = inside ? image[a.offset + b.offset] : 0.0f;
-        return FORM != Form::DGRAD && norm && inside ? with.relu(v) : v;
+        const uint32_t at = a.offset + b.offset;
+        const float v = inside ? image[at] : 0.0f;
+        if (PAIRS && made == Made::PAIR && inside) return factors.of<IMAGE_PAIR<FORM>>(v, with[at]);
+        return made == Made::NORM && inside ? factors.norm.relu(v) : v;
     }
 
     // Loads this thread's elements of both tiles.
@@ -187,32 +212,38 @@ struct Block {
         const ConvStep step = conv_step(p, branch, iteration);
         const ConvTerm& of = term(step);
         const Part<Operand> image = {of.image, step.branch * of.image_branch, of.image_half};
+        const Part<Operand> image_with = {p.image.at, step.branch * p.image.branch, p.image.half};
         const Part<Operand> matrix = {of.matrix, step.branch * of.matrix_branch, of.matrix_half};
-        const bool norm = of.norm != 0;
+        const Part<Operand> matrix_with = {p.matrix.at, step.branch * p.matrix.branch, p.matrix.half};
+        const Made made = image_made(step);
         if constexpr (!WGRAD) {
             const Position inner = shared.inner[slot][lane];
-            const BnScaleShift with = norm ? shared.norm[slot][lane] : BnScaleShift{};
+            const PairFactors factors = made != Made::PLAIN ? shared.of_image[slot][lane] : PairFactors{};
             for (int i = 0; i < HELD; ++i) {
-                image_held[i] = image_element(image, shared.lines[HELD * warp + i], inner, norm, with);
+                image_held[i] = image_element(image, image_with, shared.lines[HELD * warp + i], inner, made, factors);
             }
         } else {
             for (int i = 0; i < HELD; ++i) {
                 const int line = lane + i / INNER_HELD * 32;
-                const BnScaleShift with = norm ? shared.norm[slot][line] : BnScaleShift{};
+                const PairFactors factors = made != Made::PLAIN ? shared.of_image[slot][line] : PairFactors{};
                 const Position& inner = shared.inner[slot][INNER_HELD * warp + i % INNER_HELD];
-                image_held[i] = image_element(image, inner, shared.lines[line], norm, with);
+                image_held[i] = image_element(image, image_with, inner, shared.lines[line], made, factors);
             }
         }
+        const bool pair = matrix_pair();
         const uint32_t matrix_line = WGRAD ? row : column;
         if constexpr (MATRIX_ALONG_INNER) {
             const uint32_t offset = shared.matrix[slot][lane];
             for (int i = 0; i < HELD; ++i) {
-                matrix_held[i] = matrix_element(matrix, matrix_line + HELD * warp + i, offset);
+                matrix_held[i] =
+                    matrix_element(matrix, matrix_with, matrix_line + HELD * warp + i, offset, false, PairFactors{});
             }
         } else {
             for (int i = 0; i < HELD; ++i) {
+                const int line = lane + i / INNER_HELD * 32;
+                const PairFactors factors = pair ? shared.of_matrix[slot][line] : PairFactors{};
                 const uint32_t offset = shared.matrix[slot][INNER_HELD * warp + i % INNER_HELD];
-                matrix_held[i] = matrix_element(matrix, matrix_line + lane + i / INNER_HELD * 32, offset);
+                matrix_held[i] = matrix_element(matrix, matrix_with, matrix_line + line, offset, pair, factors);
             }
         }
     }
@@ -224,7 +255,7 @@ struct Block {
 };
 
 // Block number `block` of a product.
-template <Form FORM, class Operand>
+template <Form FORM, class Operand, bool PAIRS>
 DEVICE void conv(const ConvProduct& p, uint32_t block) {
     const ConvPlace place = conv_place(p, block);
     const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
@@ -232,7 +263,7 @@ DEVICE void conv(const ConvProduct& p, uint32_t block) {
     const uint32_t count = uint32_t(iterations * (place.split + 1) / p.splits) - first;
 
     auto& shared = *shared_memory<Shared<Operand>>();
-    Block<FORM, Operand> tiles{p, shared, place.branch, place.row_tile * TILE, place.column_tile * TILE, {}, {}};
+    Block<FORM, Operand, PAIRS> tiles{p, shared, place.branch, place.row_tile * TILE, place.column_tile * TILE, {}, {}};
     Product<Operand> product;
     product.clear();
     if (threadIdx.x < TILE) tiles.describe_line(int(threadIdx.x));
@@ -258,24 +289,32 @@ DEVICE void conv(const ConvProduct& p, uint32_t block) {
         return row < uint32_t(p.rows) ? row : NO_ROW;
     };
     const auto column_of = [&](int c) { return place.column_tile * TILE + c; };
-    conv_finish<Operand, Product<Operand>, FORM == Form::FPROP>(p, place, product, row_of, column_of);
+    conv_finish<Operand, Product<Operand>, FORM>(p, place, product, row_of, column_of);
 }
 
-template <class Operand>
+template <class Operand, bool PAIRS>
 DEVICE void conv_backward(const ConvBackwardParams& p) {
     uint32_t block;
     if (is_wgrad_block(p, block)) {
-        conv<Form::WGRAD, Operand>(p.wgrad, block);
+        conv<Form::WGRAD, Operand, PAIRS>(p.wgrad, block);
     } else {
-        conv<Form::DGRAD, Operand>(p.dgrad, block);
+        conv<Form::DGRAD, Operand, PAIRS>(p.dgrad, block);
     }
 }
 
-KERNEL(conv2d_fprop_f32, ConvParams, 128) { conv<Form::FPROP, F32>(p.product, blockIdx.x); }
-KERNEL(conv2d_fprop_tf32, ConvParams, 128) { conv<Form::FPROP, Tf32>(p.product, blockIdx.x); }
-KERNEL(conv2d_fprop_f16, ConvParams, 128) { conv<Form::FPROP, F16>(p.product, blockIdx.x); }
-KERNEL(conv2d_fprop_bf16, ConvParams, 128) { conv<Form::FPROP, Bf16>(p.product, blockIdx.x); }
-KERNEL(conv2d_backward_f32, ConvBackwardParams, 128) { conv_backward<F32>(p); }
-KERNEL(conv2d_backward_tf32, ConvBackwardParams, 128) { conv_backward<Tf32>(p); }
-KERNEL(conv2d_backward_f16, ConvBackwardParams, 128) { conv_backward<F16>(p); }
-KERNEL(conv2d_backward_bf16, ConvBackwardParams, 128) { conv_backward<Bf16>(p); }
+KERNEL(conv2d_fprop_f32, ConvParams, 128) { conv<Form::FPROP, F32, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_fprop_tf32, ConvParams, 128) { conv<Form::FPROP, Tf32, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_fprop_f16, ConvParams, 128) { conv<Form::FPROP, F16, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_fprop_bf16, ConvParams, 128) { conv<Form::FPROP, Bf16, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_fprop_pair_f32, ConvParams, 128) { conv<Form::FPROP, F32, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_fprop_pair_tf32, ConvParams, 128) { conv<Form::FPROP, Tf32, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_fprop_pair_f16, ConvParams, 128) { conv<Form::FPROP, F16, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_fprop_pair_bf16, ConvParams, 128) { conv<Form::FPROP, Bf16, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_backward_f32, ConvBackwardParams, 128) { conv_backward<F32, false>(p); }
+KERNEL(conv2d_backward_tf32, ConvBackwardParams, 128) { conv_backward<Tf32, false>(p); }
+KERNEL(conv2d_backward_f16, ConvBackwardParams, 128) { conv_backward<F16, false>(p); }
+KERNEL(conv2d_backward_bf16, ConvBackwardParams, 128) { conv_backward<Bf16, false>(p); }
+KERNEL(conv2d_backward_pair_f32, ConvBackwardParams, 128) { conv_backward<F32, true>(p); }
+KERNEL(conv2d_backward_pair_tf32, ConvBackwardParams, 128) { conv_backward<Tf32, true>(p); }
+KERNEL(conv2d_backward_pair_f16, ConvBackwardParams, 128) { conv_backward<F16, true>(p); }
+KERNEL(conv2d_backward_pair_bf16, ConvBackwardParams, 128) { conv_backward<Bf16, true>(p); }

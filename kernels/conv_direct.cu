@@ -77,8 +77,7 @@ struct Weights {
     DEVICE void store(uint16_t* to, int i) const {
         const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
         const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
-        *reinterpret_cast<uint4*>(to + line * PITCH + along) =
-            chunk_round<Operand>(held, half, at[i] != NO_ROW, nullptr);
+        *reinterpret_cast<uint4*>(to + line * PITCH + along) = chunk_round<Operand>(held, half, at[i] != NO_ROW);
     }
 };
 
@@ -103,19 +102,27 @@ DEVICE void direct_add(DirectTile<Operand, WIDTH>& tile, const uint16_t* const i
 
 // What an iteration reads: a slice of channels of a branch of a term.
 struct Slice {
-    Source image, matrix;
+    Source image, with, matrix;
     int64_t branch;
     uint32_t first;  // channel
-    bool norm;
+    Made made;
 };
 
-template <Form FORM>
+template <Form FORM, bool PAIRS>
 DEVICE Slice slice_of(const ConvProduct& p, uint32_t branch, uint32_t iteration) {
     const ConvStep step = conv_step(p, branch, iteration);
-    const ConvTerm& term = FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
-    return {{term.image, step.branch * term.image_branch, term.image_half},
-            {term.matrix, step.branch * term.matrix_branch, term.matrix_half},
-            step.branch, step.inner_tile * SLICE, FORM == Form::FPROP && term.norm != 0};
+    const bool second = FORM == Form::FPROP && step.second;
+    const ConvTerm& term = second ? p.terms[1] : p.terms[0];
+    Slice slice = {{term.image, step.branch * term.image_branch, term.image_half},
+                   {},
+                   {term.matrix, step.branch * term.matrix_branch, term.matrix_half},
+                   step.branch, step.inner_tile * SLICE,
+                   FORM == Form::FPROP && term.norm ? Made::NORM : Made::PLAIN};
+    if constexpr (PAIRS) {
+        slice.with = {p.image.at, step.branch * p.image.branch, p.image.half};
+        if (p.image.at && !second) slice.made = Made::PAIR;
+    }
+    return slice;
 }
 
 // The present place in a walk over the taps of a patch.
@@ -142,7 +149,7 @@ struct Tap {
     }
 };
 
-template <Form FORM, class Operand, int WIDTH>
+template <Form FORM, class Operand, int WIDTH, bool PAIRS>
 DEVICE void direct(const ConvProduct& p, uint32_t block) {
     using Matrix = Weights<FORM, Operand, WIDTH>;
     const ConvPlace place = conv_place(p, block);
@@ -162,8 +169,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
 
     tables.describe(p, patch.pixel_step);
     for (uint32_t i = 0; i < 2 && i < count; ++i) {
-        const Slice slice = slice_of<FORM>(p, place.branch, first + i);
-        if (slice.norm) tables.describe_norm(p, slice.branch, slice.first, i);
+        const Slice slice = slice_of<FORM, PAIRS>(p, place.branch, first + i);
+        tables.describe_image<FORM, PAIRS>(p, slice.made, slice.branch, slice.first, i);
     }
     sync_threads();
 
@@ -171,19 +178,20 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     Halo halo;
     halo.begin(p);
     const uint32_t slot_elements = halo.pixels * PIXEL;
-    const auto load = [&](const Halo& from, const Slice& slice, bool& inside) {
+    const auto load = [&](const Halo& from, const Slice& slice) {
         uint32_t offset;
-        inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
-        return inside ? chunk_load<Operand>(slice.image.at, slice.image.branch + offset, slice.image.half) : Chunk{};
+        const bool inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
+        return load_pair<Operand, PAIRS>(slice.image, slice.with, slice.made, offset, inside);
     };
-    const auto store = [&](const Slice& slice, uint32_t slot, const Chunk& chunk, bool inside) {
-        const BnScaleShift* norm = slice.norm ? tables.norm[slot] + channel : nullptr;
-        halo.put(halos + slot * slot_elements, chunk_round<Operand>(chunk, slice.image.half, inside, norm));
+    const auto store = [&](const Slice& slice, uint32_t slot, const Loaded& loaded) {
+        halo.put(halos + slot * slot_elements,
+                 chunk_round<Operand, IMAGE_PAIR<FORM>, PAIRS>(loaded, slice.image.half, slice.with.half, slice.made,
+                                                               tables.image[slot], channel));
         halo.next(p);
     };
     // Begins to copy a whole halo if nothing is to be done to it.
     const auto copy = [&](const Slice& slice, uint32_t slot) {
-        if (slice.norm || !slice.image.half) return;
+        if (slice.made != Made::PLAIN || !slice.image.half) return;
         for (; halo.more(); halo.next(p)) {
             uint32_t offset;
             const bool inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
@@ -194,18 +202,17 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const auto load_rest = [&](const Slice& slice, uint32_t slot) {
         while (halo.more()) {
             Halo ahead = halo;
-            Chunk chunks[IN_FLIGHT];
-            bool inside[IN_FLIGHT];
+            Loaded loaded[IN_FLIGHT];
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                chunks[i] = load(ahead, slice, inside[i]);
+                loaded[i] = load(ahead, slice);
                 ahead.next(p);
             }
-            for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, chunks[i], inside[i]);
+            for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, loaded[i]);
         }
     };
     Slice next = {};
     if (count > 0) {
-        next = slice_of<FORM>(p, place.branch, first);
+        next = slice_of<FORM, PAIRS>(p, place.branch, first);
         copy(next, 0);
         matrix.begin(p, next.matrix, column, next.first);
         for (int part = 0; part < Matrix::HELD; ++part) {
@@ -230,11 +237,11 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t slot = i % 2;
         const bool more = i + 1 < count;
-        if (more) next = slice_of<FORM>(p, place.branch, first + i + 1);
+        if (more) next = slice_of<FORM, PAIRS>(p, place.branch, first + i + 1);
         if (i + 2 < count) {
             // Its slot served this iteration's halo, which is loaded.
-            const Slice after = slice_of<FORM>(p, place.branch, first + i + 2);
-            if (after.norm) tables.describe_norm(p, after.branch, after.first, slot);
+            const Slice after = slice_of<FORM, PAIRS>(p, place.branch, first + i + 2);
+            tables.describe_image<FORM, PAIRS>(p, after.made, after.branch, after.first, slot);
         }
         halo.begin(p);
         if (more) copy(next, 1 - slot);
@@ -249,9 +256,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             const uint32_t filter_pixel = tap.filter_pixel<FORM>(p, patch);
             const bool loads = more && halo.more();
-            bool inside = false;
-            Chunk chunk = {};
-            if (loads) chunk = load(halo, next, inside);
+            Loaded loaded = {};
+            if (loads) loaded = load(halo, next);
             for (int k = 0; k < SLICE / 16; ++k) {
                 const bool part = k < Matrix::HELD && (!last || more);
                 if (part) matrix.load(p, filter_pixel, k);
@@ -260,12 +266,9 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
                 direct_add<FORM, Operand, WIDTH>(tile, rows, row);
                 if (part) matrix.store(weights + (1 - weight_slot) * Matrix::ELEMENTS, k);
             }
-            if (loads) store(next, 1 - slot, chunk, inside);
+            if (loads) store(next, 1 - slot, loaded);
             if (last && more) {
-                while (halo.more()) {
-                    chunk = load(halo, next, inside);
-                    store(next, 1 - slot, chunk, inside);
-                }
+                while (halo.more()) store(next, 1 - slot, load(halo, next));
                 copies_done();
             }
             weight_slot = 1 - weight_slot;
@@ -274,24 +277,32 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     }
     const auto row = [&](int r) { return row_of(p, patch, pixel_of(p, r)); };
     const auto column_of = [&](int c) { return column + c; };
-    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM == Form::FPROP>(p, place, tile, row, column_of);
+    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, place, tile, row, column_of);
 }
 
-template <class Operand, int WIDTH>
+template <class Operand, int WIDTH, bool PAIRS>
 DEVICE void direct_backward(const ConvBackwardParams& p) {
     uint32_t block;
     if (is_wgrad_block(p, block)) {
-        direct_wgrad<Operand>(p.wgrad, block);
+        direct_wgrad<Operand, PAIRS>(p.wgrad, block);
     } else {
-        direct<Form::DGRAD, Operand, WIDTH>(p.dgrad, block);
+        direct<Form::DGRAD, Operand, WIDTH, PAIRS>(p.dgrad, block);
     }
 }
 
-KERNEL(conv2d_direct_fprop_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_64_f16, ConvParams, 128) { direct<Form::FPROP, F16, 64>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_64_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 64>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_backward_32_f16, ConvBackwardParams, 128) { direct_backward<F16, 32>(p); }
-KERNEL(conv2d_direct_backward_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64>(p); }
-KERNEL(conv2d_direct_backward_32_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 32>(p); }
-KERNEL(conv2d_direct_backward_64_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 64>(p); }
+KERNEL(conv2d_direct_fprop_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_64_f16, ConvParams, 128) { direct<Form::FPROP, F16, 64, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_64_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 64, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_64_f16, ConvParams, 128) { direct<Form::FPROP, F16, 64, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_64_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 64, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_backward_32_f16, ConvBackwardParams, 128) { direct_backward<F16, 32, false>(p); }
+KERNEL(conv2d_direct_backward_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64, false>(p); }
+KERNEL(conv2d_direct_backward_32_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 32, false>(p); }
+KERNEL(conv2d_direct_backward_64_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 64, false>(p); }
+KERNEL(conv2d_direct_backward_pair_32_f16, ConvBackwardParams, 128) { direct_backward<F16, 32, true>(p); }
+KERNEL(conv2d_direct_backward_pair_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64, true>(p); }
+KERNEL(conv2d_direct_backward_pair_32_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 32, true>(p); }
+KERNEL(conv2d_direct_backward_pair_64_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 64, true>(p); }

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "roofline.md"
-STEP = "--preset cifar10 --recipe released --device cuda --precision f16 --json --launches".split()
+STEP = "--preset cifar10 --recipe released --device cuda --precision f16 --hopper --json --launches".split()
 GROUPS = {"all": "All ten branches at a time", "auto": "Groups of branches, as it runs by default"}
 
 # An H200: dense f16 with f32 sums, as DESIGN takes it, and the part of it that mma.sync is said to reach; what is not on tensor

@@ -10,7 +10,7 @@ use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
 use mlnt::model::{Arch, ModelSpec};
-use mlnt::ops::{BnReluBackward, ConvForm, ConvGeom, ConvKind, FusedConv, LinComb, Op, Operation};
+use mlnt::ops::{BnReluBackward, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, LinComb, Op, Operation};
 use mlnt::plan::{Launch, Plan, PlanOptions};
 use mlnt::tape::{Coef, Fan, Kind, Meta, Tape};
 
@@ -93,10 +93,12 @@ fn what_remains_of_a_preact_step() {
         assert_eq!(count(&plan, is_form(ConvForm::Tangent)), second * (convs - 1), "{name}");
         // The head, whose result no batch norm reads, and the stem's tangent.
         assert_eq!(count(&plan, is_conv(ConvKind::Fprop)), forwards + second, "{name}");
-        let with_stats = |op: &Op| matches!(op, Op::FusedConv(op) if op.form == ConvForm::Fprop && op.stats);
+        let with_stats =
+            |op: &Op| matches!(op, Op::FusedConv(op) if op.form == ConvForm::Fprop && op.epilogue == Epilogue::Stats);
         // One convolution of a projected block begins the sum that the other finishes.
         assert_eq!(count(&plan, with_stats), forwards * norms, "{name}");
-        let no_stats = |op: &Op| matches!(op, Op::FusedConv(op) if op.form == ConvForm::Fprop && !op.stats);
+        let no_stats =
+            |op: &Op| matches!(op, Op::FusedConv(op) if op.form == ConvForm::Fprop && op.epilogue == Epilogue::None);
         assert_eq!(count(&plan, no_stats), forwards, "{name}");
 
         // No sum over large tensors of all branches is left but what the bias adds to logits.

@@ -1,224 +1,19 @@
 //! Fused convolutions on the SIMT host machine against the composition of plain operations on the CPU device in double precision.
 
 mod common;
+mod fused_conv;
 
 use common::{deviation, on_two_threads};
-use half::{bf16, f16};
+use fused_conv::case::{Case, DY, NEXT, NORM, Operand, X, Y, geom};
+use fused_conv::plan::fused;
 use mlnt::device::cpu::Cpu;
+use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{BnEval, Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Op};
-use mlnt::plan::{Args, Buffer, Launch, Place, Plan, PlanOptions, Port};
-use mlnt::rng::{Purpose, normal, stream, uniform};
-use mlnt::tape::{Kind, Meta, Tape, Tensor};
-
-/// One fused convolution and what its tensors are like.
-#[derive(Clone, Debug)]
-struct Case {
-    op: FusedConv,
-    branches: usize,
-    /// Bit i: operand i of the form is per-branch.
-    branched: u32,
-    /// The operands of the batch norm are per-branch.
-    norm_branched: bool,
-    /// Whether result 0 and 1 of the form are summed over the branches.
-    summed: [bool; 2],
-    /// Activations among the operands (bit i: operand i; bit 4: the start) and the first result (bit 5) have 16 bits.
-    half: u32,
-}
-
-/// Where an operand of a case comes from.
-struct Operand {
-    name: String,
-    meta: Meta,
-    half: bool,
-    values: Vec<f64>,
-}
-
-fn geom([n, c, h, w, k, r, s, stride, pad]: [usize; 9]) -> ConvGeom {
-    ConvGeom::new(&Meta::activation(n, c, h, w), &Meta::weight(k, c, r, s), stride, pad).unwrap()
-}
-
-fn rounded(operands: Operands, v: f64) -> f64 {
-    match operands {
-        Operands::F16 => f16::from_f64(v).to_f64(),
-        Operands::Bf16 => bf16::from_f64(v).to_f64(),
-        _ => f64::from(v as f32),
-    }
-}
-
-impl Case {
-    /// Metas of the form's operands.
-    fn form(&self) -> Vec<Meta> {
-        let (x, w, y) = (self.op.geom.x(), self.op.geom.weight(), self.op.geom.y());
-        let metas = match self.op.form {
-            ConvForm::Fprop => vec![x, w],
-            ConvForm::Wgrad => vec![x, y],
-            ConvForm::Backward => vec![x, w, y],
-            ConvForm::Tangent => vec![x, w, x, w],
-        };
-        let branched = |i: usize| self.branched >> i & 1 == 1;
-        metas.into_iter().enumerate().map(|(i, m)| m.with_branching(branched(i))).collect()
-    }
-
-    /// Metas of the results.
-    fn results(&self) -> Vec<Meta> {
-        let (x, w, y) = (self.op.geom.x(), self.op.geom.weight(), self.op.geom.y());
-        let on = |bits: u32| self.branched & bits != 0;
-        let norm = self.op.norm && self.norm_branched;
-        let mut metas = match self.op.form {
-            ConvForm::Fprop => vec![y.with_branching((on(3) || norm) && !self.summed[0])],
-            ConvForm::Wgrad => vec![w.with_branching((on(3) || norm) && !self.summed[0])],
-            ConvForm::Tangent => vec![y.with_branching((on(15) || norm) && !self.summed[0])],
-            ConvForm::Backward => {
-                vec![x.with_branching(on(6) && !self.summed[0]), w.with_branching((on(5) || norm) && !self.summed[1])]
-            }
-        };
-        if self.op.stats {
-            metas.extend([Meta::vector(self.op.geom.k).with_branching(metas[0].per_branch); 2]);
-        }
-        metas
-    }
-
-    fn operands(&self, operands: Operands) -> Vec<Operand> {
-        let mut list: Vec<(String, Meta, bool)> = Vec::new();
-        for (i, meta) in self.form().into_iter().enumerate() {
-            let half = meta.kind == Kind::Activation && self.half >> i & 1 == 1;
-            list.push((format!("in{i}"), meta, half));
-        }
-        if self.op.norm {
-            let channels = Meta::vector(self.op.geom.c).with_branching(self.norm_branched);
-            list.extend(["g", "b", "mean", "var"].map(|name| (name.into(), channels, false)));
-        }
-        if self.op.start {
-            let meta = self.results()[0];
-            list.push(("start".into(), meta, meta.kind == Kind::Activation && self.half >> 4 & 1 == 1));
-        }
-        let make = |(key, (name, meta, half)): (usize, (String, Meta, bool))| {
-            let rng = &mut stream(11, Purpose::Test, key as u64, meta.total(self.branches) as u64);
-            let mut draw = || match name.as_str() {
-                "g" | "var" => 0.5 + uniform(rng),
-                "b" | "mean" => 0.3 * normal(rng),
-                _ => normal(rng),
-            };
-            let round = |v: f64| if half { rounded(operands, v) } else { f64::from(v as f32) };
-            let values = (0..meta.total(self.branches)).map(|_| round(draw())).collect();
-            Operand { name, meta, half, values }
-        };
-        list.into_iter().enumerate().map(make).collect()
-    }
-
-    /// The composition of plain operations.
-    fn composed(&self) -> Tape {
-        let mut tape = Tape::new(self.branches);
-        tape.set_phase("case");
-        let inputs: Vec<Tensor> =
-            self.operands(Operands::F32).iter().map(|o| tape.input(&o.name, o.meta).unwrap()).collect();
-        let geom = self.op.geom;
-        let mut form = inputs[..self.op.operands()].to_vec();
-        if let Some(norm) = self.op.norm_operands() {
-            let x = self.op.x_operand();
-            let mut operands = vec![form[x]];
-            operands.extend(norm.map(|i| inputs[i]));
-            form[x] = tape.record1(BnEval { relu: true }, &operands, false).unwrap();
-        }
-        let conv = |tape: &mut Tape, kind, a: usize, b: usize, sum: bool| {
-            let branched = tape.meta(form[a]).per_branch || tape.meta(form[b]).per_branch;
-            tape.record1(Conv { kind, geom }, &[form[a], form[b]], sum && branched).unwrap()
-        };
-        let mut results = match self.op.form {
-            ConvForm::Fprop => vec![conv(&mut tape, ConvKind::Fprop, 0, 1, self.summed[0])],
-            ConvForm::Wgrad => vec![conv(&mut tape, ConvKind::Wgrad, 0, 1, self.summed[0])],
-            ConvForm::Backward => vec![
-                conv(&mut tape, ConvKind::Dgrad, 2, 1, self.summed[0]),
-                conv(&mut tape, ConvKind::Wgrad, 0, 2, self.summed[1]),
-            ],
-            ConvForm::Tangent => {
-                let a = conv(&mut tape, ConvKind::Fprop, 0, 3, self.summed[0]);
-                let b = conv(&mut tape, ConvKind::Fprop, 2, 1, self.summed[0]);
-                vec![tape.add(a, b).unwrap()]
-            }
-        };
-        if let Some(start) = self.op.start_operand() {
-            results[0] = tape.add(results[0], inputs[start]).unwrap();
-        }
-        for (i, t) in results.into_iter().enumerate() {
-            tape.output(format!("out{i}"), t);
-        }
-        tape
-    }
-
-    /// A plan of the fused operation, with copies between tensors of 32 and 16 bits.
-    fn fused(&self, operands: &[Operand]) -> Plan {
-        let mut plan = Plan {
-            branches: self.branches,
-            buffers: Vec::new(),
-            launches: Vec::new(),
-            states: Vec::new(),
-            inputs: Vec::new(),
-            scalars: Vec::new(),
-            outputs: Vec::new(),
-            arena_reals: 0,
-            arena_halves: 0,
-            arena_indices: 0,
-        };
-        let mut inputs = Vec::new();
-        for operand in operands {
-            let given = input(&mut plan, &operand.name, operand.meta);
-            inputs.push(if operand.half { copied(&mut plan, given, true) } else { given });
-        }
-        let mut outputs = Vec::new();
-        for (i, meta) in self.results().into_iter().enumerate() {
-            let half = i == 0 && meta.kind == Kind::Activation && self.half >> 5 & 1 == 1;
-            outputs.push(tensor(&mut plan, meta, half));
-        }
-        launch(&mut plan, Op::FusedConv(self.op), inputs, outputs.clone());
-        for (i, buffer) in outputs.into_iter().enumerate() {
-            let buffer = if plan.buffers[buffer].half { copied(&mut plan, buffer, false) } else { buffer };
-            let meta = plan.buffers[buffer].meta;
-            plan.outputs.push(Port { name: format!("out{i}"), meta, buffer: Some(buffer) });
-        }
-        plan
-    }
-}
-
-fn tensor(plan: &mut Plan, meta: Meta, half: bool) -> usize {
-    let arena = if half { &mut plan.arena_halves } else { &mut plan.arena_reals };
-    let count = if meta.per_branch { plan.branches } else { 1 };
-    plan.buffers.push(Buffer { meta, half, first: 0, count, place: Place::Arena(*arena) });
-    *arena += meta.total(plan.branches).next_multiple_of(64);
-    plan.buffers.len() - 1
-}
-
-fn input(plan: &mut Plan, name: &str, meta: Meta) -> usize {
-    let count = if meta.per_branch { plan.branches } else { 1 };
-    plan.buffers.push(Buffer { meta, half: false, first: 0, count, place: Place::Input(plan.inputs.len()) });
-    let buffer = Some(plan.buffers.len() - 1);
-    plan.inputs.push(Port { name: name.into(), meta, buffer });
-    plan.buffers.len() - 1
-}
-
-fn launch(plan: &mut Plan, op: Op, inputs: Vec<usize>, outputs: Vec<usize>) {
-    let per_branch = |b: &usize| plan.buffers[*b].meta.per_branch;
-    let live = if inputs.iter().chain(&outputs).any(per_branch) { plan.branches } else { 1 };
-    plan.launches.push(Launch { op, args: vec![Args { inputs, outputs }], phase: "case", branches: 0..live });
-}
-
-/// The same numbers in the other width: a convolution with the identity.
-fn copied(plan: &mut Plan, from: usize, half: bool) -> usize {
-    let meta = plan.buffers[from].meta;
-    let [n, c, h, w] = meta.dims;
-    let name = format!("identity{c}");
-    let identity = match plan.inputs.iter().find(|p| p.name == name) {
-        Some(port) => port.buffer.unwrap(),
-        None => input(plan, &name, Meta::weight(c, c, 1, 1)),
-    };
-    let to = tensor(plan, meta, half);
-    let conv = Conv { kind: ConvKind::Fprop, geom: geom([n, c, h, w, c, 1, 1, 1, 0]) };
-    launch(plan, Op::Conv(conv), vec![from, identity], vec![to]);
-    to
-}
+use mlnt::ops::{ConvForm, Epilogue, FusedConv, Operation};
+use mlnt::plan::{Plan, PlanOptions};
+use std::cell::Cell;
 
 fn run(device: &mut dyn Device, plan: Plan, values: &[Operand]) -> Vec<Vec<f64>> {
     let (inputs, outputs) = (plan.inputs.clone(), plan.outputs.clone());
@@ -239,36 +34,59 @@ fn run(device: &mut dyn Device, plan: Plan, values: &[Operand]) -> Vec<Vec<f64>>
     outputs.iter().map(|port| device.read_output(id, &port.name).unwrap().to_f64()).collect()
 }
 
+thread_local! {
+    /// The machine that this thread's cases run on.
+    static GENERATION: Cell<Generation> = const { Cell::new(Generation::Portable) };
+}
+
 fn on_simt(case: &Case, values: &[Operand], operands: Operands, seed: u64) -> Vec<Vec<f64>> {
-    let mut device = Cuda::new(Box::new(Simt::open(seed).unwrap()), operands, Mode::Eager);
-    run(&mut device, case.fused(values), values)
+    let generation = GENERATION.get();
+    let machine = Simt::open(seed).unwrap().like(generation);
+    let tally = machine.tally();
+    let mut device = Cuda::new(Box::new(machine), operands, Mode::Eager);
+    let results = run(&mut device, fused(case, values), values);
+    // The rule of the lowering: 16 bits and channels in eights.
+    let geom = &case.op.geom;
+    let group = generation == Generation::Hopper && geom.c % 8 == 0 && geom.k % 8 == 0;
+    let tally = tally.lock().unwrap();
+    let (kernel, _) = tally.keys().find(|(_, label)| label.starts_with(case.op.name())).unwrap();
+    assert_eq!(
+        kernel.contains("wgmma"),
+        group && !matches!(operands, Operands::F32 | Operands::Tf32),
+        "{case:?} ran {kernel}"
+    );
+    results
 }
 
-/// Mean and biased variance per channel and branch of activations `[M, N, C, H, W]` as the host sees them.
-fn statistics(meta: &Meta, values: &[f64]) -> [Vec<f64>; 2] {
-    let [n, c, h, w] = meta.dims;
-    let (mut means, mut variances) = (Vec::new(), Vec::new());
-    for branch in values.chunks(meta.len()) {
-        for channel in 0..c {
-            let pick = |i: usize| {
-                let from = (i * c + channel) * h * w;
-                &branch[from..from + h * w]
-            };
-            let all: Vec<f64> = (0..n).flat_map(pick).copied().collect();
-            let mean = all.iter().sum::<f64>() / all.len() as f64;
-            means.push(mean);
-            variances.push(all.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / all.len() as f64);
-        }
-    }
-    [means, variances]
-}
-
+/// Twice to three times what the cases come to.
 fn tolerance(operands: Operands) -> f64 {
     match operands {
-        Operands::F32 => 1e-5,
-        Operands::Tf32 | Operands::F16 => 3e-3,
-        Operands::Bf16 => 3e-2,
+        Operands::F32 => 1e-6,
+        Operands::Tf32 | Operands::F16 => 1.5e-3,
+        Operands::Bf16 => 1e-2,
     }
+}
+
+/// The same of what is found of a result, from the result itself.
+const FOUND_TOLERANCE: f64 = 1e-6;
+
+/// What a case deviates by: the results of its form, then what is found of the first.
+fn deviations(case: &Case, values: &[Operand], given: &[Operand], operands: Operands) -> Vec<(String, f64, f64)> {
+    let plan = Plan::build(&case.composed(), &PlanOptions { fuse: false, ..PlanOptions::default() }).unwrap();
+    let want = run(&mut Cpu::<f64>::new(1).unwrap(), plan, values);
+    let have = on_simt(case, given, operands, 1);
+    let mut found = Vec::new();
+    for (i, want) in want.iter().enumerate() {
+        found.push((format!("result {i}"), deviation(&have[i], want), tolerance(operands)));
+    }
+    // Of the numbers that later operations read.
+    for (i, (what, sums)) in case.found(values, &have[0]).into_iter().enumerate() {
+        found.push((what.into(), deviation(&have[want.len() + i], &sums), FOUND_TOLERANCE));
+    }
+    if have != on_simt(case, given, operands, 2) {
+        found.push(("dependence on the order of threads".into(), f64::INFINITY, 0.0));
+    }
+    found
 }
 
 /// What is wrong with a case.
@@ -276,29 +94,9 @@ fn faults(case: &Case, operands: Operands) -> Vec<String> {
     let wide = matches!(operands, Operands::F32 | Operands::Tf32);
     let case = Case { half: if wide { 0 } else { case.half }, ..case.clone() };
     let values = case.operands(operands);
-    let plan = Plan::build(&case.composed(), &PlanOptions { fuse: false, ..PlanOptions::default() }).unwrap();
-    let want = run(&mut Cpu::<f64>::new(1).unwrap(), plan, &values);
-    let have = on_simt(&case, &values, operands, 1);
-    let mut found = Vec::new();
-    let mut compare = |what: String, have: &[f64], want: &[f64], tolerance: f64| {
-        let rel = deviation(have, want);
-        if rel > tolerance {
-            found.push(format!("{} {case:?}: {what}: {rel:.1e} > {tolerance:.0e}", operands.name()));
-        }
-    };
-    for (i, want) in want.iter().enumerate() {
-        compare(format!("result {i}"), &have[i], want, tolerance(operands));
-    }
-    if case.op.stats {
-        // Of the numbers that later operations read.
-        let [mean, var] = statistics(&case.results()[0], &have[0]);
-        compare("mean".into(), &have[1], &mean, 1e-6);
-        compare("variance".into(), &have[2], &var, 2e-6);
-    }
-    if have != on_simt(&case, &values, operands, 2) {
-        found.push(format!("{} {case:?}: depends on the order of threads", operands.name()));
-    }
-    found
+    let found = deviations(&case, &values, &values, operands).into_iter();
+    let wrong = found.filter(|(_, deviation, tolerance)| deviation > tolerance);
+    wrong.map(|(what, by, most)| format!("{} {case:?}: {what}: {by:.1e} > {most:.0e}", operands.name())).collect()
 }
 
 /// `[n, c, h, w, k, r, s, stride, pad]`
@@ -315,76 +113,304 @@ const SIZES: [[usize; 9]; 10] = [
     [7, 24, 3, 3, 40, 3, 3, 1, 1],
 ];
 
+/// One line of the table: what stands around a form, which tensors are per-branch and which results are summed.
+struct Line {
+    op: FusedConv,
+    branches: usize,
+    branched: u32,
+    others: u32,
+    summed: [bool; 2],
+}
+
+/// What stands before and behind a form.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Norm,
+    /// With `Norm`.
+    Tangent,
+    Delta,
+    Start,
+    /// The epilogue of the form.
+    Found,
+}
+
 /// Forms with the operands that can be per-branch: every mixture that differs in what is summed or strided.
-fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (number, size) in SIZES.into_iter().enumerate() {
-        let geom = geom(size);
-        let mut add = |form, norm, start, stats, branches, branched, norm_branched, summed| {
-            let op = FusedConv { form, geom, norm, start, stats };
-            // A different mixture of widths in every case.
-            let half = (cases.len() * 11 + number) as u32 % 64;
-            cases.push(Case { op, branches, branched, norm_branched, summed, half });
+fn lines() -> Vec<Line> {
+    use ConvForm::{Backward, Fprop, Tangent as Jvp, Wgrad};
+    use Part::{Delta, Found, Norm, Start, Tangent};
+    let mut lines = Vec::new();
+    let mut add = |form, parts: &[Part], branches, branched, others, summed| {
+        let has = |part| parts.contains(&part);
+        let epilogue = match form {
+            _ if !has(Found) => Epilogue::None,
+            Fprop => Epilogue::Stats,
+            Jvp => Epilogue::TangentSums,
+            _ => Epilogue::BackwardSums,
         };
-        use ConvForm::{Backward, Fprop, Tangent, Wgrad};
-        let (no, yes) = ([false, false], [true, true]);
-        add(Fprop, true, true, true, 1, 0, false, no);
-        add(Fprop, true, false, true, 3, 3, true, no);
-        add(Fprop, false, true, true, 3, 2, false, no);
-        add(Fprop, true, true, false, 3, 1, true, yes);
-        add(Wgrad, true, false, false, 3, 2, false, no);
-        add(Wgrad, true, true, false, 3, 3, true, yes);
-        add(Backward, true, true, false, 1, 0, false, no);
-        add(Backward, true, true, false, 3, 7, true, no);
-        add(Backward, false, false, false, 3, 7, false, yes);
-        add(Backward, true, false, false, 3, 4, false, [false, true]);
-        add(Backward, true, true, false, 3, 5, true, [true, false]);
-        add(Tangent, true, true, false, 1, 0, false, no);
-        add(Tangent, true, false, false, 3, 9, false, no);
-        add(Tangent, true, true, false, 3, 15, true, yes);
-        add(Tangent, false, true, false, 3, 8, false, yes);
+        let (norm, tangent, delta, start) = (has(Norm) || has(Tangent), has(Tangent), has(Delta), has(Start));
+        let op = FusedConv { norm, tangent, delta, start, epilogue, ..FusedConv::plain(form, geom(SIZES[0])) };
+        lines.push(Line { op, branches, branched, others, summed });
+    };
+    let (no, yes) = ([false, false], [true, true]);
+    add(Fprop, &[Norm, Start, Found], 1, 0, 0, no);
+    add(Fprop, &[Norm, Found], 3, 3, NORM, no);
+    add(Fprop, &[Start, Found], 3, 2, 0, no);
+    add(Fprop, &[Norm, Start], 3, 1, NORM, yes);
+    add(Wgrad, &[Norm], 3, 2, 0, no);
+    add(Wgrad, &[Norm, Start], 3, 3, NORM, yes);
+    add(Wgrad, &[Delta, Start], 1, 0, 0, no);
+    add(Wgrad, &[Delta, Norm], 3, 2, 0, yes);
+    add(Wgrad, &[Delta, Norm], 3, 0, Y, no);
+    add(Wgrad, &[Tangent], 3, 1, 0, no);
+    add(Wgrad, &[Delta, Tangent, Start], 3, 3, 0, yes);
+    add(Wgrad, &[Delta, Tangent], 2, 3, X | NORM | Y, no);
+    add(Backward, &[Norm, Start], 1, 0, 0, no);
+    add(Backward, &[Norm, Start, Found], 3, 7, NORM, no);
+    add(Backward, &[], 3, 7, 0, yes);
+    add(Backward, &[Norm], 3, 4, 0, [false, true]);
+    add(Backward, &[Norm, Start], 3, 5, NORM, [true, false]);
+    add(Backward, &[Norm, Found], 2, 4, 0, no);
+    add(Backward, &[Delta, Norm, Start, Found], 1, 0, 0, no);
+    add(Backward, &[Delta, Norm, Found], 3, 7, NORM | Y, no);
+    add(Backward, &[Delta, Norm, Found], 3, 4, 0, no);
+    add(Backward, &[Delta, Norm, Start, Found], 3, 6, Y, yes);
+    add(Backward, &[Delta, Start], 3, 7, Y, yes);
+    add(Backward, &[Delta, Start], 2, 1, Y, no);
+    add(Backward, &[Delta, Tangent], 1, 0, 0, no);
+    add(Backward, &[Delta, Tangent, Start], 3, 7, 0, yes);
+    add(Backward, &[Delta, Tangent], 3, 5, X | NORM | Y, [true, false]);
+    add(Backward, &[Tangent, Start], 3, 5, X | NORM, [false, true]);
+    add(Jvp, &[Norm, Start], 1, 0, 0, no);
+    add(Jvp, &[Norm], 3, 9, 0, no);
+    add(Jvp, &[Norm, Start], 3, 15, NORM, yes);
+    add(Jvp, &[Start], 3, 8, 0, yes);
+    add(Jvp, &[Tangent, Start, Found], 1, 0, 0, no);
+    add(Jvp, &[Tangent, Found], 3, 9, DY, no);
+    add(Jvp, &[Tangent, Start, Found], 3, 15, NORM | NEXT | DY, no);
+    add(Jvp, &[Tangent, Start, Found], 3, 9, 0, yes);
+    add(Jvp, &[Norm, Found], 3, 8, DY, no);
+    add(Jvp, &[Start, Found], 2, 8, NEXT, no);
+    add(Jvp, &[Tangent, Start], 3, 9, 0, no);
+    lines
+}
+
+/// The lines of a form with all sizes, with a different mixture of widths in every case.
+fn cases(of: impl Fn(&FusedConv) -> bool) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (number, line) in lines().into_iter().enumerate().filter(|(_, line)| of(&line.op)) {
+        for (size, geometry) in SIZES.into_iter().enumerate() {
+            let op = FusedConv { geom: geom(geometry), ..line.op };
+            let half = (number * 419 + size * 173) as u32 % 1024;
+            let Line { branches, branched, others, summed, .. } = line;
+            cases.push(Case { op, branches, branched, others, summed, half });
+        }
     }
     cases
 }
 
-fn check(operands: Operands) {
-    let failures = on_two_threads(&cases(), |case| faults(case, operands));
+/// Whether a part works on two tensors at a time.
+fn pairs(op: &FusedConv) -> bool {
+    op.tangent || op.delta
+}
+
+fn check(operands: Operands, of: impl Fn(&FusedConv) -> bool) {
+    let failures = on_two_threads(&cases(of), |case| faults(case, operands));
     assert!(failures.is_empty(), "{}:\n{}", failures.len(), failures.join("\n"));
 }
 
 #[test]
 fn fused_convolutions_f32() {
-    check(Operands::F32);
+    check(Operands::F32, |op| !pairs(op));
+}
+
+#[test]
+fn fused_convolutions_of_pairs_f32() {
+    check(Operands::F32, pairs);
 }
 
 #[test]
 fn fused_convolutions_tf32() {
-    check(Operands::Tf32);
+    check(Operands::Tf32, |op| !pairs(op));
+}
+
+#[test]
+fn fused_convolutions_of_pairs_tf32() {
+    check(Operands::Tf32, pairs);
 }
 
 #[test]
 fn fused_convolutions_f16() {
-    check(Operands::F16);
+    check(Operands::F16, |op| !pairs(op));
+}
+
+#[test]
+fn fused_convolutions_of_pairs_f16() {
+    check(Operands::F16, pairs);
 }
 
 #[test]
 fn fused_convolutions_bf16() {
-    check(Operands::Bf16);
+    check(Operands::Bf16, |op| !pairs(op));
+}
+
+#[test]
+fn fused_convolutions_of_pairs_bf16() {
+    check(Operands::Bf16, pairs);
+}
+
+/// Runs what follows on a machine of this kind, on this thread.
+fn like<T>(generation: Generation, body: impl FnOnce() -> T) -> T {
+    GENERATION.set(generation);
+    let result = body();
+    GENERATION.set(Generation::Portable);
+    result
+}
+
+/// The same table through the kernels of warpgroups, those that sizes allow.
+fn check_groups(operands: Operands, of: impl Fn(&FusedConv) -> bool) {
+    let failures = on_two_threads(&cases(of), |case| like(Generation::Hopper, || faults(case, operands)));
+    assert!(failures.is_empty(), "{}:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_f16() {
+    check_groups(Operands::F16, |op| !pairs(op));
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_and_pairs_f16() {
+    check_groups(Operands::F16, pairs);
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_bf16() {
+    check_groups(Operands::Bf16, |op| !pairs(op));
+}
+
+#[test]
+fn fused_convolutions_of_warpgroups_and_pairs_bf16() {
+    check_groups(Operands::Bf16, pairs);
 }
 
 /// Deviations of 1 around a mean of 10,000: single precision has the digits for the variance, if they are not thrown away.
 #[test]
 fn statistics_keep_their_digits() {
-    // More tiles than are combined at a time, of the kernels that gather and of the direct ones.
-    let tries = [(Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0]), (Operands::F16, [40, 8, 18, 18, 16, 1, 1, 1, 0])];
-    for (operands, size) in tries {
-        let op = FusedConv { form: ConvForm::Fprop, geom: geom(size), norm: false, start: true, stats: true };
-        let case = Case { op, branches: 2, branched: 1, norm_branched: false, summed: [false; 2], half: 0 };
+    // More tiles than are combined at a time, of the kernels that gather, of the direct ones and of those of warpgroups.
+    let many = [40, 8, 18, 18, 16, 1, 1, 1, 0];
+    let tries = [
+        (Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0], Generation::Portable),
+        (Operands::F16, many, Generation::Portable),
+        (Operands::F16, many, Generation::Hopper),
+    ];
+    for (operands, size, generation) in tries {
+        let op = FusedConv { start: true, epilogue: Epilogue::Stats, ..FusedConv::plain(ConvForm::Fprop, geom(size)) };
+        let case = Case { op, branches: 2, branched: 1, others: 0, summed: [false; 2], half: 0 };
         let mut values = case.operands(operands);
         values.iter_mut().filter(|o| o.name == "start").for_each(|o| o.values.iter_mut().for_each(|v| *v = 1e4));
-        let have = on_simt(&case, &values, operands, 1);
-        let [mean, var] = statistics(&case.results()[0], &have[0]);
-        assert!(deviation(&have[1], &mean) < 1e-7);
-        assert!(deviation(&have[2], &var) < 1e-6, "{:.1e}", deviation(&have[2], &var));
+        let have = like(generation, || on_simt(&case, &values, operands, 1));
+        let found = case.found(&values, &have[0]);
+        assert!(deviation(&have[1], &found[0].1) < 1e-7);
+        assert!(deviation(&have[2], &found[1].1) < 1e-6, "{:.1e}", deviation(&have[2], &found[1].1));
     }
+}
+
+/// A case with several tiles of rows, of kernels that gather for f32 and of direct ones for f16.
+fn single(op: FusedConv, branched: u32, summed: [bool; 2]) -> [(Operands, Case); 2] {
+    let case = |size, half| {
+        let op = FusedConv { geom: geom(size), ..op };
+        Case { op, branches: 2, branched, others: 0, summed, half }
+    };
+    [
+        (Operands::F32, case([2, 5, 9, 11, 6, 3, 3, 1, 1], 0)),
+        (Operands::F16, case([2, 16, 9, 11, 24, 3, 3, 1, 1], 0x155)),
+    ]
+}
+
+/// Every given sum and factor counts: a wrong one shows in the results that it has a part in, and in no other.
+#[test]
+fn wrong_factors_are_noticed() {
+    let plain = |form| FusedConv::plain(form, geom(SIZES[0]));
+    let backward = FusedConv { norm: true, tangent: true, delta: true, ..plain(ConvForm::Backward) };
+    let sums = FusedConv { norm: true, delta: true, epilogue: Epilogue::BackwardSums, ..plain(ConvForm::Backward) };
+    let tangent = FusedConv { norm: true, tangent: true, epilogue: Epilogue::TangentSums, ..plain(ConvForm::Tangent) };
+    let both: &[&str] = &["result 0", "result 1"];
+    let tries: [(FusedConv, u32, &[&str], &[&str]); 10] = [
+        (backward, 7, &["dg", "db", "y_mean", "y_var", "y_g", "y_b"], both),
+        (backward, 7, &["g_dot", "b_dot", "x_dot_mean", "rho", "mean", "var", "g", "b"], &["result 1"]),
+        (sums, 7, &["dg", "db"], both),
+        (sums, 7, &["mean"], &["result 1", "dg"]),
+        (sums, 7, &["b", "g", "var"], &["result 1", "dg"]),
+        (tangent, 9, &["g_dot", "b_dot", "x_dot_mean", "rho"], &["result 0"]),
+        (tangent, 9, &["next_mean", "next_var"], &["rho"]),
+        (tangent, 9, &["next_b", "next_g"], &["covariance"]),
+        (tangent, 9, &["next_db", "next_dy"], &["covariance"]),
+        (tangent, 9, &["next"], &["rho", "covariance"]),
+    ];
+    for (op, branched, names, noticed) in tries {
+        for (operands, case) in single(op, branched, [false; 2]) {
+            let values = case.operands(operands);
+            for name in names {
+                let mut given = values.clone();
+                let wrong = given.iter_mut().find(|o| o.name == **name).unwrap();
+                wrong.values.iter_mut().for_each(|v| *v = 1.125 * *v + 0.0625);
+                for (what, by, most) in deviations(&case, &values, &given, operands) {
+                    let touched = noticed.contains(&what.as_str());
+                    // The ReLU's mask is of g and b, mean and variance: what they touch besides is left open.
+                    if touched || name.contains("dot") || ["dg", "db", "rho", "next_db", "next_dy"].contains(name) {
+                        assert_eq!(by > most, touched, "{} {case:?}: {name}, {what}: {by:.1e}", operands.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// More tiles than are combined at a time.
+#[test]
+fn sums_of_many_tiles() {
+    let backward =
+        FusedConv { norm: true, delta: true, start: true, ..FusedConv::plain(ConvForm::Backward, geom(SIZES[0])) };
+    let tangent = FusedConv { norm: true, tangent: true, ..FusedConv::plain(ConvForm::Tangent, geom(SIZES[0])) };
+    for (op, branched) in [
+        (FusedConv { epilogue: Epilogue::BackwardSums, ..backward }, 4),
+        (FusedConv { epilogue: Epilogue::TangentSums, ..tangent }, 9),
+    ] {
+        let tries = [(Operands::F32, [16, 3, 18, 18, 5, 1, 1, 1, 0]), (Operands::F16, [40, 8, 18, 18, 16, 1, 1, 1, 0])];
+        for (operands, size) in tries {
+            let op = FusedConv { geom: geom(size), ..op };
+            let case = Case { op, branches: 2, branched, others: 0, summed: [false; 2], half: 0 };
+            for generation in [Generation::Portable, Generation::Hopper] {
+                let found = like(generation, || faults(&case, operands));
+                assert!(found.is_empty(), "{}", found.join("\n"));
+            }
+        }
+    }
+}
+
+/// What is found of a result is per branch as the result is, and of operands that are no more so.
+#[test]
+fn sums_across_branches_are_refused() {
+    let op = FusedConv {
+        norm: true,
+        epilogue: Epilogue::BackwardSums,
+        ..FusedConv::plain(ConvForm::Backward, geom(SIZES[2]))
+    };
+    // dx per branch or the sum over them; x per branch or not.
+    for (branched, summed, refused) in [(4, [false; 2], false), (5, [true, false], true), (4, [true; 2], false)] {
+        let case = Case { op, branches: 2, branched, others: 0, summed, half: 0 };
+        let values = case.operands(Operands::F16);
+        let mut device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F16, Mode::Eager);
+        assert_eq!(device.load(fused(&case, &values)).is_err(), refused, "{case:?}");
+    }
+    // Sums of all branches of a result per branch.
+    let case = Case { op, branches: 2, branched: 4, others: 0, summed: [false; 2], half: 0 };
+    let mut plan = fused(&case, &case.operands(Operands::F16));
+    for port in &mut plan.outputs[2..] {
+        let buffer = &mut plan.buffers[port.buffer.unwrap()];
+        (buffer.meta, buffer.count) = (buffer.meta.shared(), 1);
+        port.meta = buffer.meta;
+    }
+    let mut device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F16, Mode::Eager);
+    let error = device.load(plan).unwrap_err().to_string();
+    assert!(error.contains("per branch"), "{error}");
 }

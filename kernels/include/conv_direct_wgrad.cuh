@@ -32,7 +32,7 @@ struct WgradTile {
     }
 };
 
-template <class Operand>
+template <class Operand, bool PAIRS>
 DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const ConvPlace place = conv_place(p, block);
     const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
@@ -51,11 +51,17 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int32_t channel = int32_t(threadIdx.x) % CHUNKS * 8;
 
+    const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
+    const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
+
     const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
+    const auto describe = [&](uint32_t i, uint32_t slot) {
+        const int64_t branch = step_of(i).branch;
+        tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, c, slot);
+        if constexpr (PAIRS) tables.describe_matrix(p, branch, k, slot);
+    };
     tables.describe(p, patch_of<Form::WGRAD>(p, 0).pixel_step);
-    for (uint32_t i = 0; i < 2 && i < count; ++i) {
-        if (term.norm) tables.describe_norm(p, step_of(i).branch, c, i);
-    }
+    for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i, i);
     sync_threads();
 
     // What an iteration reads: the halo of x, then the pixels of dy.
@@ -63,24 +69,28 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     halo.begin(p);
     const uint32_t halo_elements = halo.pixels * PIXEL, slot_elements = halo_elements + PATCH * PIXEL;
     Patch patch = {};
-    Source x = {}, dy = {};
+    Source x = {}, x_with = {}, dy = {}, dy_with = {};
     uint32_t dy_at = 0;
     const auto begin = [&](uint32_t i) {
         const ConvStep step = step_of(i);
         patch = patch_of<Form::WGRAD>(p, step.inner_tile);
         x = {term.image, step.branch * term.image_branch, term.image_half};
         dy = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
+        if constexpr (PAIRS) {
+            x_with = {p.image.at, step.branch * p.image.branch, p.image.half};
+            dy_with = {p.matrix.at, step.branch * p.matrix.branch, p.matrix.half};
+        }
         halo.begin(p);
         dy_at = threadIdx.x / CHUNKS;
     };
-    const auto load_x = [&](const Halo& from, bool& inside) {
+    const auto load_x = [&](const Halo& from) {
         uint32_t offset;
-        inside = from.inside(p, patch, c + channel, offset);
-        return inside ? chunk_load<Operand>(x.at, x.branch + offset, x.half) : Chunk{};
+        const bool inside = from.inside(p, patch, c + channel, offset);
+        return load_pair<Operand, PAIRS>(x, x_with, x_made, offset, inside);
     };
-    const auto store_x = [&](uint32_t slot, const Chunk& chunk, bool inside) {
-        const BnScaleShift* norm = term.norm ? tables.norm[slot] + channel : nullptr;
-        halo.put(slots + slot * slot_elements, chunk_round<Operand>(chunk, x.half, inside, norm));
+    const auto store_x = [&](uint32_t slot, const Loaded& loaded) {
+        halo.put(slots + slot * slot_elements, chunk_round<Operand, Pair::TANGENT, PAIRS>(
+                                                   loaded, x.half, x_with.half, x_made, tables.image[slot], channel));
         halo.next(p);
     };
     const auto dy_inside = [&](uint32_t at, uint32_t& offset) {
@@ -88,28 +98,29 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         offset = row * uint32_t(p.rows) + uint32_t(k + channel);
         return row != NO_ROW && k + channel < p.rows;
     };
-    const auto load_dy = [&](uint32_t at, bool& inside) {
+    const auto load_dy = [&](uint32_t at) {
         uint32_t offset;
-        inside = dy_inside(at, offset);
-        return inside ? chunk_load<Operand>(dy.at, dy.branch + offset, dy.half) : Chunk{};
+        const bool inside = dy_inside(at, offset);
+        return load_pair<Operand, PAIRS>(dy, dy_with, dy_made, offset, inside);
     };
-    const auto store_dy = [&](uint32_t slot, const Chunk& chunk, bool inside) {
+    const auto store_dy = [&](uint32_t slot, const Loaded& loaded) {
         uint16_t* to = slots + slot * slot_elements + halo_elements + dy_at * PIXEL + channel;
-        *reinterpret_cast<uint4*>(to) = chunk_round<Operand>(chunk, dy.half, inside, nullptr);
+        *reinterpret_cast<uint4*>(to) = chunk_round<Operand, Pair::DELTA, PAIRS>(loaded, dy.half, dy_with.half, dy_made,
+                                                                                tables.matrix[slot], channel);
         dy_at += ABREAST;
     };
     // Begins to copy what needs nothing done to it.
     const auto copy = [&](uint32_t slot) {
         uint16_t* to = slots + slot * slot_elements;
         uint32_t offset;
-        if (x.half && !term.norm) {
+        if (x.half && x_made == Made::PLAIN) {
             for (; halo.more(); halo.next(p)) {
                 const bool inside = halo.inside(p, patch, c + channel, offset);
                 const uint16_t* image = static_cast<const uint16_t*>(x.at);
                 halo.copy(to, inside ? image + x.branch + offset : image, inside);
             }
         }
-        if (dy.half) {
+        if (dy.half && dy_made == Made::PLAIN) {
             for (; dy_at < PATCH; dy_at += ABREAST) {
                 const bool inside = dy_inside(dy_at, offset);
                 const uint16_t* from = static_cast<const uint16_t*>(dy.at) + (inside ? dy.branch + offset : 0);
@@ -118,20 +129,19 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         }
     };
     const auto load_rest = [&](uint32_t slot) {
-        Chunk chunks[IN_FLIGHT];
-        bool inside[IN_FLIGHT];
+        Loaded loaded[IN_FLIGHT];
         while (halo.more()) {
             Halo ahead = halo;
             for (int i = 0; i < IN_FLIGHT; ++i) {
-                chunks[i] = load_x(ahead, inside[i]);
+                loaded[i] = load_x(ahead);
                 ahead.next(p);
             }
-            for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, chunks[i], inside[i]);
+            for (int i = 0; i < IN_FLIGHT; ++i) store_x(slot, loaded[i]);
         }
         static_assert(PATCH % (ABREAST * IN_FLIGHT) == 0);
         while (dy_at + (IN_FLIGHT - 1) * ABREAST < PATCH) {
-            for (int i = 0; i < IN_FLIGHT; ++i) chunks[i] = load_dy(dy_at + i * ABREAST, inside[i]);
-            for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, chunks[i], inside[i]);
+            for (int i = 0; i < IN_FLIGHT; ++i) loaded[i] = load_dy(dy_at + i * ABREAST);
+            for (int i = 0; i < IN_FLIGHT; ++i) store_dy(slot, loaded[i]);
         }
     };
     if (count > 0) {
@@ -159,15 +169,14 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
             copy(1 - slot);
         }
         // Its slot served this iteration's halo, which is loaded.
-        if (term.norm && i + 2 < count) tables.describe_norm(p, step_of(i + 2).branch, c, slot);
+        if (i + 2 < count) describe(i + 2, slot);
         const uint16_t* halo_slot = slots + slot * slot_elements;
         const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
-            bool x_inside = false, dy_inside_ = false;
-            Chunk x_chunk = {}, dy_chunk = {};
-            if (loads_x) x_chunk = load_x(halo, x_inside);
-            if (loads_dy) dy_chunk = load_dy(dy_at, dy_inside_);
+            Loaded of_x = {}, of_dy = {};
+            if (loads_x) of_x = load_x(halo);
+            if (loads_dy) of_dy = load_dy(dy_at);
             const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
             uint32_t a[2][4];
             for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
@@ -180,15 +189,11 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
                     if (2 * pair + 1 < MOST_TAPS) Operand::mma(tile.d[2 * pair + 1][m], a[m], b + 2);
                 }
             }
-            if (loads_x) store_x(1 - slot, x_chunk, x_inside);
-            if (loads_dy) store_dy(1 - slot, dy_chunk, dy_inside_);
+            if (loads_x) store_x(1 - slot, of_x);
+            if (loads_dy) store_dy(1 - slot, of_dy);
         }
         if (more) {
-            while (halo.more()) {
-                bool inside;
-                const Chunk chunk = load_x(halo, inside);
-                store_x(1 - slot, chunk, inside);
-            }
+            while (halo.more()) store_x(1 - slot, load_x(halo));
             copies_done();
         }
         sync_threads();
@@ -199,5 +204,5 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const bool there = tap < taps && in_slice < p.image_channels;
         return there ? uint32_t((first_tap + tap) * p.image_channels + in_slice) : NO_ROW;
     };
-    conv_finish<Operand, WgradTile<Operand>, false>(p, place, tile, row, column_of);
+    conv_finish<Operand, WgradTile<Operand>, Form::WGRAD>(p, place, tile, row, column_of);
 }

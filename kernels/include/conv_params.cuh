@@ -13,7 +13,6 @@
 #pragma once
 
 #include "bn_relu.cuh"
-#include "moments.cuh"
 
 enum class Form { FPROP, DGRAD, WGRAD };
 
@@ -47,9 +46,37 @@ struct ConvNorm {
 };
 static_assert(sizeof(ConvNorm) == 72);
 
+// An operand that is made of a given tensor and of what a batch norm with a ReLU behind it normalises: `conv_prologue.cuh`.
+struct ConvPair {
+    const void* at;           // what the batch norm normalises, at the same places as the given tensor; null: there is no pair
+    int64_t branch;           // elements from one branch to the next, 0: the same in all
+    ConvNorm norm;
+    const float* vectors[4];  // [M, C] delta: dg, db, null, null; tangent: ġ, ḃ, ⟨ẋ⟩, ρ
+    int64_t vector_branches[4];
+    int32_t half;             // it has 16 bits, not 32
+    float count;              // of the samples and pixels that a sum is over
+};
+static_assert(sizeof(ConvPair) == 160);
+
+// Sums of the columns of the result with a batch norm and a ReLU: `conv_sums.cuh`. Tensors are [M, rows, columns].
+struct ConvSums {
+    const void* next;    // what the batch norm normalises; null: no sums are wanted
+    const void* dy;      // tangent: the cotangent behind the ReLU
+    int64_t next_branch, dy_branch;
+    ConvNorm norm;
+    const float* db;     // [M, columns] tangent: Σ m dy
+    int64_t db_branch;
+    float* results[3];   // [M, columns] backward: dg, db, null; tangent: ⟨ẏ⟩, ρ, covariance
+    int32_t next_half, dy_half;
+};
+static_assert(sizeof(ConvSums) == 152);
+
 struct ConvProduct {
     ConvTerm terms[2];       // the second is fprop's alone
     ConvNorm norm;
+    ConvPair image;          // fprop's first term, wgrad: a tangent; dgrad: delta
+    ConvPair matrix;         // wgrad: delta
+    ConvSums sums;           // dgrad, fprop
     const void* start;       // [M, rows, columns], may be `out` itself; null: zero
     void* out;               // [M, rows, columns]
     int64_t start_branch;
@@ -57,8 +84,8 @@ struct ConvProduct {
     float* mean;             // [M, columns] of the rows of `out`; null: not wanted
     float* var;              // [M, columns], biased
     float* partial;          // [M, row tiles, column tiles, splits, elements of a tile]; null with one split
-    Moments* tile_sums;      // [M, column tiles, row tiles, columns of a tile]
-    Moments* group_sums;     // [M, column tiles, groups, columns of a tile]
+    void* tile_sums;         // [M, column tiles, row tiles, columns of a tile] records
+    void* group_sums;        // [M, column tiles, groups, columns of a tile]
     uint32_t* arrivals;      // [M, row tiles, column tiles], [M, column tiles, groups], [M, column tiles], all zero
     int32_t rows, columns, inner;
     int32_t image_height, image_width, image_channels;
@@ -82,13 +109,13 @@ struct ConvProduct {
     int32_t patches_down, patches_across;  // of an image's grid
     int32_t halo_height, halo_width;       // pixels of the image, of each of the patch's, that are loaded
 };
-static_assert(sizeof(ConvProduct) == 368);
+static_assert(sizeof(ConvProduct) == 840);
 
 // `conv2d_fprop_*`
 struct ConvParams {
     ConvProduct product;
 };
-static_assert(sizeof(ConvParams) == 368);
+static_assert(sizeof(ConvParams) == 840);
 
 // `conv2d_backward_*`: both gradients or one. A launch has the blocks of both, mixed in proportion: those that read the
 // same part of dy run at about the same time.
@@ -96,7 +123,7 @@ struct ConvBackwardParams {
     ConvProduct dgrad, wgrad;
     int32_t dgrad_blocks, wgrad_blocks;
 };
-static_assert(sizeof(ConvBackwardParams) == 744);
+static_assert(sizeof(ConvBackwardParams) == 1688);
 
 // The place of a block among those of a product.
 struct ConvPlace {

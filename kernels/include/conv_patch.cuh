@@ -6,6 +6,7 @@
 #pragma once
 
 #include "conv_finish.cuh"
+#include "conv_prologue.cuh"
 #include "tile_product.cuh"
 
 constexpr int PATCH = 128;        // pixels, some of which the result may not have
@@ -102,13 +103,6 @@ DEVICE uint32_t place_of(const ConvProduct& p, const Pixel& pixel, int32_t pixel
     return uint32_t(line * p.halo_width + pixel.across * pixel_step) * PIXEL;
 }
 
-// A tensor as an iteration sees it.
-struct Source {
-    const void* at;
-    int64_t branch;  // first element
-    int32_t half;
-};
-
 // What the threads load of the image, ABREAST pixels of the halo at a time, each thread eight channels of one.
 struct Halo {
     int32_t image, down, across;  // the next pixel
@@ -156,24 +150,12 @@ struct Halo {
     DEVICE uint16_t* place(uint16_t* slot) const { return slot + at * PIXEL + threadIdx.x % CHUNKS * 8; }
 };
 
-// Rounds eight elements, after batch norm and ReLU if `norm` is theirs; zeros stay for what is not inside.
-template <class Operand>
-DEVICE uint4 chunk_round(const Chunk& chunk, int half, bool inside, const BnScaleShift* norm) {
-    if (!inside) return {};
-    if (half && !norm) return chunk.low;
-    float v[8];
-    chunk_decode<Operand>(v, chunk, half);
-    if (norm) {
-        for (int i = 0; i < 8; ++i) v[i] = norm[i].relu(v[i]);
-    }
-    return chunk_encode<Operand>(v);
-}
-
 // The beginning of a block's shared memory.
 struct DirectTables {
-    uint32_t places[PATCH];       // `place_of`
-    uint32_t pixels[PATCH];       // coordinates in the patch, or NO_ROW
-    BnScaleShift norm[2][SLICE];  // of the present iteration and the next
+    uint32_t places[PATCH];        // `place_of`
+    uint32_t pixels[PATCH];        // coordinates in the patch, or NO_ROW
+    FactorTable<SLICE> image[2];   // of the present iteration and the next
+    FactorTable<SLICE> matrix[2];  // wgrad's
 
     // `pixels` packs images and lines of at most PATCH each.
     DEVICE void describe(const ConvProduct& p, int32_t pixel_step) {
@@ -187,10 +169,25 @@ struct DirectTables {
         if (packed == NO_ROW) return {-1, 0, 0};
         return {int32_t(packed >> 16), int32_t(packed >> 8 & 0xff), int32_t(packed & 0xff)};
     }
-    DEVICE void describe_norm(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
-        if (threadIdx.x >= SLICE) return;
-        const uint32_t channel = first + threadIdx.x;
-        norm[slot][threadIdx.x] = p.norm.of(branch, channel < uint32_t(p.image_channels) ? channel : 0);
+    // The factors of channels from `first` on in a branch, for what the image is made of.
+    template <Form FORM, bool PAIRS>
+    DEVICE void describe_image(const ConvProduct& p, Made made, int64_t branch, uint32_t first, uint32_t slot) {
+        if (made == Made::PLAIN || threadIdx.x >= SLICE) return;
+        uint32_t channel = first + threadIdx.x;
+        if (channel >= uint32_t(p.image_channels)) channel = 0;
+        if (made == Made::NORM) image[slot].put(int(threadIdx.x), p.norm.of(branch, channel));
+        if constexpr (PAIRS) {
+            if (made == Made::PAIR) {
+                image[slot].put(int(threadIdx.x), pair_factors<IMAGE_PAIR<FORM>>(p.image, branch, channel));
+            }
+        }
+    }
+    // The same for wgrad's matrix, by another warp.
+    DEVICE void describe_matrix(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
+        if (!p.matrix.at || threadIdx.x < SLICE || threadIdx.x >= 2 * SLICE) return;
+        const int i = int(threadIdx.x) - SLICE;
+        const uint32_t channel = first + uint32_t(i);
+        matrix[slot].put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
     }
 };
-static_assert(sizeof(DirectTables) == 1536);
+static_assert(sizeof(DirectTables) == 3072);

@@ -285,3 +285,101 @@ DEVICE void copy_async(void* to, const void* from, bool there, simt::Site site =
 DEVICE void copies_done() { simt::copies_done(); }
 
 #endif
+
+// ---- Products of a warpgroup: D [64, N] += A [64, 16] · B [16, N], operands in shared memory (PTX ISA, "wgmma"; sm_90a alone) ----
+//
+// Four warps in a row, the first's number a multiple of four, take part. The accumulators are f32: with w, g and t the warp in the
+// group, lane / 4 and lane % 4, d[4·j + i] is row 16·w + g + 8·(i / 2), column 8·j + 2·t + i % 2.
+//
+// An operand is made of matrices of 8 × 8 elements, 8 rows of 16 bytes one behind the other. Rows are lines of A, or columns of B, and
+// run along k (K-major, the shape of a product of lines by lines); transposed (MN-major), rows are places along k and run along the
+// lines. `wgmma_matrix` describes one without swizzle: the address of its first matrix, the bytes from a matrix to the next along
+// k, and those to the next along the lines. These are the leading and the stride dimension byte offset of the interleaved
+// layouts, K-major ((8,m),(T,2)):((1T,SBO),(1,LBO)) and MN-major ((T,1,m),(8,k)):((1,T,SBO),(1T,LBO)) in the words of CUTLASS; the
+// PTX ISA ("Strides") says the same. All are multiples of 16.
+//
+// A product runs behind the back of the threads, and so do its reads: in the order of
+//
+//   store_operand (or copy_async, copies_done), fence_operands, sync_threads    what is read; all that write it do all three
+//   wgmma_fence                                                                 behind all other use of the accumulators
+//   products, wgmma_commit
+//   wgmma_wait, wgmma_settle of each of the accumulators                        from here on they can be used, and memory be written
+//
+// On the host nothing is read before `wgmma_wait`. Till then accumulators are poison; and so is for ever what came of
+// products without a fence, of accumulators that changed meanwhile, and of memory that did not come as above. That the four warps
+// of a group do the same is checked at the next barrier.
+
+DEVICE uint64_t wgmma_matrix(uint32_t address, uint32_t along_k, uint32_t along_lines) {
+    return uint64_t(address >> 4 & 0x3fffu) | uint64_t(along_k >> 4 & 0x3fffu) << 16 |
+           uint64_t(along_lines >> 4 & 0x3fffu) << 32;
+}
+
+#if defined(__CUDACC__)
+
+#define MLNT_WGMMA_16(d)                                                                                                   \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), \
+        "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define MLNT_WGMMA_32(d)                                                                                                  \
+    MLNT_WGMMA_16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),          \
+        "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+
+// The `1`s: D is added to, and neither operand is negated.
+#define MLNT_WGMMA(type)                                                                                                \
+    template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                                     \
+    DEVICE void wgmma_##type(float (&d)[16], uint64_t a, uint64_t b) {                                                  \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." #type "." #type " {%0, %1, %2, %3, %4, %5, %6, %7, " \
+                     "%8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, %18, %19;"                              \
+                     : MLNT_WGMMA_16(d)                                                                                 \
+                     : "l"(a), "l"(b), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));                                 \
+    }                                                                                                                   \
+    template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                                     \
+    DEVICE void wgmma_##type(float (&d)[32], uint64_t a, uint64_t b) {                                                  \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." #type "." #type " {%0, %1, %2, %3, %4, %5, %6, %7, " \
+                     "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "    \
+                     "%27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, %34, %35;"                                           \
+                     : MLNT_WGMMA_32(d)                                                                                 \
+                     : "l"(a), "l"(b), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));                                 \
+    }
+
+MLNT_WGMMA(f16)
+MLNT_WGMMA(bf16)
+
+#undef MLNT_WGMMA
+#undef MLNT_WGMMA_32
+#undef MLNT_WGMMA_16
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits for all products that were committed.
+DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Keeps the compiler from using accumulators before, or changing them behind, this place.
+template <int REGISTERS>
+DEVICE void wgmma_settle(float (&d)[REGISTERS]) {
+    for (int i = 0; i < REGISTERS; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+DEVICE void store_operand(void* to, const uint4& v) { *static_cast<uint4*>(to) = v; }
+DEVICE void fence_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#else
+
+template <bool A_TRANSPOSED, bool B_TRANSPOSED, int REGISTERS>
+DEVICE void wgmma_f16(float (&d)[REGISTERS], uint64_t a, uint64_t b, simt::Site site = simt::Site::here()) {
+    simt::wgmma({simt::Operands::f16, A_TRANSPOSED, B_TRANSPOSED, REGISTERS, a, b}, d, site);
+}
+template <bool A_TRANSPOSED, bool B_TRANSPOSED, int REGISTERS>
+DEVICE void wgmma_bf16(float (&d)[REGISTERS], uint64_t a, uint64_t b, simt::Site site = simt::Site::here()) {
+    simt::wgmma({simt::Operands::bf16, A_TRANSPOSED, B_TRANSPOSED, REGISTERS, a, b}, d, site);
+}
+DEVICE void wgmma_fence(simt::Site site = simt::Site::here()) { simt::wgmma_fence(site); }
+DEVICE void wgmma_commit(simt::Site site = simt::Site::here()) { simt::wgmma_commit(site); }
+DEVICE void wgmma_wait(simt::Site site = simt::Site::here()) { simt::wgmma_wait(site); }
+template <int REGISTERS>
+DEVICE void wgmma_settle(float (&)[REGISTERS]) {}
+DEVICE uint32_t shared_address(const void* at) { return simt::shared_address(at); }
+DEVICE void store_operand(void* to, const uint4& v, simt::Site site = simt::Site::here()) {
+    simt::store_operand(to, v, site);
+}
+DEVICE void fence_operands() { simt::fence_operands(); }
+
+#endif

@@ -38,6 +38,10 @@ struct F16 {
     static DEVICE uint32_t encode(float low, float high) { return floats_to_f16x2(low, high); }
     static DEVICE float2 decode_pair(uint32_t v) { return f16x2_to_floats(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k16_f16(d, a, b); }
+    template <bool A_TRANSPOSED, bool B_TRANSPOSED, int REGISTERS>
+    static DEVICE void wgmma(float (&d)[REGISTERS], uint64_t a, uint64_t b) {
+        wgmma_f16<A_TRANSPOSED, B_TRANSPOSED>(d, a, b);
+    }
 };
 
 // 7 bits of mantissa, range of f32.
@@ -50,6 +54,10 @@ struct Bf16 {
     static DEVICE uint32_t encode(float low, float high) { return floats_to_bf16x2(low, high); }
     static DEVICE float2 decode_pair(uint32_t v) { return bf16x2_to_floats(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k16_bf16(d, a, b); }
+    template <bool A_TRANSPOSED, bool B_TRANSPOSED, int REGISTERS>
+    static DEVICE void wgmma(float (&d)[REGISTERS], uint64_t a, uint64_t b) {
+        wgmma_bf16<A_TRANSPOSED, B_TRANSPOSED>(d, a, b);
+    }
 };
 
 // A thread's part of D on tensor cores. The warps form 2 × 2 quarters of 32 × 32, each of 2 × 4 products m16n8.

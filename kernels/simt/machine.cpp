@@ -16,6 +16,7 @@
 
 #include "fiber.h"
 #include "mma.h"
+#include "wgmma.h"
 
 #if defined(MLNT_SIMT_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -35,9 +36,10 @@ constexpr size_t GUARD_BYTES = 1024;
 constexpr uint32_t GUARD = 0x7fe5a5a5u;   // a NaN too, but one that no computation gives
 constexpr unsigned char POISON = 0xff;  // NaN in floats, -1 in integers
 
-enum class Collective : uint8_t { sync_warp, shuffle, mma, load_matrices };
+enum class Collective : uint8_t { sync_warp, shuffle, mma, load_matrices, wgmma, wgmma_fence, wgmma_commit, wgmma_wait };
 
-constexpr const char* NAMES[] = {"sync_warp", "shuffle", "mma", "load_matrices"};
+constexpr const char* NAMES[] = {"sync_warp", "shuffle",     "mma",          "load_matrices",
+                                 "wgmma",     "wgmma_fence", "wgmma_commit", "wgmma_wait"};
 
 struct Fiber {
     Stack stack;
@@ -77,6 +79,9 @@ struct Warp {
     uint32_t factor, shift;         // the lane at place p of the ring is p·factor + shift, mod 32
     uint32_t round;                 // collectives completed
     Call call;
+    GroupProducts products;
+    float* accumulators[LANES];  // of the lanes, of the product that they ask for
+    uint64_t a, b;               // its descriptors
 
     uint32_t lane(uint32_t place) const { return (place * factor + shift) % LANES; }
     uint32_t waiting() const { return ~(ready | parked | ended); }
@@ -101,6 +106,7 @@ struct Machine {
     Warp all[LANES];
 
     Copies copies[MOST_THREADS];
+    Stores stores;
 
     Context host;
     Fiber fibers[MOST_THREADS];
@@ -184,6 +190,16 @@ void begin_phase(Machine& m) {
     give_up(m);
 }
 
+// Whether the warps of each warpgroup have asked for the same products.
+bool same_in_groups(Machine& m) {
+    for (uint32_t i = 0; i < m.warps; ++i) {
+        if (m.all[i].products.trace == m.all[i / 4 * 4].products.trace) continue;
+        report(m, "the warps %u and %u of a warpgroup call wgmma and its fences in different ways", i / 4 * 4, i);
+        return false;
+    }
+    return true;
+}
+
 // Goes over to the next warp that can run; false at the end of the block.
 bool next_warp(Machine& m) {
     const Warp& w = *m.warp;
@@ -194,6 +210,8 @@ bool next_warp(Machine& m) {
     }
     if (!m.parked) return false;
     if (m.ended) stuck_block(m);
+    if (!same_in_groups(m)) give_up(m);
+    m.stores.barrier(m.threads);
     m.parked = 0;
     for (uint32_t i = 0; i < m.warps; ++i) {
         m.all[i].parked = 0;
@@ -365,12 +383,15 @@ void copy_async(void* to, const void* from, Site site) {
         mine.capacity = capacity;
     }
     memset(to, POISON, 16);
+    m.stores.store(state.thread.x, aligned_offset(m, to));
     mine.list[mine.count++] = {to, from};
 }
 
 void copies_done() {
-    Copies& mine = state.machine->copies[state.thread.x];
+    Machine& m = *state.machine;
+    Copies& mine = m.copies[state.thread.x];
     for (size_t i = 0; i < mine.count; ++i) {
+        m.stores.store(state.thread.x, aligned_offset(m, mine.list[i].to));
         if (mine.list[i].from) {
             memcpy(mine.list[i].to, mine.list[i].from, 16);
         } else {
@@ -413,6 +434,70 @@ void load_matrices(uint32_t d[4], const void* row, bool transposed, Site site) {
     for (int i = 0; i < 4; ++i) d[i] = w.fragments.a[i][lane];
 }
 
+void wgmma(const GroupProduct& product, float* d, Site site) {
+    Machine& m = *state.machine;
+    Warp& w = *m.warp;
+    if (w.first / 128 * 128 + 128 > m.threads) {
+        report(m, "thread %u calls wgmma (%s:%d), but belongs to no whole warpgroup", state.thread.x, site.file, site.line);
+        give_up(m);
+    }
+    if (w.waiting() == 0) {
+        w.a = product.a;
+        w.b = product.b;
+    } else if (w.a != product.a || w.b != product.b) {
+        report(m, "thread %u calls wgmma (%s:%d) with other operands than its warp", state.thread.x, site.file, site.line);
+        give_up(m);
+    }
+    w.accumulators[m.lane] = d;
+    if (!join(m, w, {Collective::wgmma, site})) return wait(m);
+    if (!w.products.add(product, w.accumulators, site)) {
+        report(m, "no memory or too many accumulators for wgmma (%s:%d)", site.file, site.line);
+        give_up(m);
+    }
+}
+
+void wgmma_fence(Site site) {
+    Machine& m = *state.machine;
+    if (!join(m, *m.warp, {Collective::wgmma_fence, site})) return wait(m);
+    m.warp->products.fence(site);
+}
+
+void wgmma_commit(Site site) {
+    Machine& m = *state.machine;
+    if (!join(m, *m.warp, {Collective::wgmma_commit, site})) return wait(m);
+    m.warp->products.commit(site);
+}
+
+void wgmma_wait(Site site) {
+    Machine& m = *state.machine;
+    if (!join(m, *m.warp, {Collective::wgmma_wait, site})) return wait(m);
+    const Site* fault = m.warp->products.wait({m.shared_area + GUARD_BYTES, m.shared_bytes, &m.stores}, site);
+    if (!fault) return;
+    report(m, "a wgmma (%s:%d) reads what is not in shared memory, or laid out in a way unknown here", fault->file,
+           fault->line);
+    give_up(m);
+}
+
+uint32_t shared_address(const void* at) {
+    const Machine& m = *state.machine;
+    const uintptr_t offset = reinterpret_cast<uintptr_t>(at) - reinterpret_cast<uintptr_t>(m.shared_area + GUARD_BYTES);
+    return static_cast<uint32_t>(offset) + SHARED_BASE;
+}
+
+void store_operand(void* to, const uint4& v, Site site) {
+    Machine& m = *state.machine;
+    const size_t at = aligned_offset(m, to);
+    if (at == SIZE_MAX) {
+        report(m, "thread %u stores an operand (%s:%d) that is not 16 aligned bytes of shared memory", state.thread.x,
+               site.file, site.line);
+        give_up(m);
+    }
+    memcpy(to, &v, sizeof v);
+    m.stores.store(state.thread.x, at);
+}
+
+void fence_operands() { state.machine->stores.fence(state.thread.x); }
+
 namespace {
 
 // The OS thread's machine, made at its first launch and freed when the thread ends; null without memory.
@@ -425,6 +510,8 @@ Machine* this_machine() {
             Machine* m = static_cast<Machine*>(value);
             for (int i = 0; i < m->fibers_made; ++i) m->fibers[i].stack.release();
             for (Copies& copies : m->copies) free(copies.list);
+            for (Warp& warp : m->all) warp.products.release();
+            m->stores.release();
             free(m->shared_area);
             free(m);
         });
@@ -494,13 +581,16 @@ void run_block(Machine& m, uint64_t seed, uint64_t block) {
         m.all[i].ready = ~0u;
         m.all[i].parked = m.all[i].ended = 0;
         memset(m.all[i].fibers, 0, sizeof m.all[i].fibers);
+        m.all[i].products.begin();
+        m.all[i].products.group_row = i % 4 * 16;
     }
     memset(m.shared_area + GUARD_BYTES, POISON, m.shared_bytes);
+    m.stores.begin(m.threads, m.shared_bytes);
     begin_phase(m);
     next_lane(m);
     if (!begin_thread(m)) return;
     change(m.host, running(m).context);
-    if (!m.failed) check_shared(m);
+    if (!m.failed && same_in_groups(m)) check_shared(m);
 }
 
 }  // namespace
@@ -523,7 +613,7 @@ extern "C" int mlnt_simt_launch(const simt::Kernel* kernel, const void* params, 
     if (block_to > blocks) return refuse("blocks", block_to, blocks);
 
     Machine* m = this_machine();
-    if (!m || !reserve_shared(*m, shared_bytes)) {
+    if (!m || !reserve_shared(*m, shared_bytes) || !m->stores.begin(threads, shared_bytes)) {
         snprintf(error, error_size, "kernel %s: no memory for the machine", kernel->name);
         return 1;
     }

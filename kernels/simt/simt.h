@@ -1,8 +1,8 @@
 // The host meaning of the kernels' vocabulary: what a kernel sees of the SIMT machine, and its entry point.
 //
 // Kernels include this through `platform.cuh`. Compile them with -std=c++20 -DMLNT_SIMT -fno-strict-aliasing (kernels
-// read shared memory as several types, as CUDA allows), and link `machine.cpp`, `fiber.cpp` and `mma.cpp`. MLNT_SIMT_PORTABLE compiles
-// these three as for a processor that they do not know.
+// read shared memory as several types, as CUDA allows), and link `machine.cpp`, `fiber.cpp`, `mma.cpp` and `wgmma.cpp`. MLNT_SIMT_PORTABLE
+// compiles these as for a processor that they do not know.
 #pragma once
 
 #include <stddef.h>
@@ -77,6 +77,21 @@ void mma(Operands operands, float d[4], const uint32_t a[4], const uint32_t b[2]
 void copy_async(void* to, const void* from, Site site);
 void copies_done();
 void load_matrices(uint32_t d[4], const void* row, bool transposed, Site site);
+
+// A product of a warpgroup as a thread asks for it: which operands are transposed, accumulators of a thread, matrix descriptors.
+struct GroupProduct {
+    Operands operands;
+    bool a_transposed, b_transposed;
+    int registers;
+    uint64_t a, b;
+};
+void wgmma(const GroupProduct& product, float* d, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(Site site);
+uint32_t shared_address(const void* at);
+void store_operand(void* to, const uint4& v, Site site);
+void fence_operands();
 
 inline uint32_t to_bits(float v) { return __builtin_bit_cast(uint32_t, v); }
 inline float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }

@@ -95,6 +95,8 @@ fn check_starts(plan: &Plan) -> std::result::Result<(), String> {
             Op::Conv(_) => Some(2),
             Op::FusedConv(op) => op.start_operand(),
             Op::BnReluBackward(_) => Some(6),
+            Op::BnReluBackwardApply(_) => Some(8),
+            Op::BnReluDoubleBackwardApply(_) => Some(13),
             _ => None,
         };
         let branched = |b: usize| plan.buffers[b].meta.per_branch;

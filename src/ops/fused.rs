@@ -23,26 +23,57 @@ pub enum ConvForm {
     Tangent,
 }
 
+/// What a [`FusedConv`] finds of its first result, per channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Epilogue {
+    /// Nothing.
+    None,
+    /// Mean and biased variance of y, which a batch norm normalises next; only with [`ConvForm::Fprop`].
+    Stats,
+    /// With [`ConvForm::Backward`] and `norm`: dx is the cotangent of `relu(bn(x))`, and `(dg, db)` are those of the batch norm's
+    /// backward, `Σ m dx x̂` and `Σ m dx` with the ReLU's mask m.
+    BackwardSums,
+    /// With [`ConvForm::Tangent`]: ẏ is the tangent of what a batch norm normalises. Operands `next, g, b, mean, var` of that batch norm
+    /// and, of its backward, `dy, db`; results `⟨ẏ⟩`, `ρ = ⟨x̂ẏ⟩` and the covariance `⟨(m dy − ⟨m dy⟩) ẏ⟩`.
+    TangentSums,
+}
+
 /// One or two convolutions with what stands before and behind them.
 ///
-/// Operands: those of the form; with `norm` then `g, b, mean, var` `[C]`, and x is the operand of the batch norm, the convolution's is
-/// `relu(bn(x))`; with `start` last what is added to the first result. Results: those of the form; with `stats` then mean and
-/// biased variance of the first result per channel.
+/// Operands, in this order: those of the form; what `tangent`, `norm`, `delta` and `epilogue` want; with `start` what is added to the first
+/// result. Results: those of the form, then those of `epilogue`. `relu(bn(·))` and its derivatives are made of other tensors as these are
+/// loaded, with the same ReLU mask everywhere; padding stays zero. With x̂ = (x−μ)r, r = 1/√(σ²+ε) and m the mask:
+///
+/// * `norm`: `g, b, mean, var` `[C]`. The operand x is that of the batch norm, the convolution's is `relu(bn(x))`.
+/// * `tangent`, with `norm` only: `ẋ` is the tangent of the batch norm's operand, the convolution's is the tangent of `relu(bn(x))`,
+///   `m (g r (ẋ − ⟨ẋ⟩ − x̂ρ) + ġ x̂ + ḃ)`: the first operand of [`ConvForm::Tangent`], which has x as well, and in the place of x in the other
+///   forms, which take x in front of the four of `norm`. Behind these `ġ, ḃ, ⟨ẋ⟩, ρ` `[C]`, per branch where ẋ is.
+/// * `delta`: the operand dy is the cotangent of `relu(bn(y))` for the convolution's result y, and the convolution's is that of y,
+///   `g r (m dy − db/n − x̂ dg/n)`, n samples and pixels. Operands `y, g, b, mean, var, dg, db`, the sums per branch where dy is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FusedConv {
     /// Which convolutions.
     pub form: ConvForm,
     /// Their sizes.
     pub geom: ConvGeom,
-    /// Batch norm and ReLU are applied to x as it is loaded; padding stays zero.
+    /// Batch norm and ReLU are applied to x as it is loaded.
     pub norm: bool,
+    /// ẋ goes through the derivative of batch norm and ReLU as it is loaded.
+    pub tangent: bool,
+    /// dy goes through the backward of ReLU and batch norm as it is loaded.
+    pub delta: bool,
     /// Something is added to the first result: y, ẏ or dx. For [`ConvForm::Wgrad`], dw.
     pub start: bool,
-    /// Mean and variance of y; only with [`ConvForm::Fprop`].
-    pub stats: bool,
+    /// What is found of the first result.
+    pub epilogue: Epilogue,
 }
 
 impl FusedConv {
+    /// The form with nothing around it.
+    pub fn plain(form: ConvForm, geom: ConvGeom) -> Self {
+        FusedConv { form, geom, norm: false, tangent: false, delta: false, start: false, epilogue: Epilogue::None }
+    }
+
     /// Number of the form's own operands.
     pub fn operands(&self) -> usize {
         match self.form {
@@ -52,20 +83,78 @@ impl FusedConv {
         }
     }
 
-    /// Positions of `g, b, mean, var`, if there are any.
-    pub fn norm_operands(&self) -> Option<[usize; 4]> {
-        let first = self.operands();
-        self.norm.then_some([first, first + 1, first + 2, first + 3])
-    }
-
-    /// Position of what is added to the first result, if there is anything.
-    pub fn start_operand(&self) -> Option<usize> {
-        self.start.then_some(self.operands() + if self.norm { 4 } else { 0 })
+    /// Whether x is an operand beside the form's own.
+    fn takes_x(&self) -> bool {
+        self.tangent && self.form != ConvForm::Tangent
     }
 
     /// The operand to which the batch norm belongs.
     pub fn x_operand(&self) -> usize {
-        if self.form == ConvForm::Tangent { 2 } else { 0 }
+        match self.form {
+            ConvForm::Tangent => 2,
+            _ if self.takes_x() => self.operands(),
+            _ => 0,
+        }
+    }
+
+    /// Position of `dy`, in the forms that have one.
+    pub fn dy_operand(&self) -> Option<usize> {
+        match self.form {
+            ConvForm::Wgrad => Some(1),
+            ConvForm::Backward => Some(2),
+            ConvForm::Fprop | ConvForm::Tangent => None,
+        }
+    }
+
+    /// Positions of `g, b, mean, var`, if there are any.
+    pub fn norm_operands(&self) -> Option<[usize; 4]> {
+        let first = self.operands() + usize::from(self.takes_x());
+        self.norm.then_some([0, 1, 2, 3].map(|i| first + i))
+    }
+
+    /// Positions of `ġ, ḃ, ⟨ẋ⟩, ρ`, if there are any.
+    pub fn tangent_operands(&self) -> Option<[usize; 4]> {
+        let first = self.operands() + usize::from(self.takes_x()) + 4;
+        self.tangent.then_some([0, 1, 2, 3].map(|i| first + i))
+    }
+
+    fn before_delta(&self) -> usize {
+        self.operands() + usize::from(self.takes_x()) + 4 * (usize::from(self.norm) + usize::from(self.tangent))
+    }
+
+    /// Positions of `y, g, b, mean, var, dg, db`, if there are any.
+    pub fn delta_operands(&self) -> Option<[usize; 7]> {
+        let first = self.before_delta();
+        self.delta.then_some([0, 1, 2, 3, 4, 5, 6].map(|i| first + i))
+    }
+
+    fn before_epilogue(&self) -> usize {
+        self.before_delta() + if self.delta { 7 } else { 0 }
+    }
+
+    /// Positions of `next, g, b, mean, var, dy, db` of [`Epilogue::TangentSums`].
+    pub fn epilogue_operands(&self) -> Option<[usize; 7]> {
+        let first = self.before_epilogue();
+        (self.epilogue == Epilogue::TangentSums).then_some([0, 1, 2, 3, 4, 5, 6].map(|i| first + i))
+    }
+
+    /// Position of what is added to the first result, if there is anything.
+    pub fn start_operand(&self) -> Option<usize> {
+        let first = self.before_epilogue() + if self.epilogue == Epilogue::TangentSums { 7 } else { 0 };
+        self.start.then_some(first)
+    }
+
+    /// Whether the parts fit the form.
+    fn is_sound(&self) -> bool {
+        let form = self.form;
+        let epilogue = match self.epilogue {
+            Epilogue::None => true,
+            Epilogue::Stats => form == ConvForm::Fprop,
+            Epilogue::BackwardSums => form == ConvForm::Backward && self.norm && !self.tangent,
+            Epilogue::TangentSums => form == ConvForm::Tangent,
+        };
+        let tangent = !self.tangent || (self.norm && form != ConvForm::Fprop);
+        epilogue && tangent && (!self.delta || self.dy_operand().is_some())
     }
 
     /// The form's operands and results.
@@ -91,16 +180,28 @@ impl Operation for FusedConv {
     }
 
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        if !self.is_sound() {
+            return Err(crate::Error::shape(self.name(), "a prologue or an epilogue that its form does not have"));
+        }
         let (mut want, mut results) = self.metas();
-        let channels = Meta::vector(self.geom.c);
-        if self.norm {
-            want.extend([channels; 4]);
+        let (c, k) = (Meta::vector(self.geom.c), Meta::vector(self.geom.k));
+        want.extend(self.takes_x().then(|| self.geom.x()));
+        want.extend([c; 4].into_iter().filter(|_| self.norm));
+        want.extend([c; 4].into_iter().filter(|_| self.tangent));
+        if self.delta {
+            want.extend([self.geom.y(), k, k, k, k, k, k]);
+        }
+        match self.epilogue {
+            Epilogue::None => {}
+            Epilogue::Stats => results.extend([k; 2]),
+            Epilogue::BackwardSums => results.extend([c; 2]),
+            Epilogue::TangentSums => {
+                want.extend([self.geom.y(), k, k, k, k, self.geom.y(), k]);
+                results.extend([k; 3]);
+            }
         }
         want.extend(self.start.then_some(results[0]));
         super::expect(self.name(), inputs, &want)?;
-        if self.stats {
-            results.extend([Meta::vector(self.geom.k); 2]);
-        }
         let branched = any_branched(inputs);
         Ok(results.into_iter().map(|meta| meta.with_branching(branched)).collect())
     }
@@ -122,10 +223,18 @@ impl Operation for FusedConv {
                 conv(ConvKind::Fprop, 0, 3, &y) + conv(ConvKind::Fprop, 2, 1, &y) + widest(outputs, branches)
             }
         };
-        let norm = if self.norm { 2 * inputs[self.x_operand()].total(branches) as u64 } else { 0 };
+        let per_element = |cost: u64, of: &Meta| cost * of.total(branches) as u64;
+        let norm = if self.norm { per_element(2, &inputs[self.x_operand()]) } else { 0 };
+        let tangent = if self.tangent { per_element(5, &inputs[0]) } else { 0 };
+        let delta = self.dy_operand().filter(|_| self.delta).map_or(0, |dy| per_element(5, &inputs[dy]));
         let start = if self.start { outputs[0].total(branches) as u64 } else { 0 };
-        let stats = if self.stats { 4 * outputs[0].total(branches) as u64 } else { 0 };
-        products + norm + start + stats
+        let epilogue = match self.epilogue {
+            Epilogue::None => 0,
+            Epilogue::Stats => per_element(4, &outputs[0]),
+            Epilogue::BackwardSums => per_element(6, &outputs[0]),
+            Epilogue::TangentSums => per_element(9, &outputs[0]),
+        };
+        products + norm + tangent + delta + start + epilogue
     }
 }
 
@@ -210,5 +319,71 @@ impl Operation for BnReluDoubleBackward {
 
     fn flops(&self, inputs: &[Meta], outputs: &[Meta], branches: usize) -> u64 {
         BnDoubleBackward { relu: true }.flops(inputs, outputs, branches)
+    }
+}
+
+/// `(dy, x, g, b, mean, var, dg, db[, start]) → dx`: [`BnReluBackward`] whose sums are there already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BnReluBackwardApply {
+    /// Something is added to dx.
+    pub start: bool,
+}
+
+impl Operation for BnReluBackwardApply {
+    fn name(&self) -> &'static str {
+        "bn_relu_backward_apply"
+    }
+
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        let Some((x, c)) = inputs.get(1).map(|x| (*x, Meta::vector(x.dims[1]))) else {
+            return Err(crate::Error::shape(self.name(), "takes eight operands"));
+        };
+        let mut want = vec![x, x, c, c, c, c, c, c];
+        want.extend(self.start.then_some(x));
+        super::expect(self.name(), inputs, &want)?;
+        Ok(vec![x.with_branching(any_branched(inputs))])
+    }
+
+    fn pullback(&self, _: &mut Tape, _: &PullbackArgs<'_>) -> Result<Vec<Option<Tensor>>> {
+        Err(third_order(self.name(), "operands of a fused operation"))
+    }
+
+    fn flops(&self, inputs: &[Meta], outputs: &[Meta], branches: usize) -> u64 {
+        let start = if self.start { outputs[0].total(branches) as u64 } else { 0 };
+        5 * widest(inputs, branches) + start
+    }
+}
+
+/// `(ẋ, ġ, dy, x, g, b, mean, var, dg, db, ⟨ẋ⟩, ρ, cov[, start]) → (x̄, ḡ)`: what [`BnReluDoubleBackward`] makes beside ẏ, from the sums of the
+/// batch norm's backward (`dg`, `db`) and those of [`Epilogue::TangentSums`], plus `start` in x̄.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BnReluDoubleBackwardApply {
+    /// Something is added to x̄.
+    pub start: bool,
+}
+
+impl Operation for BnReluDoubleBackwardApply {
+    fn name(&self) -> &'static str {
+        "bn_relu_double_backward_apply"
+    }
+
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        let Some((x, c)) = inputs.get(3).map(|x| (*x, Meta::vector(x.dims[1]))) else {
+            return Err(crate::Error::shape(self.name(), "takes thirteen operands"));
+        };
+        let mut want = vec![x, c, x, x, c, c, c, c, c, c, c, c, c];
+        want.extend(self.start.then_some(x));
+        super::expect(self.name(), inputs, &want)?;
+        let branched = any_branched(inputs);
+        Ok([x, c].map(|meta| meta.with_branching(branched)).to_vec())
+    }
+
+    fn pullback(&self, _: &mut Tape, _: &PullbackArgs<'_>) -> Result<Vec<Option<Tensor>>> {
+        Err(third_order(self.name(), "operands of a fused operation"))
+    }
+
+    fn flops(&self, inputs: &[Meta], outputs: &[Meta], branches: usize) -> u64 {
+        let start = if self.start { outputs[0].total(branches) as u64 } else { 0 };
+        10 * widest(inputs, branches) + start
     }
 }

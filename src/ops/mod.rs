@@ -18,7 +18,10 @@ pub use batch_norm::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnForward, Bn
 pub use channel::{ChannelBroadcast, ChannelSum};
 pub use conv::{Conv, ConvGeom, ConvKind};
 pub use finite::AllFinite;
-pub use fused::{BnReluBackward, BnReluDoubleBackward, BnStats, ConvForm, FusedConv};
+pub use fused::{
+    BnReluBackward, BnReluBackwardApply, BnReluDoubleBackward, BnReluDoubleBackwardApply, BnStats, ConvForm, Epilogue,
+    FusedConv,
+};
 pub use lin_comb::{Fill, LinComb};
 pub use neighbours::{NearestNeighbours, TransferLabels};
 pub use pool::{AvgPool, AvgPoolBackward, MaxPool, MaxPoolIndex, PoolGather, PoolScatter, Window};
@@ -147,7 +150,9 @@ operations!(
     FusedConv,
     BnStats,
     BnReluBackward,
+    BnReluBackwardApply,
     BnReluDoubleBackward,
+    BnReluDoubleBackwardApply,
 );
 
 impl Operation for Op {
@@ -166,6 +171,19 @@ impl Operation for Op {
 }
 
 impl Op {
+    /// Whether it is one that the planner makes for the CUDA kernels alone.
+    pub fn is_for_kernels(&self) -> bool {
+        matches!(
+            self,
+            Op::FusedConv(_)
+                | Op::BnStats(_)
+                | Op::BnReluBackward(_)
+                | Op::BnReluBackwardApply(_)
+                | Op::BnReluDoubleBackward(_)
+                | Op::BnReluDoubleBackwardApply(_)
+        )
+    }
+
     /// Whether a result of the shape, width and branching of operand `i` may lie where that operand does; `summed`: the result is a
     /// sum over the branches.
     pub(crate) fn works_in_place(&self, i: usize, summed: bool) -> bool {
@@ -174,7 +192,9 @@ impl Op {
             Op::Conv(_) => i == 2,
             Op::FusedConv(op) => op.start_operand() == Some(i),
             Op::BnReluBackward(_) => i == 6 || (i == 0 && !summed),
+            Op::BnReluBackwardApply(_) => i == 8 || (i == 0 && !summed),
             Op::BnReluDoubleBackward(_) => matches!(i, 0 | 3) && !summed,
+            Op::BnReluDoubleBackwardApply(_) => i == 13 || (matches!(i, 0 | 2) && !summed),
             _ => false,
         }
     }

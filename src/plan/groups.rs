@@ -8,7 +8,9 @@
 
 use super::graph::{Graph, Part};
 use crate::error::Result;
-use crate::ops::{BnReluBackward, FusedConv, LinComb, Op, Operation};
+use crate::ops::{
+    BnReluBackward, BnReluBackwardApply, BnReluDoubleBackwardApply, Epilogue, FusedConv, LinComb, Op, Operation,
+};
 use crate::tape::{Coef, Meta, Node, Tensor};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -65,7 +67,9 @@ fn start_operand(node: &Node) -> Option<usize> {
     match node.op {
         Op::Conv(_) => (node.inputs.len() == 3).then_some(2),
         Op::FusedConv(op) => op.start_operand(),
-        Op::BnReluBackward(op) => op.start.then(|| node.inputs.len() - 1),
+        Op::BnReluBackward(BnReluBackward { start })
+        | Op::BnReluBackwardApply(BnReluBackwardApply { start })
+        | Op::BnReluDoubleBackwardApply(BnReluDoubleBackwardApply { start }) => start.then(|| node.inputs.len() - 1),
         _ => None,
     }
 }
@@ -306,6 +310,8 @@ fn set_start(op: &mut Op, start: bool) {
     match op {
         Op::FusedConv(op) => op.start = start,
         Op::BnReluBackward(op) => op.start = start,
+        Op::BnReluBackwardApply(op) => op.start = start,
+        Op::BnReluDoubleBackwardApply(op) => op.start = start,
         _ => {}
     }
 }
@@ -314,7 +320,11 @@ fn set_start(op: &mut Op, start: bool) {
 fn with_start(node: &Node, start: Tensor) -> Option<Node> {
     let mut node = node.clone();
     match node.op {
-        Op::Conv(_) | Op::FusedConv(FusedConv { stats: false, .. }) | Op::BnReluBackward(BnReluBackward { .. }) => {}
+        Op::Conv(_)
+        | Op::FusedConv(FusedConv { epilogue: Epilogue::None, .. })
+        | Op::BnReluBackward(_)
+        | Op::BnReluBackwardApply(_)
+        | Op::BnReluDoubleBackwardApply(_) => {}
         _ => return None,
     }
     match start_operand(&node) {

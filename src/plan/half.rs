@@ -24,7 +24,9 @@ fn widths(op: &Op) -> Widths {
         | Op::BnBackward(_)
         | Op::BnDoubleBackward(_)
         | Op::BnReluBackward(_)
+        | Op::BnReluBackwardApply(_)
         | Op::BnReluDoubleBackward(_)
+        | Op::BnReluDoubleBackwardApply(_)
         | Op::Relu(_)
         | Op::Mask(_) => Widths::One,
         Op::Conv(_)

@@ -1,7 +1,7 @@
 //! Writes a plan with fused operations out again in the plain ones that they stand for, so that the CPU device can run it.
 
 use mlnt::ops::{
-    BnBackward, BnDoubleBackward, BnEval, BnForward, Conv, ConvForm, ConvKind, Fill, FusedConv, LinComb, Op,
+    BnBackward, BnDoubleBackward, BnEval, BnForward, Conv, ConvForm, ConvKind, Epilogue, Fill, FusedConv, LinComb, Op,
 };
 use mlnt::plan::{Args, Buffer, Launch, Place, Plan};
 use mlnt::tape::{Coef, Meta};
@@ -121,7 +121,7 @@ impl Expansion {
                 conv(i[2], i[1], Some(first), out[0]);
             }
         }
-        if op.stats {
+        if op.epilogue == Epilogue::Stats {
             self.stats(out[0], out[1], out[2]);
         }
     }

@@ -119,7 +119,12 @@ fn run_args<T: Real>(context: &Context<'_, T>, launch: &Launch, args: &Args, wor
             let y = op.relu.then(|| real(8));
             batch_norm::double_backward(branches, ins, y, [out(0), out(1), out(2)], channels(&input(0).meta));
         }
-        Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_) => {
+        Op::FusedConv(_)
+        | Op::BnStats(_)
+        | Op::BnReluBackward(_)
+        | Op::BnReluBackwardApply(_)
+        | Op::BnReluDoubleBackward(_)
+        | Op::BnReluDoubleBackwardApply(_) => {
             unreachable!("refused when the plan was loaded")
         }
         Op::Relu(_) => elementwise::relu(real(0), out(0)),

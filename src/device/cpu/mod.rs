@@ -29,7 +29,6 @@ use super::states::{State, States};
 use super::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::Conv;
-use crate::ops::Op;
 use crate::plan::{Place, Plan, Port};
 use crate::tape::{DType, Meta};
 use border::{Data, Entry, Values};
@@ -181,10 +180,7 @@ impl<T: Real + Default> Device for Cpu<T> {
     }
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
-        let foreign = |op: &Op| {
-            matches!(op, Op::FusedConv(_) | Op::BnStats(_) | Op::BnReluBackward(_) | Op::BnReluDoubleBackward(_))
-        };
-        if plan.launches.iter().any(|l| foreign(&l.op)) || plan.arena_halves > 0 {
+        if plan.launches.iter().any(|l| l.op.is_for_kernels()) || plan.arena_halves > 0 {
             return Err(Self::error("the plan is one for the CUDA kernels".into()));
         }
         check("cpu", &plan)?;

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::ops::Operation;
 use crate::plan::{Place, Plan, PlanOptions, Port};
 use crate::tape::{DType, Meta};
-use driver::{Address, Driver, Event, Graph, Stream};
+use driver::{Address, Driver, Event, Generation, Graph, Stream};
 use images::{Images, Landing};
 use layout::{Towards, permute};
 use lower::{Bases, Lowered, Lowering};
@@ -107,7 +107,7 @@ impl Cuda {
         }
         self.make_room(id)?;
         let loaded = self.plan(id)?;
-        let lowered = Lowering::run(&loaded.plan, &self.bases(loaded), self.operands)?;
+        let lowered = Lowering::run(&loaded.plan, &self.bases(loaded), self.operands, self.driver.generation())?;
         for launch in &lowered.launches {
             let kernel = self.driver.kernel(launch.kernel)?;
             if let Some(why) = self.driver.limits().refuse(launch, &kernel) {
@@ -251,10 +251,10 @@ impl Cuda {
 }
 
 /// Lowers for no addresses. Sizes do not depend on them: it tells how much memory there must be.
-fn lower_nowhere(plan: &Plan, operands: Operands) -> Result<Lowered> {
+fn lower_nowhere(plan: &Plan, operands: Operands, generation: Generation) -> Result<Lowered> {
     let states = vec![Address::NULL; plan.states.len()];
     let inputs = vec![Address::NULL; plan.inputs.len()];
-    Lowering::run(plan, &Bases { states, inputs, ..Bases::default() }, operands)
+    Lowering::run(plan, &Bases { states, inputs, ..Bases::default() }, operands, generation)
 }
 
 /// Bytes within which the arena of a step is kept by taking its branches in groups, for convolutions with these operands.
@@ -283,12 +283,12 @@ pub struct KernelCost {
 }
 
 impl KernelCost {
-    /// The cost of `plan`, without a machine.
+    /// The cost of `plan`, without a machine: with the kernels that a card of this generation is given.
     ///
     /// # Errors
     /// When an operation has sizes that its kernels cannot take.
-    pub fn of(plan: &Plan, operands: Operands) -> Result<Self> {
-        let lowered = lower_nowhere(plan, operands)?;
+    pub fn of(plan: &Plan, operands: Operands, generation: Generation) -> Result<Self> {
+        let lowered = lower_nowhere(plan, operands, generation)?;
         let starts = std::iter::once(0).chain(lowered.ends.iter().copied());
         let names = |(from, to)| lowered.launches[from..to].iter().map(|launch| launch.kernel).collect();
         Ok(KernelCost {
@@ -318,7 +318,7 @@ impl Device for Cuda {
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
         check(&self.driver.name(), &plan)?;
-        let lowered = lower_nowhere(&plan, self.operands)?;
+        let lowered = lower_nowhere(&plan, self.operands, self.driver.generation())?;
         self.check_memory(&plan, &lowered)?;
         let Lowered { coefs, tables, scratch, counters, .. } = lowered;
         let coefs = self.allocate(4 * coefs.len(), "coefficients")?;

@@ -47,7 +47,7 @@ fn merge(graph: &mut Graph, first: usize, second: usize, needed: Vec<bool>) {
     let Op::Conv(Conv { geom, .. }) = dgrad.op else { unreachable!("a dgrad is a convolution") };
     let form = ConvForm::Backward;
     let joint = Node {
-        op: FusedConv { form, geom, norm: false, start: false, stats: false }.into(),
+        op: FusedConv::plain(form, geom).into(),
         inputs: vec![wgrad.inputs[0], dgrad.inputs[1], dgrad.inputs[0]],
         outputs: vec![dgrad.outputs[0], wgrad.outputs[0]],
         phase: dgrad.phase,

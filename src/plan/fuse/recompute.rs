@@ -64,7 +64,7 @@ pub(super) fn fuse(graph: &mut Graph) {
 fn reader(node: &Node, i: usize, norm: &Norm) -> Option<Reader> {
     let [g, _, mean, var] = norm.channels;
     let own = |at: usize| node.inputs[at..at + 4] == [norm.x, g, mean, var];
-    let image = |form, geom| FusedConv { form, geom, norm: true, start: false, stats: false };
+    let image = |form, geom| FusedConv { norm: true, ..FusedConv::plain(form, geom) };
     match node.op {
         Op::Conv(Conv { kind: ConvKind::Fprop, geom }) if i == 0 && node.inputs.len() == 2 => {
             Some(Reader::Image(image(ConvForm::Fprop, geom)))

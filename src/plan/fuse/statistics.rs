@@ -1,7 +1,7 @@
 //! Mean and variance of what a convolution makes come out of that convolution.
 
 use super::Graph;
-use crate::ops::{BnEval, BnForward, Conv, ConvForm, ConvKind, FusedConv, Op};
+use crate::ops::{BnEval, BnForward, Conv, ConvForm, ConvKind, Epilogue, FusedConv, Op};
 use crate::tape::{Node, Tensor};
 
 /// `bn_stats(x)`, and the statistics of `bn_forward(x)`, of an x that a forward convolution makes: further results of that convolution.
@@ -24,10 +24,10 @@ pub(super) fn fuse(graph: &mut Graph) {
         if branched != graph.metas[x.index()].per_branch {
             continue;
         }
-        if op.stats {
+        if op.epilogue == Epilogue::Stats {
             same.extend(stats.into_iter().zip(graph.nodes[p].outputs[1..].iter().copied()));
         } else {
-            graph.nodes[p].op = FusedConv { stats: true, ..op }.into();
+            graph.nodes[p].op = FusedConv { epilogue: Epilogue::Stats, ..op }.into();
             graph.nodes[p].outputs.extend(stats);
         }
         let node = &mut graph.nodes[n];
@@ -50,7 +50,7 @@ fn forward_convolution(node: &Node) -> Option<FusedConv> {
     let form = ConvForm::Fprop;
     match node.op {
         Op::Conv(Conv { kind: ConvKind::Fprop, geom }) => {
-            Some(FusedConv { form, geom, norm: false, start: node.inputs.len() == 3, stats: false })
+            Some(FusedConv { start: node.inputs.len() == 3, ..FusedConv::plain(form, geom) })
         }
         Op::FusedConv(op) if op.form == form => Some(op),
         _ => None,

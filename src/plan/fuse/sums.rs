@@ -1,7 +1,7 @@
 //! Sums that are computed inside other operations: in the one that makes the last term, or in the sum of which they are a term.
 
 use super::Graph;
-use crate::ops::{BnReluBackward, FusedConv, LinComb, Op};
+use crate::ops::{BnReluBackward, Epilogue, FusedConv, LinComb, Op};
 use crate::tape::{Coef, Kind, Node, Tensor};
 
 /// `t_1 + … + t_n`, where nobody else reads the last terms and each is a convolution, a backward of both kinds or `dx` of
@@ -60,7 +60,7 @@ pub(super) fn accumulate(graph: &mut Graph) {
 fn with_start(node: &Node) -> Option<Op> {
     match node.op {
         Op::Conv(_) if node.inputs.len() == 2 => Some(node.op.clone()),
-        Op::FusedConv(op) if !op.start && !op.stats => Some(FusedConv { start: true, ..op }.into()),
+        Op::FusedConv(op) if !op.start && op.epilogue == Epilogue::None => Some(FusedConv { start: true, ..op }.into()),
         Op::BnReluBackward(BnReluBackward { start: false }) => Some(BnReluBackward { start: true }.into()),
         _ => None,
     }

@@ -43,7 +43,7 @@ pub(super) fn join(graph: &mut Graph) {
             let swap = rank(pairs[1].0) > rank(pairs[0].0);
             let [(x, dw), (dx, w)] = if swap { [pairs[1], pairs[0]] } else { pairs };
             let form = ConvForm::Tangent;
-            graph.nodes[late].op = FusedConv { form, geom, norm: false, start: false, stats: false }.into();
+            graph.nodes[late].op = FusedConv::plain(form, geom).into();
             graph.nodes[late].inputs = vec![dx, dw, x, w];
             terms.remove(j);
         }

@@ -67,6 +67,16 @@ pub struct KernelInfo {
     pub threads: u32,
 }
 
+/// Which kernels a machine is given, where there are several for one purpose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Generation {
+    /// Those that every card runs.
+    #[default]
+    Portable,
+    /// Those for compute capability 9.0 alone, where there are any.
+    Hopper,
+}
+
 /// Sizes a launch must keep within.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -81,6 +91,9 @@ pub struct Limits {
 impl Limits {
     /// What the compute capabilities 8.0 and later have in common. Shared memory: the 99 KiB of sm_86 and sm_89.
     pub const COMMON: Limits = Limits { grid: [0x7fff_ffff, 65_535, 65_535], threads: 1024, shared: 99 * 1024 };
+
+    /// Those of compute capability 9.0, with 227 KiB of shared memory.
+    pub const HOPPER: Limits = Limits { shared: 227 * 1024, ..Limits::COMMON };
 
     /// Why a launch does not fit; `None` when it does.
     pub fn refuse(&self, launch: &Launch, kernel: &KernelInfo) -> Option<String> {
@@ -111,6 +124,11 @@ pub trait Driver {
 
     /// What launches must keep within.
     fn limits(&self) -> Limits;
+
+    /// Which kernels it runs best.
+    fn generation(&self) -> Generation {
+        Generation::Portable
+    }
 
     /// What is known of a kernel.
     ///

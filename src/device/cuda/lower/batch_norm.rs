@@ -2,7 +2,7 @@
 
 use super::super::driver::Address;
 use super::{Lowering, Operand, stored};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::BN_EPS;
 use crate::plan::Args;
 use bytemuck::{Pod, Zeroable};
@@ -337,4 +337,14 @@ pub(super) fn double_backward(l: &mut Lowering<'_>, mask: Mask, args: &Args) -> 
     division.reduce(l, stored!(storage, "bn_double_backward_reduce"), &params, DOUBLE);
     division.apply(l, stored!(storage, "bn_double_backward_apply"), &params, DOUBLE);
     Ok(())
+}
+
+/// `(dy, x, g, b, mean, var, dg, db[, start]) → dx`.
+pub(super) fn backward_apply(l: &mut Lowering<'_>, _: &Args) -> Result<()> {
+    Err(Error::shape("bn_relu_backward_apply", format!("is not lowered yet ({})", l.label)))
+}
+
+/// `(ẋ, ġ, dy, x, g, b, mean, var, dg, db, ⟨ẋ⟩, ρ, cov[, start]) → (x̄, ḡ)`.
+pub(super) fn double_backward_apply(l: &mut Lowering<'_>, _: &Args) -> Result<()> {
+    Err(Error::shape("bn_relu_double_backward_apply", format!("is not lowered yet ({})", l.label)))
 }

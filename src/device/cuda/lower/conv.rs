@@ -1,127 +1,37 @@
-//! Convolutions, plain and fused: `kernels/conv.cu` and `kernels/conv_direct.cu`.
+//! Convolutions, plain and fused: `kernels/conv.cu`, `kernels/conv_direct.cu` and `kernels/conv_wgmma.cu`.
 
+use super::conv_cells::{self, CellTiling, Scale};
+use super::conv_params::{
+    CellBackwardParams, CellParams, ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvSums, ConvTerm,
+};
 use super::conv_tiles::Tiling;
 use super::{Lowering, Operand, Operands};
-use crate::device::cuda::driver::Address;
+use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
-use crate::ops::{BN_EPS, Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Operation};
+use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
 use crate::plan::Args;
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 
 /// Threads of a block.
 const THREADS: usize = 128;
 /// Bytes of shared memory of a block: the tables of positions and two pairs of tiles (`Shared` in the kernels).
-const SHARED_32: usize = 40_192;
+const SHARED_32: usize = 43_264;
 /// The same with operands of 16 bits.
-const SHARED_16: usize = 23_808;
+const SHARED_16: usize = 26_880;
 /// Blocks that keep any present card busy. A product with fewer tiles is split along its inner dimension.
 const BLOCKS: usize = 264;
 /// Most bytes of partial results.
 const PARTIAL_BYTES: usize = 64 << 20;
-/// `MOMENT_GROUP`: row tiles whose statistics are combined at a time.
-const MOMENT_GROUP: usize = 32;
-/// Bytes of `Moments`.
-const MOMENTS: usize = 16;
+/// `RECORD_GROUP`: row tiles whose records are combined at a time.
+const RECORD_GROUP: usize = 32;
+/// `RECORD`: bytes of the largest record of a column.
+const RECORD: usize = 16;
 /// Bytes to which the direct kernels want tensors aligned.
 const ALIGN: u64 = 16;
 /// The kernels add up paddings, image sizes and kernel sizes in 32 bits.
 const MOST_PADDED_SIDE: usize = 1 << 29;
 /// The kernels number the stride² remainders of a pixel in 32 bits.
 const MOST_STRIDE: usize = 1 << 15;
-
-/// Twin of `ConvTerm`.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ConvTerm {
-    image: Address,
-    matrix: Address,
-    image_branch: i64,
-    matrix_branch: i64,
-    segments: i32,
-    image_half: i32,
-    matrix_half: i32,
-    norm: i32,
-}
-const _: () = assert!(size_of::<ConvTerm>() == 48);
-
-/// Twin of `ConvNorm`.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ConvNorm {
-    at: [Address; 4],
-    branch: [i64; 4],
-    epsilon: f32,
-    unused: i32,
-}
-const _: () = assert!(size_of::<ConvNorm>() == 72);
-
-/// Twin of `ConvProduct`.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ConvProduct {
-    terms: [ConvTerm; 2],
-    norm: ConvNorm,
-    start: Address,
-    out: Address,
-    start_branch: i64,
-    out_branch: i64,
-    mean: Address,
-    var: Address,
-    partial: Address,
-    tile_sums: Address,
-    group_sums: Address,
-    arrivals: Address,
-    rows: i32,
-    columns: i32,
-    inner: i32,
-    image_height: i32,
-    image_width: i32,
-    image_channels: i32,
-    grid_height: i32,
-    grid_width: i32,
-    kernel_width: i32,
-    stride: i32,
-    pad: i32,
-    filter: i32,
-    row_tiles: i32,
-    column_tiles: i32,
-    inner_tiles: i32,
-    segments: i32,
-    splits: i32,
-    branches: i32,
-    by_pixel: i32,
-    start_half: i32,
-    out_half: i32,
-    kernel_height: i32,
-    images: i32,
-    patch_images: i32,
-    patch_height: i32,
-    patch_width: i32,
-    patches_down: i32,
-    patches_across: i32,
-    halo_height: i32,
-    halo_width: i32,
-}
-const _: () = assert!(size_of::<ConvProduct>() == 368);
-
-/// Twin of `ConvParams`.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ConvParams {
-    product: ConvProduct,
-}
-const _: () = assert!(size_of::<ConvParams>() == 368);
-
-/// Twin of `ConvBackwardParams`.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ConvBackwardParams {
-    dgrad: ConvProduct,
-    wgrad: ConvProduct,
-    dgrad_blocks: i32,
-    wgrad_blocks: i32,
-}
-const _: () = assert!(size_of::<ConvBackwardParams>() == 744);
 
 /// A form as the kernels see it: a matrix product of gathered operands.
 struct Shape {
@@ -151,18 +61,88 @@ impl Shape {
     }
 }
 
+/// An operand that is made of a given tensor and of what a batch norm with a ReLU behind it normalises.
+struct Pair {
+    /// What the batch norm normalises.
+    with: Operand,
+    /// `g, b, mean, var`
+    norm: [Operand; 4],
+    /// Of delta `dg, db`, of a tangent `ġ, ḃ, ⟨ẋ⟩, ρ`.
+    vectors: Vec<Operand>,
+}
+
+impl Pair {
+    fn operands(&self) -> impl Iterator<Item = &Operand> {
+        [&self.with].into_iter().chain(&self.norm).chain(&self.vectors)
+    }
+}
+
+/// What is found of the first result.
+enum Found {
+    Nothing,
+    /// Mean and variance.
+    Statistics([Operand; 2]),
+    /// With what a batch norm normalises and its `g, b, mean, var`.
+    Sums {
+        next: Operand,
+        norm: [Operand; 4],
+        /// Of a tangent: the cotangent behind the ReLU, and its sum.
+        dy: Option<[Operand; 2]>,
+        results: Vec<Operand>,
+    },
+}
+
+impl Found {
+    fn operands(&self) -> Vec<&Operand> {
+        match self {
+            Found::Nothing => Vec::new(),
+            Found::Statistics(results) => results.iter().collect(),
+            Found::Sums { next, norm, dy, results } => {
+                [next].into_iter().chain(norm).chain(dy.iter().flatten()).chain(results).collect()
+            }
+        }
+    }
+
+    /// The activations that it reads.
+    fn activations(&self) -> Vec<&Operand> {
+        match self {
+            Found::Sums { next, dy, .. } => [next].into_iter().chain(dy.iter().map(|[dy, _]| dy)).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// What it makes.
+    fn results(&self) -> &[Operand] {
+        match self {
+            Found::Nothing => &[],
+            Found::Statistics(results) => results,
+            Found::Sums { results, .. } => results,
+        }
+    }
+}
+
 /// Operands and results of one product. The image is x or dy; the matrix is w, or dy of a weight gradient.
 struct Job<'a> {
     kind: ConvKind,
     geom: &'a ConvGeom,
     /// Image and matrix of each term.
     terms: &'a [[Operand; 2]],
-    /// The term to whose image the batch norm belongs, and its `g, b, mean, var`.
+    /// The term whose image is `relu(bn(·))` of what is given, and the batch norm's `g, b, mean, var`.
     norm: Option<(usize, [Operand; 4])>,
+    /// The pair that the first term's image is: delta in dgrad, else a tangent.
+    image: Option<Pair>,
+    /// The pair that the matrix of a weight gradient is: delta.
+    matrix: Option<Pair>,
     start: Option<Operand>,
     out: Operand,
-    /// Mean and variance of the result.
-    stats: Option<[Operand; 2]>,
+    found: Found,
+}
+
+impl<'a> Job<'a> {
+    /// A product with nothing around it.
+    fn plain(kind: ConvKind, geom: &'a ConvGeom, terms: &'a [[Operand; 2]], out: Operand) -> Self {
+        Job { kind, geom, terms, norm: None, image: None, matrix: None, start: None, out, found: Found::Nothing }
+    }
 }
 
 /// What runs beside a product in the same launch.
@@ -179,15 +159,27 @@ impl Job<'_> {
     /// Branches that term `i` adds up in each element of the result.
     fn segments(&self, i: usize, branches: usize) -> usize {
         let norm = self.norm.iter().filter(|(term, _)| *term == i).flat_map(|(_, operands)| operands);
-        let branched = self.terms[i].iter().chain(norm).any(|o| o.meta.per_branch);
+        let pairs = self.pairs().filter(|_| i == 0).flat_map(Pair::operands);
+        let branched = self.terms[i].iter().chain(norm).chain(pairs).any(|o| o.meta.per_branch);
         if branched && !self.out.meta.per_branch { branches } else { 1 }
+    }
+
+    fn pairs(&self) -> impl Iterator<Item = &Pair> {
+        self.image.iter().chain(&self.matrix)
     }
 
     /// All tensors.
     fn operands(&self) -> impl Iterator<Item = &Operand> {
         let norm = self.norm.iter().flat_map(|(_, operands)| operands);
-        let stats = self.stats.iter().flatten();
-        self.terms.iter().flatten().chain(norm).chain(&self.start).chain([&self.out]).chain(stats)
+        let pairs = self.pairs().flat_map(Pair::operands);
+        let given = self.terms.iter().flatten().chain(norm).chain(pairs);
+        given.chain(&self.start).chain([&self.out]).chain(self.found.operands())
+    }
+
+    /// Those with eight neighbours of which the direct kernels do something at a time.
+    fn tensors(&self) -> impl Iterator<Item = &Operand> {
+        let pairs = self.pairs().map(|pair| &pair.with);
+        self.terms.iter().flatten().chain(pairs).chain(&self.start).chain([&self.out]).chain(self.found.activations())
     }
 
     /// Segments of all terms.
@@ -195,13 +187,25 @@ impl Job<'_> {
         (0..self.terms.len()).map(|i| self.segments(i, branches)).sum()
     }
 
+    /// Whether kernels can take it that work on patches: if they can take its sizes.
+    fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
+        let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
+        halves && self.out.len() > 0 && self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN))
+    }
+
     /// Its tiles, if the direct kernels can take it.
     fn direct(&self, lowering: &Lowering<'_>) -> Option<Tiling> {
-        let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
-        let aligned =
-            self.terms.iter().flatten().chain(&self.start).chain([&self.out]).all(|o| o.at.0.is_multiple_of(ALIGN));
         let tiling = Tiling::direct(self.kind, self.geom, self.all_segments(lowering.branches()));
-        if halves && aligned && self.out.len() > 0 { tiling } else { None }
+        tiling.filter(|_| self.by_patches(lowering))
+    }
+
+    /// Its tiles, if the kernels for Hopper can take it.
+    fn cells(&self, lowering: &Lowering<'_>, width: usize) -> Option<(Tiling, CellTiling)> {
+        if lowering.generation != Generation::Hopper || !self.by_patches(lowering) {
+            return None;
+        }
+        let (segments, branches) = (self.all_segments(lowering.branches()), self.out.branches(lowering.branches()));
+        conv_cells::cells(self.kind, self.geom, Scale { segments, branches, width })
     }
 
     /// Its tiles with the kernels that gather.
@@ -228,7 +232,8 @@ impl Job<'_> {
         let branches = self.out.branches(lowering.branches());
         let tiles = row_tiles * column_tiles * branches;
         narrow(inner_tiles * segments)?;
-        let splits = splits(tiling, tiles, inner_tiles * segments, beside);
+        let blocks = row_tiles.div_ceil(tiling.run) * column_tiles * branches;
+        let splits = splits(tiling, [blocks, tiles], inner_tiles * segments, beside);
         let patches = &tiling.patches;
         let mut product = ConvProduct {
             start: self.start.map_or(Address::NULL, |s| s.at),
@@ -280,38 +285,61 @@ impl Job<'_> {
             };
         }
         if let Some((_, norm)) = &self.norm {
-            let (at, branch) = (norm.map(|o| o.at), norm.map(|o| o.branch));
-            product.norm = ConvNorm { at, branch, epsilon: BN_EPS as f32, unused: 0 };
+            product.norm = ConvNorm::new(norm);
+        }
+        let count = g.n * g.p * g.q;
+        let pair = |pair: &Pair| ConvPair::new(&pair.with, &pair.norm, &pair.vectors, count);
+        product.image = self.image.as_ref().map_or(ConvPair::zeroed(), pair);
+        product.matrix = self.matrix.as_ref().map_or(ConvPair::zeroed(), pair);
+        match &self.found {
+            Found::Nothing => {}
+            Found::Statistics([mean, var]) => (product.mean, product.var) = (mean.at, var.at),
+            Found::Sums { next, norm, dy, results } => {
+                let mut sums = ConvSums {
+                    next: next.at,
+                    next_branch: next.branch,
+                    next_half: next.half.into(),
+                    norm: ConvNorm::new(norm),
+                    ..ConvSums::zeroed()
+                };
+                if let Some([dy, db]) = dy {
+                    (sums.dy, sums.dy_branch, sums.dy_half) = (dy.at, dy.branch, dy.half.into());
+                    (sums.db, sums.db_branch) = (db.at, db.branch);
+                }
+                results.iter().enumerate().for_each(|(i, result)| sums.results[i] = result.at);
+                product.sums = sums;
+            }
         }
         let columns = column_tiles * branches;
-        let groups = row_tiles.div_ceil(MOMENT_GROUP);
+        let groups = row_tiles.div_ceil(RECORD_GROUP);
+        let finds = !matches!(self.found, Found::Nothing);
         if splits > 1 {
             product.partial = lowering.scratch(4 * tiling.size[0] * tiling.size[1] * tiles * splits);
         }
-        if let Some([mean, var]) = &self.stats {
-            (product.mean, product.var) = (mean.at, var.at);
-            product.tile_sums = lowering.scratch(MOMENTS * tiling.size[1] * columns * row_tiles);
-            product.group_sums = lowering.scratch(MOMENTS * tiling.size[1] * columns * groups);
+        if finds {
+            product.tile_sums = lowering.scratch(RECORD * tiling.size[1] * columns * row_tiles);
+            product.group_sums = lowering.scratch(RECORD * tiling.size[1] * columns * groups);
         }
-        if splits > 1 || self.stats.is_some() {
+        if splits > 1 || finds {
             product.arrivals = lowering.counters(tiles + columns * (groups + 1));
         }
-        Ok((product, tiles * splits))
+        Ok((product, blocks * splits))
     }
 }
 
-/// Parts into which the inner dimension of `tiles` tiles of the result is divided; shapes alone decide it.
-fn splits(tiling: &Tiling, tiles: usize, iterations: usize, beside: Beside) -> usize {
+/// Parts into which the inner dimension of the tiles of the result, and of the blocks that make them, is divided; shapes alone decide it.
+fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, beside: Beside) -> usize {
     let wanted = match beside {
-        Beside::Nothing => BLOCKS.div_ceil(tiles),
-        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(tiles).max(iterations.div_ceil(tiling.joint)),
+        Beside::Nothing => BLOCKS.div_ceil(blocks),
+        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(blocks).max(iterations.div_ceil(tiling.joint)),
     };
     let worth = iterations / tiling.least;
     let fit = PARTIAL_BYTES / (4 * tiling.size[0] * tiling.size[1] * tiles);
     wanted.min(worth).min(fit).max(1)
 }
 
-/// Refuses what the kernels' numbers have no room for, and halves where the operand type has none.
+/// Refuses what the kernels' numbers have no room for, halves where the operand type has none, and what is found of a shared result
+/// with tensors per branch, or of a result per branch for all branches together.
 fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_>) -> Result<()> {
     if g.h.max(g.w) + 2 * g.pad > MOST_PADDED_SIDE || g.stride > MOST_STRIDE {
         let what = format!("padding {} or stride {} is too large for its kernel", g.pad, g.stride);
@@ -320,6 +348,13 @@ fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_
     let wide = matches!(lowering.operands, Operands::F32 | Operands::Tf32);
     if wide && job.operands().any(|o| o.half) {
         let what = format!("tensors of 16 bits with operands of type {}", lowering.operands.name());
+        return Err(Error::shape(name, format!("{what} ({})", lowering.label)));
+    }
+    let made = job.found.results();
+    let branched = job.out.meta.per_branch;
+    let read = job.found.operands().into_iter().any(|o| o.meta.per_branch && !branched);
+    if read || made.iter().any(|o| o.meta.per_branch != branched) {
+        let what = "what is found of a result must be per branch as it is, of operands that are no more so";
         return Err(Error::shape(name, format!("{what} ({})", lowering.label)));
     }
     Ok(())
@@ -333,7 +368,7 @@ struct Kernels {
     bf16: &'static str,
 }
 
-/// The kernels `name` of all operand types, or the direct ones of those that have them.
+/// The kernels `name` of all operand types, or those of 16 bits, which others do not ask for.
 macro_rules! kernels {
     ($name:literal) => {
         Kernels {
@@ -345,15 +380,38 @@ macro_rules! kernels {
     };
 }
 
-/// The kernel of fprop, or else of the gradients; `width`: columns of a tile of a direct kernel.
-fn kernel(operands: Operands, fprop: bool, width: Option<usize>) -> &'static str {
-    let kernels = match (fprop, width) {
-        (true, None) => kernels!("conv2d_fprop"),
-        (true, Some(32)) => kernels!("conv2d_direct_fprop_32"),
-        (true, Some(_)) => kernels!("conv2d_direct_fprop_64"),
-        (false, None) => kernels!("conv2d_backward"),
-        (false, Some(32)) => kernels!("conv2d_direct_backward_32"),
-        (false, Some(_)) => kernels!("conv2d_direct_backward_64"),
+/// Ways to compute a product, with the columns of a tile where there are several.
+#[derive(Clone, Copy)]
+enum Way {
+    Gathered,
+    Direct(usize),
+    Cells(usize),
+}
+
+/// The kernel of fprop, or else of the gradients; `pairs`: whether any operand is one, for which there are variants, since it takes
+/// more registers.
+fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static str {
+    let kernels = match (fprop, way, pairs) {
+        (true, Way::Gathered, false) => kernels!("conv2d_fprop"),
+        (true, Way::Gathered, true) => kernels!("conv2d_fprop_pair"),
+        (true, Way::Direct(32), false) => kernels!("conv2d_direct_fprop_32"),
+        (true, Way::Direct(_), false) => kernels!("conv2d_direct_fprop_64"),
+        (true, Way::Direct(32), true) => kernels!("conv2d_direct_fprop_pair_32"),
+        (true, Way::Direct(_), true) => kernels!("conv2d_direct_fprop_pair_64"),
+        (true, Way::Cells(32), false) => kernels!("conv2d_wgmma_fprop_32"),
+        (true, Way::Cells(_), false) => kernels!("conv2d_wgmma_fprop_64"),
+        (true, Way::Cells(32), true) => kernels!("conv2d_wgmma_fprop_pair_32"),
+        (true, Way::Cells(_), true) => kernels!("conv2d_wgmma_fprop_pair_64"),
+        (false, Way::Gathered, false) => kernels!("conv2d_backward"),
+        (false, Way::Gathered, true) => kernels!("conv2d_backward_pair"),
+        (false, Way::Direct(32), false) => kernels!("conv2d_direct_backward_32"),
+        (false, Way::Direct(_), false) => kernels!("conv2d_direct_backward_64"),
+        (false, Way::Direct(32), true) => kernels!("conv2d_direct_backward_pair_32"),
+        (false, Way::Direct(_), true) => kernels!("conv2d_direct_backward_pair_64"),
+        (false, Way::Cells(32), false) => kernels!("conv2d_wgmma_backward_32"),
+        (false, Way::Cells(_), false) => kernels!("conv2d_wgmma_backward_64"),
+        (false, Way::Cells(32), true) => kernels!("conv2d_wgmma_backward_pair_32"),
+        (false, Way::Cells(_), true) => kernels!("conv2d_wgmma_backward_pair_64"),
     };
     match operands {
         Operands::F32 => kernels.f32,
@@ -366,15 +424,23 @@ fn kernel(operands: Operands, fprop: bool, width: Option<usize>) -> &'static str
 /// Appends the launch of one product, or of the gradients of the input and of the weights together.
 fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> Result<()> {
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
-    // Both gradients are direct, or none.
-    let direct: Option<Vec<Tiling>> = jobs.iter().map(|job| job.direct(lowering)).collect();
-    let width = |job: &Job<'_>| direct.as_ref().map(|_| Tiling::width(job.kind, job.geom));
-    let tilings = match &direct {
-        Some(tilings) => tilings.clone(),
-        None => jobs.iter().map(|job| job.gathered(lowering)).collect(),
-    };
-    let shared = tilings.iter().map(|t| t.shared).max().unwrap_or(0);
     let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
+    let leading = dgrad.unwrap_or(&jobs[0]);
+    // Both gradients go one way: that of warpgroups, else on patches, else gathered.
+    let width = conv_cells::width(leading.kind, leading.geom);
+    let cells: Option<Vec<_>> = jobs.iter().map(|job| job.cells(lowering, width)).collect();
+    let direct: Option<Vec<Tiling>> = jobs.iter().map(|job| job.direct(lowering)).collect();
+    let (way, threads, tilings) = match (&cells, direct) {
+        (Some(cells), _) => (Way::Cells(width), conv_cells::THREADS, cells.iter().map(|c| c.0).collect()),
+        (None, Some(direct)) => (Way::Direct(Tiling::width(leading.kind, leading.geom)), THREADS, direct),
+        (None, None) => (Way::Gathered, THREADS, jobs.iter().map(|job| job.gathered(lowering)).collect()),
+    };
+    let cells = |kind: ConvKind| -> Option<CellTiling> {
+        let (_, (_, cells)) = jobs.iter().zip(cells.as_ref()?).find(|(job, _)| job.kind == kind)?;
+        Some(*cells)
+    };
+    let pairs = jobs.iter().any(|job| job.pairs().next().is_some());
+    let shared = tilings.iter().map(|t| t.shared).max().unwrap_or(0);
     let (mut params, mut blocks) = (ConvBackwardParams::zeroed(), 0);
     for (job, tiling) in jobs.iter().zip(&tilings) {
         let beside = match dgrad {
@@ -392,9 +458,13 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
         let count = lowering.narrow("blocks", own)?;
         match job.kind {
             ConvKind::Fprop => {
-                if own > 0 {
-                    let kernel = kernel(lowering.operands, true, width(job));
-                    lowering.push(kernel, &ConvParams { product }, [own, 1, 1], THREADS, shared);
+                let kernel = kernel(lowering.operands, true, way, pairs);
+                match cells(ConvKind::Fprop) {
+                    _ if own == 0 => {}
+                    Some(tiling) => {
+                        lowering.push(kernel, &CellParams { product, tiling }, [own, 1, 1], threads, shared);
+                    }
+                    None => lowering.push(kernel, &ConvParams { product }, [own, 1, 1], threads, shared),
                 }
                 return Ok(());
             }
@@ -403,8 +473,15 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
         }
     }
     if blocks > 0 {
-        let kernel = kernel(lowering.operands, false, width(dgrad.unwrap_or(&jobs[0])));
-        lowering.push(kernel, &params, [blocks, 1, 1], THREADS, shared);
+        let kernel = kernel(lowering.operands, false, way, pairs);
+        match (cells(ConvKind::Dgrad), cells(ConvKind::Wgrad)) {
+            (None, None) => lowering.push(kernel, &params, [blocks, 1, 1], threads, shared),
+            (dgrad, wgrad) => {
+                let [dgrad, wgrad] = [dgrad, wgrad].map(|c| c.unwrap_or(CellTiling::zeroed()));
+                let params = CellBackwardParams { both: params, dgrad, wgrad };
+                lowering.push(kernel, &params, [blocks, 1, 1], threads, shared);
+            }
+        }
     }
     Ok(())
 }
@@ -412,38 +489,68 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
 pub(super) fn conv(lowering: &mut Lowering<'_>, conv: &Conv, args: &Args) -> Result<()> {
     let terms = [[lowering.input(args, 0), lowering.input(args, 1)]];
     let (start, out) = (lowering.optional_input(args, 2), lowering.output(args, 0));
-    let job = Job { kind: conv.kind, geom: &conv.geom, terms: &terms, norm: None, start, out, stats: None };
-    launch(lowering, conv.name(), &[job])
+    launch(lowering, conv.name(), &[Job { start, ..Job::plain(conv.kind, &conv.geom, &terms, out) }])
 }
 
 pub(super) fn fused(lowering: &mut Lowering<'_>, op: &FusedConv, args: &Args) -> Result<()> {
     let operand = |i| lowering.input(args, i);
+    let result = |i| lowering.output(args, i);
     let geom = &op.geom;
-    let norm = |term| op.norm_operands().map(|at| (term, at.map(operand)));
+    let x = operand(op.x_operand());
+    let norm = op.norm_operands().map(|at| at.map(operand));
     let start = op.start_operand().map(operand);
-    let out = lowering.output(args, 0);
-    let stats = op.stats.then(|| [1, 2].map(|i| lowering.output(args, i)));
+    let tangent = || {
+        let vectors = op.tangent_operands()?.map(operand).to_vec();
+        Some(Pair { with: x, norm: norm?, vectors })
+    };
+    // Of x as it is given, unless the form takes its tangent.
+    let norm_of = |term| norm.filter(|_| !op.tangent || op.form == ConvForm::Tangent).map(|norm| (term, norm));
+    let delta = || {
+        let [y, g, b, mean, var, dg, db] = op.delta_operands()?.map(operand);
+        Some(Pair { with: y, norm: [g, b, mean, var], vectors: vec![dg, db] })
+    };
+    let first_result = match op.form {
+        ConvForm::Fprop | ConvForm::Wgrad | ConvForm::Tangent => 1,
+        ConvForm::Backward => 2,
+    };
+    let found = match (op.epilogue, norm) {
+        (Epilogue::Stats, _) => Found::Statistics([0, 1].map(|i| result(first_result + i))),
+        (Epilogue::BackwardSums, Some(norm)) => {
+            let results = [0, 1].map(|i| result(first_result + i)).to_vec();
+            Found::Sums { next: x, norm, dy: None, results }
+        }
+        (Epilogue::TangentSums, _) => match op.epilogue_operands().map(|at| at.map(operand)) {
+            Some([next, g, b, mean, var, dy, db]) => {
+                let results = [0, 1, 2].map(|i| result(first_result + i)).to_vec();
+                Found::Sums { next, norm: [g, b, mean, var], dy: Some([dy, db]), results }
+            }
+            None => Found::Nothing,
+        },
+        _ => Found::Nothing,
+    };
     match op.form {
         ConvForm::Fprop => {
             let terms = [[operand(0), operand(1)]];
-            let job = Job { kind: ConvKind::Fprop, geom, terms: &terms, norm: norm(0), start, out, stats };
+            let job = Job { norm: norm_of(0), start, found, ..Job::plain(ConvKind::Fprop, geom, &terms, result(0)) };
             launch(lowering, op.name(), &[job])
         }
         ConvForm::Tangent => {
             let terms = [[operand(0), operand(3)], [operand(2), operand(1)]];
-            let job = Job { kind: ConvKind::Fprop, geom, terms: &terms, norm: norm(1), start, out, stats: None };
-            launch(lowering, op.name(), &[job])
+            let plain = Job::plain(ConvKind::Fprop, geom, &terms, result(0));
+            launch(lowering, op.name(), &[Job { norm: norm_of(1), image: tangent(), start, found, ..plain }])
         }
         ConvForm::Wgrad => {
             let terms = [[operand(0), operand(1)]];
-            let job = Job { kind: ConvKind::Wgrad, geom, terms: &terms, norm: norm(0), start, out, stats: None };
-            launch(lowering, op.name(), &[job])
+            let plain = Job::plain(ConvKind::Wgrad, geom, &terms, result(0));
+            launch(lowering, op.name(), &[Job { norm: norm_of(0), image: tangent(), matrix: delta(), start, ..plain }])
         }
         ConvForm::Backward => {
             let (x, w, dy) = (operand(0), operand(1), operand(2));
-            let dgrad = Job { kind: ConvKind::Dgrad, geom, terms: &[[dy, w]], norm: None, start, out, stats: None };
-            let (norm, out) = (norm(0), lowering.output(args, 1));
-            let wgrad = Job { kind: ConvKind::Wgrad, geom, terms: &[[x, dy]], norm, start: None, out, stats: None };
+            let (to_x, to_w) = ([[dy, w]], [[x, dy]]);
+            let dgrad = Job::plain(ConvKind::Dgrad, geom, &to_x, result(0));
+            let wgrad = Job::plain(ConvKind::Wgrad, geom, &to_w, result(1));
+            let dgrad = Job { image: delta(), start, found, ..dgrad };
+            let wgrad = Job { norm: norm_of(0), image: tangent(), matrix: delta(), ..wgrad };
             launch(lowering, op.name(), &[dgrad, wgrad])
         }
     }

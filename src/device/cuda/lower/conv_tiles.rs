@@ -10,17 +10,17 @@ const DEPTH: usize = 32;
 /// `PATCH`: pixels of a patch.
 const PATCH: usize = 128;
 /// `SLICE`: channels of a halo.
-const SLICE: usize = 32;
+pub(super) const SLICE: usize = 32;
 /// `MOST_TAPS`: taps of a tile of a weight gradient.
 const MOST_TAPS: usize = 9;
 /// Bytes of `DirectTables`.
-const TABLES: usize = 1536;
+const TABLES: usize = 3072;
 /// Bytes of a pixel of a halo.
 const PIXEL: usize = 80;
 /// Most bytes of shared memory of a direct kernel: what every card has.
 const MOST_SHARED: usize = 99 << 10;
 /// The direct kernels add up small numbers without a thought of overflow.
-const MOST_PADDING: usize = 1 << 10;
+pub(super) const MOST_PADDING: usize = 1 << 10;
 
 /// The patches of a direct kernel.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,6 +44,8 @@ pub(super) struct Tiling {
     pub tiles: [usize; 3],
     /// Rows and columns of a tile.
     pub size: [usize; 2],
+    /// Tiles along the rows that a block works on, one after the other.
+    pub run: usize,
     /// Iterations that a split has at least: below that, adding up the splits costs more than they gain.
     pub least: usize,
     /// Iterations of a split of a weight gradient that runs beside the gradient of the input: so few that both are about the same
@@ -58,7 +60,7 @@ impl Tiling {
     pub fn gathered(shape: [usize; 3], shared: usize) -> Self {
         let [rows, columns, inner] = shape;
         let tiles = [rows.div_ceil(TILE), columns.div_ceil(TILE), inner.div_ceil(DEPTH)];
-        Tiling { patches: Patches::default(), tiles, size: [TILE; 2], least: 8, joint: 128, shared }
+        Tiling { patches: Patches::default(), tiles, size: [TILE; 2], run: 1, least: 8, joint: 128, shared }
     }
 
     /// That of the direct kernels, if they can take the sizes.
@@ -84,11 +86,11 @@ impl Tiling {
             ConvKind::Fprop | ConvKind::Dgrad => {
                 let (inner, columns) = if kind == ConvKind::Fprop { (g.c, g.k) } else { (g.k, g.c) };
                 let tiles = [number, columns.div_ceil(width), slices(inner)];
-                Tiling { patches, tiles, size: [PATCH, width], least: 1, joint: usize::MAX, shared }
+                Tiling { patches, tiles, size: [PATCH, width], run: 1, least: 1, joint: usize::MAX, shared }
             }
             ConvKind::Wgrad => {
                 let tiles = [slices(g.k), slices(g.c) * taps, number];
-                Tiling { patches, tiles, size: [SLICE, MOST_TAPS * SLICE], least: 4, joint: 32, shared }
+                Tiling { patches, tiles, size: [SLICE, MOST_TAPS * SLICE], run: 1, least: 4, joint: 32, shared }
             }
         })
     }
@@ -101,17 +103,19 @@ impl Tiling {
 }
 
 impl Patches {
-    /// The patches with the least to compute and to load, and the bytes of shared memory that `shared` gives for their halo.
-    fn choose(kind: ConvKind, g: &ConvGeom, shared: impl Fn(usize) -> usize) -> Option<(Self, usize)> {
+    /// The grid of pixels, taps, and pixels of the halo from a pixel to the next; none where there are no pixels.
+    pub fn reach(kind: ConvKind, g: &ConvGeom) -> Option<([usize; 2], [usize; 2], usize)> {
         let single = g.r == 1 && g.s == 1;
-        // The grid of pixels, taps, and pixels of the halo from a pixel to the next.
         let (grid, taps, step) = match kind {
             ConvKind::Dgrad => ([g.h, g.w].map(|v| v.div_ceil(g.stride)), [g.r, g.s].map(|v| v.div_ceil(g.stride)), 1),
             _ => ([g.p, g.q], [g.r, g.s], if single { 1 } else { g.stride }),
         };
-        if g.n == 0 || grid.contains(&0) {
-            return None;
-        }
+        (g.n > 0 && !grid.contains(&0)).then_some((grid, taps, step))
+    }
+
+    /// The patches with the least to compute and to load, and the bytes of shared memory that `shared` gives for their halo.
+    fn choose(kind: ConvKind, g: &ConvGeom, shared: impl Fn(usize) -> usize) -> Option<(Self, usize)> {
+        let (grid, taps, step) = Self::reach(kind, g)?;
         let with_width = |width: usize| {
             let most = (PATCH / width).min(grid[0]);
             let size = [grid[0].div_ceil(grid[0].div_ceil(most)), width];
@@ -131,7 +135,7 @@ impl Patches {
     }
 
     /// Patches in all.
-    fn number(&self, kind: ConvKind, g: &ConvGeom) -> usize {
+    pub fn number(&self, kind: ConvKind, g: &ConvGeom) -> usize {
         let phases = if kind == ConvKind::Dgrad { g.stride * g.stride } else { 1 };
         phases * g.n.div_ceil(self.images) * self.count[0] * self.count[1]
     }

@@ -4,6 +4,8 @@
 
 mod batch_norm;
 mod conv;
+mod conv_cells;
+mod conv_params;
 mod conv_tiles;
 mod elementwise;
 mod finite;
@@ -12,7 +14,7 @@ mod pool;
 mod rows;
 mod softmax;
 
-use super::driver::{Address, Launch, Limits};
+use super::driver::{Address, Generation, Launch, Limits};
 use crate::device::shortage::REMEDY;
 use crate::error::{Error, Result};
 use crate::ops::{Op, Operation};
@@ -138,6 +140,8 @@ pub(super) struct Lowering<'a> {
     bases: &'a Bases,
     /// Operand type of convolutions.
     pub operands: Operands,
+    /// The machine that the launches are for.
+    pub generation: Generation,
     out: Lowered,
     /// Number of branches of the present launch.
     branches: usize,
@@ -151,10 +155,10 @@ impl<'a> Lowering<'a> {
     ///
     /// # Errors
     /// When an operation has sizes that its kernels cannot take, or the plan holds reals of 16 bits and `operands` have more.
-    pub fn run(plan: &'a Plan, bases: &'a Bases, operands: Operands) -> Result<Lowered> {
-        let out = Lowered::default();
-        let mut lowering =
-            Lowering { plan, bases, operands, out, branches: 1, scratch: 0, counters: 0, label: String::new() };
+    pub fn run(plan: &'a Plan, bases: &'a Bases, operands: Operands, generation: Generation) -> Result<Lowered> {
+        let (out, label) = Default::default();
+        let (branches, scratch, counters) = (1, 0, 0);
+        let mut lowering = Lowering { plan, bases, operands, generation, out, branches, scratch, counters, label };
         if plan.arena_halves > 0 && lowering.half_storage() == Storage::F32 {
             let what = format!("a plan that keeps activations in 16 bits needs f16 or bf16, not {}", operands.name());
             return Err(Error::usage(what));
@@ -194,6 +198,8 @@ impl<'a> Lowering<'a> {
             Op::BnStats(_) => batch_norm::stats(self, args),
             Op::BnReluBackward(_) => batch_norm::backward(self, Mask::Recomputed, args),
             Op::BnReluDoubleBackward(_) => batch_norm::double_backward(self, Mask::Recomputed, args),
+            Op::BnReluBackwardApply(_) => batch_norm::backward_apply(self, args),
+            Op::BnReluDoubleBackwardApply(_) => batch_norm::double_backward_apply(self, args),
             Op::FusedConv(op) => conv::fused(self, op, args),
             Op::Relu(_) => elementwise::relu(self, args),
             Op::Mask(_) => elementwise::mask(self, args),

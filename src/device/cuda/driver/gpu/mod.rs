@@ -15,7 +15,7 @@ mod staging;
 
 pub use library::{Card, Missing, Probe};
 
-use super::{Address, Driver, Event, Graph, KernelInfo, Launch, Limits, Stream};
+use super::{Address, Driver, Event, Generation, Graph, KernelInfo, Launch, Limits, Stream};
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute};
 use handles::{Call, Context, Mark, Queue, Recorded, Replay, check};
@@ -220,6 +220,13 @@ impl Driver for Gpu {
 
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn generation(&self) -> Generation {
+        match self.card.capability {
+            (9, 0) => Generation::Hopper,
+            _ => Generation::Portable,
+        }
     }
 
     fn kernel(&self, name: &'static str) -> Result<KernelInfo> {

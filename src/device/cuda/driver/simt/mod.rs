@@ -7,7 +7,7 @@
 
 mod memory;
 
-use super::{Address, Driver, Event, Graph, KernelInfo, Launch, Limits, Stream};
+use super::{Address, Driver, Event, Generation, Graph, KernelInfo, Launch, Limits, Stream};
 use crate::device::cuda::embedded::{self, SimtKernel, SimtLaunch};
 use crate::device::shortage::host_memory;
 use crate::error::{Error, Result};
@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::CStr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// Work that a graph replays.
@@ -24,6 +25,9 @@ enum Work {
     Copy(Address, Address, usize),
     Launch(Launch),
 }
+
+/// Launches by kernel and label.
+pub type Tally = Arc<Mutex<BTreeMap<(&'static str, Box<str>), u64>>>;
 
 /// The machine.
 pub struct Simt {
@@ -35,6 +39,8 @@ pub struct Simt {
     graphs: RefCell<Vec<Option<Vec<Work>>>>,
     recording: RefCell<Option<Vec<Work>>>,
     launches: Cell<u64>,
+    generation: Generation,
+    tally: Tally,
 }
 
 impl Simt {
@@ -62,8 +68,13 @@ impl Simt {
         // SAFETY: `KERNEL` names a kernel by a string constant of ASCII letters.
         let name = |k: &'static SimtKernel| unsafe { CStr::from_ptr(k.name) }.to_str().unwrap_or_default();
         let kernels = kernels.iter().map(|&k| (name(k), k)).collect();
-        let (memory, events, graphs, recording) = Default::default();
-        Simt { launch, kernels, seed, memory, events, graphs, recording, launches: Cell::new(0) }
+        let (memory, events, graphs, recording, launches, generation, tally) = Default::default();
+        Simt { launch, kernels, seed, memory, events, graphs, recording, launches, generation, tally }
+    }
+
+    /// The same machine in the place of a card of this kind: with its kernels and its limits.
+    pub fn like(self, generation: Generation) -> Self {
+        Simt { generation, ..self }
     }
 
     /// Checks the guard bands around all allocations.
@@ -77,6 +88,11 @@ impl Simt {
     /// Launches run so far, those of graphs included.
     pub fn launches(&self) -> u64 {
         self.launches.get()
+    }
+
+    /// Where it counts its launches: what was kept of this tells of them when the machine has gone into a device.
+    pub fn tally(&self) -> Tally {
+        self.tally.clone()
     }
 
     fn error(&self, what: impl Into<String>) -> Error {
@@ -154,6 +170,8 @@ impl Simt {
             .try_for_each(run_piece)
             .map_err(|what| self.error(format!("{what} ({})", launch.label)))?;
         self.launches.set(self.launches.get() + 1);
+        let key = (launch.kernel, launch.label.clone());
+        *self.tally.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default() += 1;
         match self.memory.borrow().fault() {
             Some(what) => Err(self.error(format!("kernel {} ({}): {what}", launch.kernel, launch.label))),
             None => Ok(()),
@@ -171,7 +189,14 @@ impl Driver for Simt {
     }
 
     fn limits(&self) -> Limits {
-        Limits::COMMON
+        match self.generation {
+            Generation::Portable => Limits::COMMON,
+            Generation::Hopper => Limits::HOPPER,
+        }
+    }
+
+    fn generation(&self) -> Generation {
+        self.generation
     }
 
     fn kernel(&self, name: &'static str) -> Result<KernelInfo> {

@@ -1,0 +1,229 @@
+// sm_90a
+#include "conv_cells_wgrad.cuh"
+
+// A thread's part of the result of both cells of its warpgroup, or of one: a patch, or half of one.
+template <class Operand, int WIDTH, int OF_GROUP>
+struct CellTile {
+    static constexpr int ROWS = 2 * OF_GROUP * CELL_PIXELS, COLUMNS = WIDTH, THREADS = GROUP_THREADS, RUN = 8;
+    float d[OF_GROUP][WIDTH / 2];
+
+    DEVICE void clear() {
+        for (int m = 0; m < OF_GROUP; ++m) {
+            for (int i = 0; i < WIDTH / 2; ++i) d[m][i] = 0.0f;
+        }
+    }
+
+    template <class F>
+    DEVICE void each(F f) {
+        const int lane = int(threadIdx.x) % 32, column = lane % 4 * 2;
+        const int row = int(threadIdx.x) / 128 * OF_GROUP * CELL_PIXELS + int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+        for (int m = 0; m < OF_GROUP; ++m) {
+            for (int i = 0; i < WIDTH / 2; ++i) {
+                f(m * (WIDTH / 2) + i, row + m * CELL_PIXELS + i % 4 / 2 * 8, column + i / 4 * 8 + i % 2, d[m][i]);
+            }
+        }
+    }
+};
+
+// The weights of a slice, tap by tap: for each eight input channels of fprop the granules of all WIDTH columns; for each eight columns
+// of dgrad those of all channels of the slice. Stores of eight threads meet no bank twice.
+template <Form FORM, class Operand, int WIDTH>
+struct CellWeights {
+    static constexpr bool FPROP = FORM == Form::FPROP;
+    static constexpr int LINE = FPROP ? PARTS : WIDTH / 8;                             // granules, neighbours in memory
+    static constexpr int PITCH = FPROP ? WIDTH + 2 : SLICE + (WIDTH == 64 ? 1 : 2);  // from one of those to the next
+    static constexpr int TAP = LINE * PITCH;
+    static constexpr int SECOND = FPROP ? 2 * PITCH : 16;  // from the first 16 channels to the second
+    static constexpr int NUMBER = WIDTH * PARTS, ABREAST = GROUP_THREADS / NUMBER;
+
+    static DEVICE uint64_t matrix(uint32_t address) {
+        return FPROP ? wgmma_matrix(address, PITCH * GRANULE, 8 * GRANULE) : wgmma_matrix(address, 8 * GRANULE, PITCH * GRANULE);
+    }
+    static DEVICE void load(const ConvProduct& p, const Patch& patch, const Source& w, uint32_t column, uint32_t slice,
+                            unsigned char* slot) {
+        const uint32_t number = threadIdx.x % NUMBER, line = number / LINE, along = number % LINE;
+        const uint32_t k = FPROP ? column + line : slice + line, c = (FPROP ? slice : column) + along * 8;
+        const uint32_t channels = uint32_t(FPROP ? p.image_channels : p.columns);
+        const bool there = c < channels && k < uint32_t(FPROP ? p.columns : p.image_channels);
+        const int64_t from = w.branch + (there ? k * uint32_t(p.filter) + c : 0);
+        const int32_t step = FPROP ? 1 : p.stride, taps = patch.taps_down * patch.taps_across;
+        slot += (along * PITCH + line) * GRANULE;
+        for (int32_t tap = int32_t(threadIdx.x) / NUMBER; tap < taps; tap += IN_FLIGHT * ABREAST) {
+            Chunk chunks[IN_FLIGHT];
+            for (int i = 0; i < IN_FLIGHT; ++i) {
+                const int32_t t = tap + i * ABREAST, down = t / patch.taps_across, across = t - down * patch.taps_across;
+                const int32_t pixel =
+                    (patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step;
+                chunks[i] = there && t < taps ? chunk_load<Operand>(w.at, from + uint32_t(pixel) * channels, w.half) : Chunk{};
+            }
+            for (int i = 0; i < IN_FLIGHT; ++i) {
+                const int32_t t = tap + i * ABREAST;
+                if (t < taps) store_operand(slot + t * TAP * GRANULE, chunk_round<Operand>(chunks[i], w.half, there));
+            }
+        }
+    }
+};
+
+template <Form FORM, class Operand, int WIDTH, bool PAIRS>
+DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block) {
+    using Weights = CellWeights<FORM, Operand, WIDTH>;
+    // What follows a product takes twice the shared memory of a block of 64 columns than of one of 32: it is done by halves.
+    constexpr int HALVES = WIDTH / 32, OF_GROUP = 2 / HALVES;
+    const uint32_t patches = uint32_t(p.row_tiles) / HALVES, runs = (patches + tiling.run - 1) / tiling.run;
+    ConvPlace place;
+    place.column_tile = block % p.column_tiles;
+    block /= p.column_tiles;
+    const uint32_t run = block % runs;
+    block /= runs;
+    place.split = block % p.splits;
+    place.branch = block / p.splits;
+    const uint32_t first_patch = run * tiling.run;
+    const uint32_t last_patch = patches - first_patch < uint32_t(tiling.run) ? patches : first_patch + tiling.run;
+    const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
+    const uint32_t first = uint32_t(iterations * place.split / p.splits);
+    const uint32_t all = uint32_t(iterations * (place.split + 1) / p.splits) - first;
+    const uint32_t column = place.column_tile * WIDTH;
+
+    auto& tables = *shared_memory<CellTables>();
+    unsigned char* shared = shared_memory<unsigned char>();
+    const int group = int(threadIdx.x) / 128;
+    const CellHalo halo(p, tiling, patch_of<FORM>(p, 0).pixel_step);
+    const uint64_t image_matrix = wgmma_matrix(shared_address(shared + tiling.halos), uint32_t(tiling.halo_pitch) * GRANULE,
+                                               halo.step * halo.line() * GRANULE);
+    const uint64_t weight_matrix = Weights::matrix(shared_address(shared + tiling.matrices));
+    const uint32_t cell[2] = {halo.cell(p, 2 * group), halo.cell(p, 2 * group + 1)};
+    int32_t held = -1;  // the phase whose weights were loaded last
+    for (uint32_t number = first_patch; number < last_patch; ++number) {
+        const Patch patch = patch_of<FORM>(p, number);
+        const int32_t taps = patch.taps_down * patch.taps_across;
+        const uint32_t count = taps == 0 ? 0 : all;
+        const int32_t phase = FORM == Form::DGRAD ? patch.phase_down * p.stride + patch.phase_across : 0;
+        const bool loads = !tiling.keeps || held != phase;
+        held = phase;
+
+        const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
+        const auto term_of = [&](const ConvStep& step) -> const ConvTerm& {
+            return FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
+        };
+        const auto made_of = [&](const ConvStep& step) {
+            if (PAIRS && p.image.at && !(FORM == Form::FPROP && step.second)) return Made::PAIR;
+            return FORM == Form::FPROP && term_of(step).norm ? Made::NORM : Made::PLAIN;
+        };
+        const auto describe = [&](uint32_t i) {
+            const ConvStep step = step_of(i);
+            tables.describe_image<FORM, PAIRS>(p, made_of(step), step.branch, step.inner_tile * SLICE, i % 2);
+        };
+        const auto fill = [&](uint32_t i) {
+            const ConvStep step = step_of(i);
+            const ConvTerm& term = term_of(step);
+            const uint32_t slice = step.inner_tile * SLICE;
+            const Source image = {term.image, step.branch * term.image_branch, term.image_half};
+            Source with = {};
+            if constexpr (PAIRS) with = {p.image.at, step.branch * p.image.branch, p.image.half};
+            load_halo<Operand, IMAGE_PAIR<FORM>, PAIRS>(p, patch, halo, image, with, made_of(step), int32_t(slice),
+                                                        tables.image[i % 2],
+                                                        shared + tiling.halos + i % 2 * tiling.halo_bytes);
+            if (loads) {
+                const Source matrix = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
+                Weights::load(p, patch, matrix, column, slice,
+                              shared + tiling.matrices + i % tiling.matrix_slots * tiling.matrix_bytes);
+            }
+            copies_done();
+            fence_operands();
+        };
+        // What follows a product uses this memory too.
+        if (number > first_patch) sync_threads();
+        for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i);
+        sync_threads();
+        if (count > 0) fill(0);
+        sync_threads();
+
+        CellTile<Operand, WIDTH, 2> tile;
+        tile.clear();
+        for (uint32_t i = 0; i < count; ++i) {
+            const uint64_t image = image_matrix + i % 2 * uint32_t(tiling.halo_bytes) / GRANULE;
+            uint64_t weights = weight_matrix + i % tiling.matrix_slots * uint32_t(tiling.matrix_bytes) / GRANULE;
+            for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+            wgmma_fence();
+            for (int32_t down = 0; down < patch.taps_down; ++down) {
+                for (int32_t across = 0; across < patch.taps_across; ++across) {
+                    // In dgrad taps go up and left.
+                    const int32_t h = FORM == Form::DGRAD ? patch.taps_down - 1 - down : down;
+                    const int32_t w = FORM == Form::DGRAD ? patch.taps_across - 1 - across : across;
+                    const uint64_t at = image + halo.tap(uint32_t(h), uint32_t(w));
+                    for (int k = 0; k < SLICE / 16; ++k) {
+                        for (int m = 0; m < 2; ++m) {
+                            Operand::template wgmma<false, FORM == Form::DGRAD>(
+                                tile.d[m], at + cell[m] + k * 2 * halo.pitch, weights + k * Weights::SECOND);
+                        }
+                    }
+                    weights += Weights::TAP;
+                }
+            }
+            wgmma_commit();
+            // Its slot served this iteration's halo, which is loaded.
+            if (i + 2 < count) describe(i + 2);
+            if (i + 1 < count) fill(i + 1);
+            wgmma_wait();
+            for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+            sync_threads();
+        }
+        const auto column_of = [&](int c) { return column + c; };
+        for (int half = 0; half < HALVES; ++half) {
+            place.row_tile = HALVES * number + half;
+            const auto row = [&](int r) {
+                const int cell = r / CELL_PIXELS;
+                const int of_patch = HALVES == 1 ? cell : 2 * cell + half;
+                return row_of(p, patch, cell_pixel(p, of_patch * CELL_PIXELS + r % CELL_PIXELS));
+            };
+            // One copy of the code that follows, and no array that is indexed at run time.
+            CellTile<Operand, WIDTH, OF_GROUP> part;
+            for (int m = 0; m < OF_GROUP; ++m) {
+                for (int i = 0; i < WIDTH / 2; ++i) part.d[m][i] = half == 0 ? tile.d[m][i] : tile.d[1][i];
+            }
+            if (half > 0) sync_threads();
+            conv_finish<Operand, CellTile<Operand, WIDTH, OF_GROUP>, FORM>(p, place, part, row, column_of);
+        }
+    }
+}
+
+template <class Operand, int WIDTH, bool PAIRS>
+DEVICE void cells_backward(const CellBackwardParams& p) {
+    uint32_t block;
+    if (is_wgrad_block(p.both, block)) {
+        cells_wgrad<Operand, WIDTH, PAIRS>(p.both.wgrad, p.wgrad, block);
+    } else {
+        cells<Form::DGRAD, Operand, WIDTH, PAIRS>(p.both.dgrad, p.dgrad, block);
+    }
+}
+
+// Two blocks of 32 columns fit a multiprocessor, by shared memory and by registers.
+#undef KERNEL_BLOCKS
+#define KERNEL_BLOCKS 1
+KERNEL(conv2d_wgmma_fprop_32_f16, CellParams, 256) { cells<Form::FPROP, F16, 32, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_32_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 32, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_pair_32_f16, CellParams, 256) {
+    cells<Form::FPROP, F16, 32, true>(p.product, p.tiling, blockIdx.x);
+}
+KERNEL(conv2d_wgmma_fprop_pair_32_bf16, CellParams, 256) {
+    cells<Form::FPROP, Bf16, 32, true>(p.product, p.tiling, blockIdx.x);
+}
+KERNEL(conv2d_wgmma_backward_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, false>(p); }
+KERNEL(conv2d_wgmma_backward_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, false>(p); }
+KERNEL(conv2d_wgmma_backward_pair_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, true>(p); }
+KERNEL(conv2d_wgmma_backward_pair_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, true>(p); }
+
+#undef KERNEL_BLOCKS
+#define KERNEL_BLOCKS 1
+KERNEL(conv2d_wgmma_fprop_64_f16, CellParams, 256) { cells<Form::FPROP, F16, 64, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_64_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 64, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_pair_64_f16, CellParams, 256) {
+    cells<Form::FPROP, F16, 64, true>(p.product, p.tiling, blockIdx.x);
+}
+KERNEL(conv2d_wgmma_fprop_pair_64_bf16, CellParams, 256) {
+    cells<Form::FPROP, Bf16, 64, true>(p.product, p.tiling, blockIdx.x);
+}
+KERNEL(conv2d_wgmma_backward_64_f16, CellBackwardParams, 256) { cells_backward<F16, 64, false>(p); }
+KERNEL(conv2d_wgmma_backward_64_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 64, false>(p); }
+KERNEL(conv2d_wgmma_backward_pair_64_f16, CellBackwardParams, 256) { cells_backward<F16, 64, true>(p); }
+KERNEL(conv2d_wgmma_backward_pair_64_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 64, true>(p); }

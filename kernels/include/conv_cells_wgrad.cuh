@@ -1,0 +1,164 @@
+// The gradient of the weights by products of warpgroups: WIDTH output channels by six pairs of taps of 32 input channels. See
+// `conv_wgmma.cu`.
+#pragma once
+
+#include "conv_cells.cuh"
+
+constexpr int PAIRS = 6;              // of taps, one below the other, of a block
+constexpr int OWN = PAIRS / 2;        // those of a warpgroup
+constexpr int PAIR_LINES = 2 * SLICE;  // input channels of both taps: the lines of a product
+
+// A thread's part of the result. Lines of the products are columns of the result, and their columns its rows.
+template <class Operand, int WIDTH>
+struct PairsTile {
+    static constexpr int ROWS = WIDTH, COLUMNS = PAIRS * PAIR_LINES, THREADS = GROUP_THREADS, RUN = 8;
+    float d[OWN][WIDTH / 2];
+
+    DEVICE void clear() {
+        for (int pair = 0; pair < OWN; ++pair) {
+            for (int i = 0; i < WIDTH / 2; ++i) d[pair][i] = 0.0f;
+        }
+    }
+
+    template <class F>
+    DEVICE void each(F f) {
+        const int lane = int(threadIdx.x) % 32, group = int(threadIdx.x) / 128;
+        const int column = group * OWN * PAIR_LINES + int(threadIdx.x) % 128 / 32 * 16 + lane / 4, row = lane % 4 * 2;
+        for (int pair = 0; pair < OWN; ++pair) {
+            for (int i = 0; i < WIDTH / 2; ++i) {
+                f(pair * (WIDTH / 2) + i, row + i / 4 * 8 + i % 2, column + pair * PAIR_LINES + i % 4 / 2 * 8, d[pair][i]);
+            }
+        }
+    }
+};
+
+template <class Operand, int WIDTH, bool PAIRS>
+DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t block) {
+    const ConvPlace place = conv_place(p, block);
+    const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
+    const uint32_t first = uint32_t(iterations * place.split / p.splits);
+    const uint32_t count = uint32_t(iterations * (place.split + 1) / p.splits) - first;
+    const ConvTerm& term = p.terms[0];
+    const int32_t k = int32_t(place.row_tile) * WIDTH;
+    const uint32_t slices = uint32_t(p.image_channels + SLICE - 1) / SLICE;
+    const int32_t c = int32_t(place.column_tile % slices) * SLICE;
+    // Pairs are numbered along the filter's lines, from one pair of lines to the next.
+    const int32_t pairs = (p.kernel_height + 1) / 2 * p.kernel_width;
+    const int32_t first_pair = int32_t(place.column_tile / slices) * PAIRS;
+    const int32_t own = first_pair + int32_t(threadIdx.x) / 128 * OWN;
+
+    auto& tables = *shared_memory<CellTables>();
+    unsigned char* shared = shared_memory<unsigned char>();
+    const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
+    const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
+    const auto step_of = [&](uint32_t i) { return conv_step(p, place.branch, first + i); };
+    const auto describe = [&](uint32_t i) {
+        const int64_t branch = step_of(i).branch;
+        tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, uint32_t(c), i % 2);
+        if constexpr (PAIRS) tables.describe_matrix<WIDTH>(p, branch, uint32_t(k), i % 2);
+    };
+    for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i);
+    sync_threads();
+
+    const CellHalo halo(p, tiling, patch_of<Form::WGRAD>(p, 0).pixel_step);
+    // dy: for each eight output channels all pixels, a granule each. Stores of eight threads meet no bank twice.
+    constexpr int DY_PARTS = WIDTH / 8, DY_PITCH = CELLS * CELL_PIXELS + (WIDTH == 64 ? 1 : 2);
+    constexpr int DY_ABREAST = GROUP_THREADS / DY_PARTS;
+    const auto load_dy = [&](const Patch& patch, const Source& dy, const Source& with, const FactorTable<64>& factors,
+                             unsigned char* slot) {
+        const int part = int(threadIdx.x) % DY_PARTS, channel = k + part * 8;
+        slot += part * DY_PITCH * GRANULE;
+        const auto inside = [&](int pixel, uint32_t& offset) {
+            const uint32_t row = row_of(p, patch, cell_pixel(p, pixel));
+            offset = row * uint32_t(p.rows) + uint32_t(channel);
+            return row != NO_ROW && channel < p.rows;
+        };
+        uint32_t offset;
+        if (dy.half && dy_made == Made::PLAIN) {
+            for (int pixel = int(threadIdx.x) / DY_PARTS; pixel < CELLS * CELL_PIXELS; pixel += DY_ABREAST) {
+                const bool there = inside(pixel, offset);
+                const uint16_t* from = static_cast<const uint16_t*>(dy.at) + (there ? dy.branch + offset : 0);
+                copy_async(slot + pixel * GRANULE, from, there);
+            }
+            return;
+        }
+        for (int pixel = int(threadIdx.x) / DY_PARTS; pixel < CELLS * CELL_PIXELS; pixel += IN_FLIGHT * DY_ABREAST) {
+            static_assert(CELLS * CELL_PIXELS % (IN_FLIGHT * DY_ABREAST) == 0);
+            Loaded loaded[IN_FLIGHT];
+            for (int i = 0; i < IN_FLIGHT; ++i) {
+                const bool there = inside(pixel + i * DY_ABREAST, offset);
+                loaded[i] = load_pair<Operand, PAIRS>(dy, with, dy_made, offset, there);
+            }
+            for (int i = 0; i < IN_FLIGHT; ++i) {
+                store_operand(slot + (pixel + i * DY_ABREAST) * GRANULE,
+                              chunk_round<Operand, Pair::DELTA, PAIRS>(loaded[i], dy.half, with.half, dy_made, factors,
+                                                                      part * 8));
+            }
+        }
+    };
+    const auto fill = [&](uint32_t i) {
+        const ConvStep step = step_of(i);
+        const uint32_t slot = i % 2;
+        const Patch patch = patch_of<Form::WGRAD>(p, step.inner_tile);
+        const Source x = {term.image, step.branch * term.image_branch, term.image_half};
+        const Source dy = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
+        Source x_with = {}, dy_with = {};
+        if constexpr (PAIRS) {
+            x_with = {p.image.at, step.branch * p.image.branch, p.image.half};
+            dy_with = {p.matrix.at, step.branch * p.matrix.branch, p.matrix.half};
+        }
+        load_halo<Operand, Pair::TANGENT, PAIRS>(p, patch, halo, x, x_with, x_made, c, tables.image[slot],
+                                                 shared + tiling.halos + slot * tiling.halo_bytes);
+        load_dy(patch, dy, dy_with, tables.matrix[slot], shared + tiling.matrices + slot * tiling.matrix_bytes);
+        copies_done();
+        fence_operands();
+    };
+    if (count > 0) fill(0);
+    sync_threads();
+
+    uint32_t taps[OWN];
+    for (int pair = 0; pair < OWN; ++pair) {
+        const int32_t lines = (own + pair) / p.kernel_width, across = (own + pair) - lines * p.kernel_width;
+        taps[pair] = own + pair < pairs ? halo.tap(2 * uint32_t(lines), uint32_t(across)) : 0;
+    }
+    const uint32_t line = halo.step * halo.line();
+    const uint64_t x_matrix =
+        wgmma_matrix(shared_address(shared + tiling.halos), line * GRANULE, uint32_t(tiling.halo_pitch) * GRANULE);
+    const uint64_t dy_matrix =
+        wgmma_matrix(shared_address(shared + tiling.matrices), 8 * GRANULE, DY_PITCH * GRANULE);
+    uint32_t cells[CELLS];
+    for (int cell = 0; cell < CELLS; ++cell) cells[cell] = halo.cell(p, cell);
+    PairsTile<Operand, WIDTH> tile;
+    tile.clear();
+    for (uint32_t i = 0; i < count; ++i) {
+        const uint32_t slot = i % 2;
+        const uint64_t x = x_matrix + slot * uint32_t(tiling.halo_bytes) / GRANULE;
+        uint64_t dy = dy_matrix + slot * uint32_t(tiling.matrix_bytes) / GRANULE;
+        for (int pair = 0; pair < OWN; ++pair) wgmma_settle(tile.d[pair]);
+        wgmma_fence();
+        // Cells and pairs that there are not cost time, but no branch: dy is zero there, and columns lie nowhere.
+        for (int cell = 0; cell < CELLS; ++cell) {
+            for (int lines = 0; lines < 8; lines += 2) {
+                for (int pair = 0; pair < OWN; ++pair) {
+                    Operand::template wgmma<true, true>(tile.d[pair], x + cells[cell] + lines * line + taps[pair], dy);
+                }
+                dy += 16;
+            }
+        }
+        wgmma_commit();
+        // Its slot served this iteration's halo, which is loaded.
+        if (i + 2 < count) describe(i + 2);
+        if (i + 1 < count) fill(i + 1);
+        wgmma_wait();
+        for (int pair = 0; pair < OWN; ++pair) wgmma_settle(tile.d[pair]);
+        sync_threads();
+    }
+    const auto row = [&](int r) { return k + r < p.rows ? uint32_t(k + r) : NO_ROW; };
+    const auto column_of = [&](int at) {
+        const int32_t pair = first_pair + at / PAIR_LINES, lines = pair / p.kernel_width;
+        const int32_t r = 2 * lines + at % PAIR_LINES / SLICE, s = pair - lines * p.kernel_width, in_slice = c + at % SLICE;
+        const bool there = r < p.kernel_height && in_slice < p.image_channels;
+        return there ? uint32_t((r * p.kernel_width + s) * p.image_channels + in_slice) : NO_ROW;
+    };
+    conv_finish<Operand, PairsTile<Operand, WIDTH>, Form::WGRAD>(p, place, tile, row, column_of);
+}

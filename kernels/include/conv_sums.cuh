@@ -1,0 +1,235 @@
+// What is found of the columns of a result, as it is stored: the statistics that a batch norm wants next, or the sums that the
+// derivatives of one begin with. The formulas of the sums are those of `src/ops/fused.rs`.
+//
+// A block makes a record of each of its columns. Blocks count their arrivals: the last of a group of row tiles combines the group's
+// records, the last of the groups theirs, in an order that does not depend on the arrivals.
+#pragma once
+
+#include "conv_elements.cuh"
+#include "conv_params.cuh"
+#include "last_block.cuh"
+#include "moments.cuh"
+
+// Row tiles whose records the last of them combines; the last of these groups combines the groups.
+constexpr uint32_t RECORD_GROUP = 32;
+// Bytes of the largest record.
+constexpr int RECORD = 16;
+// A row of a tile, or a column, that the result does not have.
+constexpr uint32_t NO_ROW = 0xffffffffu;
+
+// A block's shared memory, once its product is done.
+template <class Tile>
+struct ConvFinish {
+    // Two words of a warp's first store meet no other's bank.
+    static constexpr int PITCH = Tile::COLUMNS + 8;
+    // Threads that have a column, each every LINES-th row of it.
+    static constexpr int LINES = Tile::THREADS / Tile::COLUMNS;
+    alignas(16) float values[Tile::ROWS * PITCH];
+    alignas(16) unsigned char records[Tile::THREADS * RECORD];
+    uint32_t rows[Tile::ROWS];  // of the result
+};
+
+// The record of a column from those of its threads, in the threads below COLUMNS.
+template <class Tile, class Record>
+DEVICE Record combine_records(ConvFinish<Tile>& shared, Record mine) {
+    static_assert(sizeof(Record) <= RECORD && alignof(Record) <= 16);
+    const int thread = int(threadIdx.x);
+    Record* records = reinterpret_cast<Record*>(shared.records);
+    records[thread] = mine;
+    sync_threads();
+    if (thread < Tile::COLUMNS) {
+        for (int other = thread + Tile::COLUMNS; other < Tile::THREADS; other += Tile::COLUMNS) mine.add(records[other]);
+    }
+    return mine;
+}
+
+// The same from the records `parts` [count, COLUMNS].
+template <class Tile, class Record>
+DEVICE Record combine_records(ConvFinish<Tile>& shared, const Record* parts, uint32_t count) {
+    const uint32_t thread = threadIdx.x, column = thread % Tile::COLUMNS;
+    Record mine = {};
+    for (uint32_t i = thread / Tile::COLUMNS; i < count; i += ConvFinish<Tile>::LINES) {
+        mine.add(parts[i * Tile::COLUMNS + column]);
+    }
+    return combine_records<Tile>(shared, mine);
+}
+
+// From the records of a block's threads to those of all rows: calls `finish(column, record)` for every column of the result, in the last
+// block of each column tile of a branch. All threads take part.
+template <class Tile, class Record, class Finish>
+DEVICE void reduce_records(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, Record mine,
+                           Finish finish) {
+    const int thread = int(threadIdx.x), line = thread / Tile::COLUMNS, column = thread % Tile::COLUMNS;
+    const uint32_t row_tiles = p.row_tiles, groups = (row_tiles + RECORD_GROUP - 1) / RECORD_GROUP;
+    const uint32_t group = place.row_tile / RECORD_GROUP, first = group * RECORD_GROUP;
+    const uint32_t in_group = row_tiles - first < RECORD_GROUP ? row_tiles - first : RECORD_GROUP;
+    const uint32_t columns = place.branch * uint32_t(p.column_tiles) + place.column_tile;
+    Record* of_tiles = static_cast<Record*>(p.tile_sums) + int64_t(columns) * row_tiles * Tile::COLUMNS;
+    Record* of_groups = static_cast<Record*>(p.group_sums) + int64_t(columns) * groups * Tile::COLUMNS;
+    uint32_t* group_arrivals = p.arrivals + uint32_t(p.branches) * row_tiles * uint32_t(p.column_tiles);
+    uint32_t* column_arrivals = group_arrivals + uint32_t(p.branches) * uint32_t(p.column_tiles) * groups;
+
+    mine = combine_records<Tile>(shared, mine);
+    if (line == 0) of_tiles[place.row_tile * Tile::COLUMNS + column] = mine;
+
+    if (!last_to_arrive(group_arrivals + columns * groups + group, in_group)) return;
+    mine = combine_records<Tile>(shared, of_tiles + first * Tile::COLUMNS, in_group);
+    if (line == 0) of_groups[group * Tile::COLUMNS + column] = mine;
+
+    if (!last_to_arrive(column_arrivals + columns, groups)) return;
+    mine = combine_records<Tile>(shared, of_groups, groups);
+    const uint32_t at = place.column_tile * Tile::COLUMNS + column;
+    if (line == 0 && at < uint32_t(p.columns)) finish(at, mine);
+}
+
+// Mean and variance of the columns of `out`, which lies in shared memory.
+template <class Tile>
+DEVICE void conv_statistics(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared) {
+    constexpr int LINES = ConvFinish<Tile>::LINES, PITCH = ConvFinish<Tile>::PITCH;
+    const int line = int(threadIdx.x) / Tile::COLUMNS, column = int(threadIdx.x) % Tile::COLUMNS;
+    sync_threads();
+    const float* values = shared.values + line * PITCH + column;
+    const Moments mine = moments_of(
+        Tile::ROWS / LINES, [&](int i) { return values[i * LINES * PITCH]; },
+        [&](int i) { return shared.rows[line + i * LINES] != NO_ROW; });
+    reduce_records<Tile>(p, place, shared, mine, [&](uint32_t at, const Moments& moments) {
+        p.mean[int64_t(place.branch) * p.columns + at] = moments.mean + moments.rest;
+        p.var[int64_t(place.branch) * p.columns + at] = moments.squares / moments.n;
+    });
+}
+
+// Of a column v of the result: backward: Σ m v (x−μ), Σ m v, 0; tangent: Σ v, Σ v (x−μ), Σ v (m dy − ⟨m dy⟩).
+struct SumRecord {
+    float of[3];
+
+    DEVICE void add(const SumRecord& other) {
+        for (int i = 0; i < 3; ++i) of[i] += other.of[i];
+    }
+};
+static_assert(sizeof(SumRecord) <= RECORD);
+
+// RUN neighbours of a tensor as they lie in memory.
+template <class Operand, int RUN>
+struct SumOperand {
+    Chunk chunk;
+
+    DEVICE void load(const void* from, int64_t at, int half) { chunk = chunk_load<Operand>(from, at, half); }
+    DEVICE void unpack(float (&v)[RUN], int half) const { chunk_decode<Operand>(v, chunk, half); }
+};
+template <class Operand>
+struct SumOperand<Operand, 1> {
+    float value;
+
+    DEVICE void load(const void* from, int64_t at, int half) { value = conv_load<Operand>(from, at, half); }
+    DEVICE void unpack(float (&v)[1], int) const { v[0] = value; }
+};
+
+// The sums of the present thread's columns, RUN neighbours, over its rows.
+template <class Operand, bool TANGENT, int RUN>
+struct ThreadSums {
+    static constexpr int COUNT = TANGENT ? 3 : 2;
+    BnScaleShift norm[RUN];
+    float mean[RUN], dy_mean[RUN];
+    float of[COUNT][RUN];
+
+    // Of columns from `column` on, which the result has all or none of.
+    DEVICE ThreadSums(const ConvProduct& p, int64_t branch, uint32_t column) : norm(), mean(), dy_mean(), of() {
+        if (column >= uint32_t(p.columns)) return;
+        const ConvSums& sums = p.sums;
+        for (int c = 0; c < RUN; ++c) {
+            norm[c] = sums.norm.of(branch, column + c);
+            mean[c] = sums.norm.mean[branch * sums.norm.mean_branch + column + c];
+            if (TANGENT) dy_mean[c] = sums.db[branch * sums.db_branch + column + c] / float(p.rows);
+        }
+    }
+    DEVICE void add(const float (&v)[RUN], const float (&x)[RUN], const float (&dy)[RUN]) {
+        for (int c = 0; c < RUN; ++c) {
+            const bool passes = norm[c].passes(x[c]);
+            if constexpr (TANGENT) {
+                of[0][c] += v[c];
+                of[1][c] = fmaf(v[c], x[c] - mean[c], of[1][c]);
+                of[2][c] = fmaf(v[c], (passes ? dy[c] : 0.0f) - dy_mean[c], of[2][c]);
+            } else {
+                const float masked = passes ? v[c] : 0.0f;
+                of[0][c] = fmaf(masked, x[c] - mean[c], of[0][c]);
+                of[1][c] += masked;
+            }
+        }
+    }
+    // The record of one of the block's columns, as `ConvFinish` divides them among threads, from what all threads have. All take part,
+    // behind a barrier: the values in shared memory are overwritten.
+    template <class Tile>
+    DEVICE SumRecord record(ConvFinish<Tile>& shared) const {
+        SumRecord mine = {};
+        if constexpr (RUN == 1) {
+            for (int i = 0; i < COUNT; ++i) mine.of[i] = of[i][0];
+        } else {
+            // [COUNT, threads of a column, COLUMNS]
+            constexpr int PARTS = Tile::THREADS * RUN / Tile::COLUMNS, LINES = ConvFinish<Tile>::LINES;
+            static_assert(COUNT * PARTS <= Tile::ROWS);
+            const int thread = int(threadIdx.x), line = thread / Tile::COLUMNS, column = thread % Tile::COLUMNS;
+            for (int i = 0; i < COUNT; ++i) eight_to(shared.values + (i * Tile::THREADS + thread) * RUN, of[i]);
+            sync_threads();
+            for (int i = 0; i < COUNT; ++i) {
+                for (int part = line; part < PARTS; part += LINES) {
+                    mine.of[i] += shared.values[(i * PARTS + part) * Tile::COLUMNS + column];
+                }
+            }
+        }
+        return mine;
+    }
+};
+
+// The sums of the columns of the result. Each thread reads back the values that it stored itself.
+template <class Operand, class Tile, bool TANGENT, class ColumnOf>
+DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, ColumnOf column_of) {
+    constexpr int RUN = Tile::RUN, ROWS_ABREAST = Tile::THREADS * RUN / Tile::COLUMNS, PARTS = Tile::ROWS / ROWS_ABREAST;
+    // Rows that a thread has in flight at a time.
+    constexpr int AHEAD = RUN == 1 ? 8 : 4;
+    static_assert(Tile::THREADS * RUN % Tile::COLUMNS == 0 && Tile::ROWS % (ROWS_ABREAST * AHEAD) == 0);
+    const ConvSums& sums = p.sums;
+    const int first = int(threadIdx.x) * RUN, c = first % Tile::COLUMNS;
+    const uint32_t column = column_of(c);
+    const bool there = column < uint32_t(p.columns);
+    ThreadSums<Operand, TANGENT, RUN> mine(p, place.branch, column);
+    for (int part = 0; part < PARTS; part += AHEAD) {
+        SumOperand<Operand, RUN> next[AHEAD], cotangent[AHEAD];
+        bool has[AHEAD];
+        for (int i = 0; i < AHEAD; ++i) {
+            const uint32_t row = shared.rows[first / Tile::COLUMNS + (part + i) * ROWS_ABREAST];
+            has[i] = there && row != NO_ROW;
+            if (!has[i]) continue;
+            const uint32_t at = row * uint32_t(p.columns) + column;
+            next[i].load(sums.next, place.branch * sums.next_branch + at, sums.next_half);
+            if (TANGENT) cotangent[i].load(sums.dy, place.branch * sums.dy_branch + at, sums.dy_half);
+        }
+        for (int i = 0; i < AHEAD; ++i) {
+            if (!has[i]) continue;
+            const float* values =
+                shared.values + (first / Tile::COLUMNS + (part + i) * ROWS_ABREAST) * ConvFinish<Tile>::PITCH + c;
+            float v[RUN], x[RUN], dy[RUN] = {};
+            if constexpr (RUN == 1) {
+                v[0] = *values;
+            } else {
+                eight_of(v, values);
+            }
+            next[i].unpack(x, sums.next_half);
+            if (TANGENT) cotangent[i].unpack(dy, sums.dy_half);
+            mine.add(v, x, dy);
+        }
+    }
+    sync_threads();
+    reduce_records<Tile>(p, place, shared, mine.record(shared), [&](uint32_t at, const SumRecord& record) {
+        const float variance = sums.norm.var[place.branch * sums.norm.var_branch + at];
+        const float r = 1.0f / sqrtf(variance + sums.norm.epsilon), count = float(p.rows);
+        const int64_t to = int64_t(place.branch) * p.columns + at;
+        if constexpr (TANGENT) {
+            sums.results[0][to] = record.of[0] / count;
+            sums.results[1][to] = record.of[1] * r / count;
+            sums.results[2][to] = record.of[2] / count;
+        } else {
+            sums.results[0][to] = record.of[0] * r;
+            sums.results[1][to] = record.of[1];
+        }
+    });
+}

@@ -1,0 +1,164 @@
+//! How the products of convolutions are divided for the warpgroups of Hopper: patches of cells of 8 × 8 pixels
+//! (`kernels/include/conv_cells.cuh`).
+
+use super::conv_tiles::{MOST_PADDING, Patches, SLICE, Tiling};
+use crate::device::cuda::driver::Limits;
+use crate::ops::{ConvGeom, ConvKind};
+use bytemuck::{Pod, Zeroable};
+
+/// `GROUP_THREADS`: threads of a block.
+pub(super) const THREADS: usize = 256;
+/// Pixels of a cell's side.
+const SIDE: usize = 8;
+/// `CELLS`: cells of a patch.
+const CELLS: usize = 4;
+/// Pixels of a patch.
+const PIXELS: usize = CELLS * SIDE * SIDE;
+/// `GRANULE`: bytes of eight elements.
+const GRANULE: usize = 16;
+/// `PARTS`: granules of a pixel of a slice.
+const PARTS: usize = SLICE / 8;
+/// `PAIRS`: pairs of taps of a tile of a weight gradient.
+const PAIRS: usize = 6;
+/// Columns of such a tile.
+const PAIRS_COLUMNS: usize = PAIRS * 2 * SLICE;
+/// Bytes of `CellTables`.
+const TABLES: usize = 3072;
+/// Blocks that a card of this kind can run at a time, so that the blocks of a product end at about the same time.
+const BLOCKS: usize = 264;
+
+/// Twin of `CellTiling`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct CellTiling {
+    halos: i32,
+    halo_bytes: i32,
+    halo_pitch: i32,
+    matrices: i32,
+    matrix_bytes: i32,
+    matrix_slots: i32,
+    run: i32,
+    keeps: i32,
+}
+const _: () = assert!(size_of::<CellTiling>() == 32);
+
+/// What else decides how a product is divided.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Scale {
+    /// Segments of the sum that the result is.
+    pub segments: usize,
+    /// Branches of the result.
+    pub branches: usize,
+    /// Columns of a tile, or rows of a weight gradient's: 32 or 64.
+    pub width: usize,
+}
+
+/// Rows of a tile of a lone weight gradient, or columns of another product's.
+pub(super) fn width(kind: ConvKind, g: &ConvGeom) -> usize {
+    let lines = if kind == ConvKind::Dgrad { g.c } else { g.k };
+    if lines > 32 { 64 } else { 32 }
+}
+
+/// The tiles of a product, and how its blocks use their shared memory, if its kernel can take the sizes: channels in eights, which is
+/// what copies and descriptors count in, and filters whose weights for 32 channels fit shared memory beside a halo. Pixels
+/// need not fill their cells, and any stride will do.
+pub(super) fn cells(kind: ConvKind, g: &ConvGeom, scale: Scale) -> Option<(Tiling, CellTiling)> {
+    if !g.c.is_multiple_of(8) || !g.k.is_multiple_of(8) || g.pad.max(g.r).max(g.s).max(g.stride) > MOST_PADDING {
+        return None;
+    }
+    let all = patches(kind, g)?.into_iter().filter_map(|patches| {
+        let (tiling, cells) = divided(kind, g, scale, patches)?;
+        let halo = patches.images * patches.halo[0] * patches.halo[1];
+        Some((patches.number(kind, g) * (2 * PIXELS + halo), tiling, cells))
+    });
+    all.min_by_key(|(cost, ..)| *cost).map(|(_, tiling, cells)| (tiling, cells))
+}
+
+/// All shapes of a patch, the widest first: of equals it reads the longest runs of memory.
+fn patches(kind: ConvKind, g: &ConvGeom) -> Option<Vec<Patches>> {
+    let (grid, taps, step) = Patches::reach(kind, g)?;
+    let fill = grid.map(|v| v.div_ceil(SIDE));
+    let mut all = Vec::new();
+    for across in (1..=CELLS.min(fill[1])).rev() {
+        for down in (1..=(CELLS / across).min(fill[0])).rev() {
+            let size = [down * SIDE, across * SIDE];
+            let count = [grid[0].div_ceil(size[0]), grid[1].div_ceil(size[1])];
+            let images = if count == [1, 1] { (CELLS / (down * across)).min(g.n) } else { 1 };
+            let halo = [0, 1].map(|i| (size[i] - 1) * step + taps[i]);
+            all.push(Patches { images, size, count, halo });
+        }
+    }
+    Some(all)
+}
+
+/// The product with these patches, if they fit shared memory.
+fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Option<(Tiling, CellTiling)> {
+    let Scale { segments, branches, width } = scale;
+    let (.., taps, step) = Patches::reach(kind, g)?;
+    let limit = Limits::HOPPER.shared as usize;
+    let number = patches.number(kind, g);
+    let slices = |channels: usize| channels.div_ceil(SLICE);
+    // A part of a line: its columns by their remainders, and what keeps eight threads' stores from meeting in a bank.
+    let columns = patches.halo[1].div_ceil(step) * step;
+    let halo_pitch = columns + [2, 1, 0, 3][columns % 4];
+    let line = PARTS * halo_pitch * GRANULE;
+    let finish = |rows: usize, columns: usize| 4 * rows * (columns + 8) + 16 * THREADS + 4 * rows;
+    let lines = patches.images * patches.halo[0];
+    let (tiling, halo_bytes, matrices, matrix_bytes, matrix_slots, run, keeps);
+    match kind {
+        ConvKind::Wgrad => {
+            // The lower taps of the last pair of an odd number of lines are read, for nothing.
+            halo_bytes = (lines + 1) * line;
+            matrix_bytes = width / 8 * (PIXELS + if width == 64 { 1 } else { 2 }) * GRANULE;
+            matrices = TABLES + 2 * halo_bytes;
+            (matrix_slots, run, keeps) = (2, 1, false);
+            let shared = (matrices + 2 * matrix_bytes).max(finish(width, PAIRS_COLUMNS));
+            let groups = (g.r.div_ceil(2) * g.s).div_ceil(PAIRS);
+            let tiles = [g.k.div_ceil(width), slices(g.c) * groups, number];
+            tiling = Tiling { patches, tiles, size: [width, PAIRS_COLUMNS], run: 1, least: 2, joint: 16, shared };
+        }
+        ConvKind::Fprop | ConvKind::Dgrad => {
+            halo_bytes = lines * line;
+            let (inner, columns, tap) = match kind {
+                ConvKind::Fprop => (g.c, g.k, PARTS * (width + 2)),
+                _ => (g.k, g.c, width / 8 * (SLICE + if width == 64 { 1 } else { 2 })),
+            };
+            matrix_bytes = taps[0] * taps[1] * tap * GRANULE;
+            let column_tiles = columns.div_ceil(width);
+            let stages = slices(inner) * segments;
+            run = (number * column_tiles * branches).div_ceil(BLOCKS).min(number);
+            let halos = TABLES + stages.min(2) * halo_bytes;
+            // Of 64 columns a patch makes two tiles.
+            let halves = width / 32;
+            let finish = finish(PIXELS / halves, width);
+            // A block that works on several patches keeps the weights, if they fit beside all that comes and goes.
+            let kept = finish.max(halos) + stages * matrix_bytes;
+            let shared;
+            keeps = run > 1 && kept <= limit;
+            if keeps {
+                (matrices, matrix_slots, shared) = (finish.max(halos), stages, kept);
+            } else {
+                (matrices, matrix_slots) = (halos, stages.min(2));
+                shared = finish.max(halos + matrix_slots * matrix_bytes);
+            }
+            let tiles = [halves * number, column_tiles, slices(inner)];
+            let size = [PIXELS / halves, width];
+            tiling = Tiling { patches, tiles, size, run: halves * run, least: 1, joint: usize::MAX, shared };
+        }
+    }
+    // Descriptors have 14 bits for steps, in granules.
+    if tiling.shared > limit || line * step >= GRANULE << 14 {
+        return None;
+    }
+    let cells = CellTiling {
+        halos: TABLES as i32,
+        halo_bytes: halo_bytes as i32,
+        halo_pitch: halo_pitch as i32,
+        matrices: matrices as i32,
+        matrix_bytes: matrix_bytes as i32,
+        matrix_slots: matrix_slots as i32,
+        run: i32::try_from(run).ok()?,
+        keeps: keeps.into(),
+    };
+    Some((tiling, cells))
+}

@@ -1,0 +1,4 @@
+//! Single fused convolutions for tests.
+
+pub mod case;
+pub mod plan;
