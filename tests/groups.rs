@@ -4,6 +4,7 @@ mod common;
 
 use common::{LoadedStep, Runner, deviation, load_planned, normals, on_two_threads, small_model, step_spec};
 use mlnt::device::cpu::Cpu;
+use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, KernelCost, Mode, Operands, arena_budget};
 use mlnt::device::{Device, HostVec};
@@ -167,7 +168,7 @@ fn the_arena_follows_the_size_of_a_group() {
         for group in [10, 5, 4, 2, 1] {
             let plan = Plan::build(&tape, &PlanOptions { group: Some(group), ..options }).unwrap();
             let (arena, cost) = (plan.arena_bytes(4), plan.cost(4));
-            let kernels = KernelCost::of(&plan, operands).unwrap().launches;
+            let kernels = KernelCost::of(&plan, operands, Generation::Portable).unwrap().launches;
             println!(
                 "{recipe:?} first order {first_order} {}, groups of {group}: arena {:.3} GB, {} launches, {kernels} of \
                  kernels, {:.1} GB moved, {:.3} TFLOP",

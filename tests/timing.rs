@@ -5,6 +5,7 @@ mod common;
 use common::{load_step_on, small_model, step_spec};
 use mlnt::device::Device;
 use mlnt::device::cpu::Cpu;
+use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::embedded::has_simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
@@ -46,7 +47,7 @@ fn by_the_clock_of_a_machine_that_runs_kernels() {
         return;
     }
     let plan = Plan::build(&record_step(&spec(), Report::Losses).unwrap(), &PlanOptions::default()).unwrap();
-    let planned = kernel_cost(&plan, Precision::F32).unwrap().launches;
+    let planned = kernel_cost(&plan, Precision::F32, Generation::Portable).unwrap().launches;
     let open = || Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F32, Mode::Graph);
     assert_eq!(kernels(open).into_iter().sum::<usize>(), planned);
 }

@@ -80,7 +80,7 @@ struct Source {
     const void* at;  // its first element
     int32_t half;
 
-    DEVICE Source() = default;
+    Source() = default;
     DEVICE Source(const void* tensor, int64_t first, int32_t half)
         : at(static_cast<const unsigned char*>(tensor) + first * (half ? 2 : 4)), half(half) {}
 

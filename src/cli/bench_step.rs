@@ -8,6 +8,7 @@ use serde_json::json;
 use super::console::say;
 use super::plan::PlanArgs;
 use crate::device::HostSlice;
+use crate::device::cuda::driver::Generation;
 use crate::error::Result;
 use crate::mlnt::{Report, Scales, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
@@ -70,7 +71,7 @@ fn device_bytes(config: &Config, plan: &Plan) -> Result<Option<usize>> {
         return Ok(None);
     }
     let inputs: usize = plan.inputs.iter().map(|p| 4 * p.meta.total(plan.branches)).sum();
-    let scratch = kernel_cost(plan, config.computes_in())?.scratch_bytes;
+    let scratch = kernel_cost(plan, config.computes_in(), Generation::Portable)?.scratch_bytes;
     Ok(Some(plan.arena_bytes(4) + plan.state_bytes(4) + inputs + scratch))
 }
 

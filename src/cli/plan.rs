@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::console::say;
 use crate::device::cuda::KernelCost;
+use crate::device::cuda::driver::Generation;
 use crate::error::Result;
 use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
@@ -61,6 +62,9 @@ pub struct PlanArgs {
     /// auto is the processor, or cuda in a precision that only the kernels have.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub device: DeviceKind,
+    /// Count the kernels for compute capability 9.0 instead of those that every card runs.
+    #[arg(long)]
+    pub hopper: bool,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub json: bool,
@@ -185,7 +189,10 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let (arena, states) = (plan.arena_bytes(real_bytes), plan.state_bytes(real_bytes));
     // The kernels of a plan are known without a card.
     let kernels = match device {
-        DeviceKind::Cuda(_) | DeviceKind::Simt => Some(kernel_cost(&plan, precision)?),
+        DeviceKind::Cuda(_) | DeviceKind::Simt => {
+            let generation = if args.hopper { Generation::Hopper } else { Generation::Portable };
+            Some(kernel_cost(&plan, precision, generation)?)
+        }
         DeviceKind::Auto | DeviceKind::Cpu => None,
     };
     if args.json {

@@ -3,9 +3,9 @@
 use super::choice::{DeviceKind, Precision, PrecisionChoice};
 use crate::device::Device;
 use crate::device::cpu::Cpu;
-use crate::device::cuda::driver::Driver;
 use crate::device::cuda::driver::gpu::Gpu;
 use crate::device::cuda::driver::simt::Simt;
+use crate::device::cuda::driver::{Driver, Generation};
 use crate::device::cuda::{self, Cuda, KernelCost, Mode, Operands};
 use crate::error::{Error, Result};
 use crate::plan::{Plan, PlanOptions};
@@ -123,12 +123,12 @@ pub fn arena_budget(kind: DeviceKind, precision: Precision) -> Result<Option<usi
     }
 }
 
-/// What the CUDA kernels of a plan take in `precision`, without a machine.
+/// What the CUDA kernels of a plan take in `precision` on a card of this generation, without a machine.
 ///
 /// # Errors
 /// When the kernels cannot take a size of the plan or do not compute in `precision`.
-pub fn kernel_cost(plan: &Plan, precision: Precision) -> Result<KernelCost> {
-    KernelCost::of(plan, operands(precision)?)
+pub fn kernel_cost(plan: &Plan, precision: Precision, generation: Generation) -> Result<KernelCost> {
+    KernelCost::of(plan, operands(precision)?, generation)
 }
 
 /// How the device `kind` has its plans built, without opening it; [`DeviceKind::Auto`] counts as the processor.

@@ -283,12 +283,12 @@ pub struct KernelCost {
 }
 
 impl KernelCost {
-    /// The cost of `plan`, without a machine: with the kernels that every card runs.
+    /// The cost of `plan`, without a machine: with the kernels that a card of this generation is given.
     ///
     /// # Errors
     /// When an operation has sizes that its kernels cannot take.
-    pub fn of(plan: &Plan, operands: Operands) -> Result<Self> {
-        let lowered = lower_nowhere(plan, operands, Generation::Portable)?;
+    pub fn of(plan: &Plan, operands: Operands, generation: Generation) -> Result<Self> {
+        let lowered = lower_nowhere(plan, operands, generation)?;
         let starts = std::iter::once(0).chain(lowered.ends.iter().copied());
         let names = |(from, to)| lowered.launches[from..to].iter().map(|launch| launch.kernel).collect();
         Ok(KernelCost {
