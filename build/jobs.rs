@@ -73,7 +73,10 @@ pub fn run(jobs: Vec<Job>, workers: usize) -> Result<BTreeSet<String>, String> {
                     let result = job.bring_up_to_date();
                     let mut done = done.lock().unwrap();
                     match result {
-                        Ok(said) => done.0.extend(said.lines().filter(|l| !l.is_empty()).map(String::from)),
+                        // Information is no warning.
+                        Ok(said) => done.0.extend(
+                            said.lines().filter(|l| !l.is_empty() && !l.starts_with("ptxas info")).map(String::from),
+                        ),
                         Err(error) => done.1 += &error,
                     }
                 }
