@@ -33,8 +33,9 @@ struct CellTile {
 
     template <class F>
     DEVICE void each(F f) {
-        const int lane = int(threadIdx.x) % 32, column = lane % 4 * 2;
-        const int row = int(threadIdx.x) / 128 * OF_GROUP * CELL_PIXELS + int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+        const uint32_t thread = again(threadIdx.x);
+        const int lane = int(thread % 32), column = lane % 4 * 2;
+        const int row = int(thread / 128) * OF_GROUP * CELL_PIXELS + int(thread % 128 / 32) * 16 + lane / 4;
         for (int m = 0; m < OF_GROUP; ++m) {
             for (int i = 0; i < WIDTH / 2; ++i) {
                 f(m * (WIDTH / 2) + i, row + m * CELL_PIXELS + i % 4 / 2 * 8, column + i / 4 * 8 + i % 2, d[m][i]);
@@ -136,8 +137,8 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
             const uint32_t slice = step.inner_tile * SLICE;
             const Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image = {
                 {term.image, step.branch * term.image_branch, term.image_half}, step.branch, made_of(step)};
-            load_halo(p, patch, halo, image, int32_t(slice), tables.image[i % 2],
-                      shared + tiling.halos + i % 2 * tiling.halo_bytes);
+            load_halo<FLIGHT_OF<FORM, WIDTH, PAIRS>>(p, patch, halo, image, int32_t(slice), tables.image[i % 2],
+                                                     shared + tiling.halos + i % 2 * tiling.halo_bytes);
             if (loads) {
                 const Source matrix = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
                 Weights::load(p, patch, matrix, column, slice,

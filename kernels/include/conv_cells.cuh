@@ -115,8 +115,12 @@ DEVICE uint16_t* operand_place(unsigned char* slot, uint32_t granule) {
     return reinterpret_cast<uint16_t*>(slot + granule * GRANULE);
 }
 
+// Chunks of a product that a thread loads at a time. Where both gradients have pairs, two blocks have registers for no more than one.
+template <Form FORM, int WIDTH, bool PAIRS>
+constexpr int FLIGHT_OF = FORM != Form::FPROP && PAIRS && WIDTH == 32 ? 1 : CELL_FLIGHT;
+
 // Loads the halo of a slice of channels from `slice` on into a slot.
-template <class Image>
+template <int FLIGHT, class Image>
 DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, const Image& image, int32_t slice,
                       const FactorTable<SLICE>& factors, unsigned char* slot) {
     const int32_t part = int32_t(threadIdx.x) % PARTS * 8;
@@ -131,19 +135,21 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, c
     }
     ROLLED
     while (halo.more()) {
-        typename Image::Loaded loaded[CELL_FLIGHT];
-        uint32_t places[CELL_FLIGHT];
+        typename Image::Loaded loaded[FLIGHT];
+        uint32_t places[FLIGHT];
         UNROLLED
-        for (int i = 0; i < CELL_FLIGHT; ++i) {
+        for (int i = 0; i < FLIGHT; ++i) {
             const bool inside = halo.inside(p, patch, slice + part, offset);
             places[i] = halo.at < halo.pixels ? halo.granule(p) : NO_ROW;
-            loaded[i] = image.load(p.image, false, offset, inside, factors, part, operand_place(slot, inside ? places[i] : 0));
+            uint16_t* place = operand_place(slot, inside ? places[i] : 0);
+            loaded[i] = image.load(p.image, false, offset, inside, factors, part, place);
             halo.next(p);
         }
         UNROLLED
-        for (int i = 0; i < CELL_FLIGHT; ++i) {
+        for (int i = 0; i < FLIGHT; ++i) {
             const bool there = places[i] != NO_ROW;
-            const uint4 coded = image.round(p.image, false, loaded[i], factors, part, operand_place(slot, there ? places[i] : 0));
+            const uint16_t* place = operand_place(slot, there ? places[i] : 0);
+            const uint4 coded = image.round(p.image, false, loaded[i], factors, part, place);
             if (there) store_operand(slot + places[i] * GRANULE, coded);
         }
     }

@@ -22,8 +22,9 @@ struct PairsTile {
 
     template <class F>
     DEVICE void each(F f) {
-        const int lane = int(threadIdx.x) % 32, group = int(threadIdx.x) / 128;
-        const int column = group * OWN * PAIR_LINES + int(threadIdx.x) % 128 / 32 * 16 + lane / 4, row = lane % 4 * 2;
+        const uint32_t thread = again(threadIdx.x);
+        const int lane = int(thread % 32), group = int(thread / 128);
+        const int column = group * OWN * PAIR_LINES + int(thread % 128 / 32) * 16 + lane / 4, row = lane % 4 * 2;
         for (int pair = 0; pair < OWN; ++pair) {
             for (int i = 0; i < WIDTH / 2; ++i) {
                 f(pair * (WIDTH / 2) + i, row + i / 4 * 8 + i % 2, column + pair * PAIR_LINES + i % 4 / 2 * 8, d[pair][i]);
@@ -75,6 +76,7 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     using Dy = Prologue<Operand, Pair::DELTA, PAIRS>;
     constexpr int DY_PARTS = WIDTH / 8, DY_PITCH = CELLS * CELL_PIXELS + (WIDTH == 64 ? 1 : 2);
     constexpr int DY_ABREAST = GROUP_THREADS / DY_PARTS;
+    constexpr int FLIGHT = FLIGHT_OF<Form::WGRAD, WIDTH, PAIRS>;
     // A block of those that read the same stores delta. Of a delta that is the same in all branches the first.
     const auto load_dy = [&](const Patch& patch, const Dy& dy, uint32_t slot) {
         const bool keeps =
@@ -97,23 +99,25 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
             return;
         }
         ROLLED
-        for (; pixel < CELLS * CELL_PIXELS; pixel += CELL_FLIGHT * DY_ABREAST) {
-            static_assert(CELLS * CELL_PIXELS % (CELL_FLIGHT * DY_ABREAST) == 0);
-            typename Dy::Loaded loaded[CELL_FLIGHT];
+        for (; pixel < CELLS * CELL_PIXELS; pixel += FLIGHT * DY_ABREAST) {
+            static_assert(CELLS * CELL_PIXELS % (FLIGHT * DY_ABREAST) == 0);
+            typename Dy::Loaded loaded[FLIGHT];
+            uint32_t offsets[FLIGHT];
             UNROLLED
-            for (int i = 0; i < CELL_FLIGHT; ++i) {
-                const bool there = inside(pixel + i * DY_ABREAST, offset);
-                loaded[i] = dy.load(p.matrix, keeps, offset, there, factors, part % PARTS * 8,
+            for (int i = 0; i < FLIGHT; ++i) {
+                const bool there = inside(pixel + i * DY_ABREAST, offsets[i]);
+                loaded[i] = dy.load(p.matrix, keeps, offsets[i], there, factors, part % PARTS * 8,
                                     operand_place(to, uint32_t(pixel + i * DY_ABREAST)));
             }
             UNROLLED
-            for (int i = 0; i < CELL_FLIGHT; ++i) {
+            for (int i = 0; i < FLIGHT; ++i) {
                 const int at = pixel + i * DY_ABREAST;
-                const uint4 coded = dy.round(p.matrix, keeps, loaded[i], factors, part % PARTS * 8, operand_place(to, uint32_t(at)));
+                const uint16_t* place = operand_place(to, uint32_t(at));
+                const uint4 coded = dy.round(p.matrix, keeps, loaded[i], factors, part % PARTS * 8, place);
                 store_operand(to + at * GRANULE, coded);
                 if (keeps && p.matrix.kept_half) {
                     uint16_t* kept = static_cast<uint16_t*>(p.matrix.kept) + dy.branch * p.matrix.kept_branch;
-                    if (inside(at, offset)) *reinterpret_cast<uint4*>(kept + offset) = coded;
+                    if (loaded[i].inside) *reinterpret_cast<uint4*>(kept + offsets[i]) = coded;
                 }
             }
         }
@@ -125,7 +129,7 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         const Prologue<Operand, Pair::TANGENT, PAIRS> x = {
             {term.image, step.branch * term.image_branch, term.image_half}, step.branch, x_made};
         const Dy dy = {{term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.branch, dy_made};
-        load_halo(p, patch, halo, x, c, tables.image[slot], shared + tiling.halos + slot * tiling.halo_bytes);
+        load_halo<FLIGHT>(p, patch, halo, x, c, tables.image[slot], shared + tiling.halos + slot * tiling.halo_bytes);
         load_dy(patch, dy, slot);
         copies_done();
         fence_operands();
