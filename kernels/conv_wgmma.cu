@@ -220,10 +220,11 @@ DEVICE void cells_backward(const CellBackwardParams& p) {
     }
 }
 
-// Two blocks of 32 columns fit a multiprocessor, by shared memory and, where these kernels need no more than 128, by registers.
+// Two blocks of 32 columns fit a multiprocessor, by shared memory and by registers.
 #undef KERNEL_BLOCKS
 #define KERNEL_BLOCKS 2
 KERNEL(conv2d_wgmma_fprop_32_f16, CellParams, 256) { cells<Form::FPROP, F16, 32, false>(p.product, p.tiling, blockIdx.x); }
+KERNEL(conv2d_wgmma_fprop_32_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 32, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_backward_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, false>(p); }
 KERNEL(conv2d_wgmma_backward_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, false>(p); }
 KERNEL(conv2d_wgmma_fprop_pair_32_f16, CellParams, 256) {
@@ -232,12 +233,11 @@ KERNEL(conv2d_wgmma_fprop_pair_32_f16, CellParams, 256) {
 KERNEL(conv2d_wgmma_fprop_pair_32_bf16, CellParams, 256) {
     cells<Form::FPROP, Bf16, 32, true>(p.product, p.tiling, blockIdx.x);
 }
+KERNEL(conv2d_wgmma_backward_pair_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, true>(p); }
+KERNEL(conv2d_wgmma_backward_pair_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, true>(p); }
 
 #undef KERNEL_BLOCKS
 #define KERNEL_BLOCKS 1
-KERNEL(conv2d_wgmma_fprop_32_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 32, false>(p.product, p.tiling, blockIdx.x); }
-KERNEL(conv2d_wgmma_backward_pair_32_f16, CellBackwardParams, 256) { cells_backward<F16, 32, true>(p); }
-KERNEL(conv2d_wgmma_backward_pair_32_bf16, CellBackwardParams, 256) { cells_backward<Bf16, 32, true>(p); }
 KERNEL(conv2d_wgmma_fprop_64_f16, CellParams, 256) { cells<Form::FPROP, F16, 64, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_64_bf16, CellParams, 256) { cells<Form::FPROP, Bf16, 64, false>(p.product, p.tiling, blockIdx.x); }
 KERNEL(conv2d_wgmma_fprop_pair_64_f16, CellParams, 256) {
