@@ -6,12 +6,12 @@ use common::{LoadedStep, Runner, deviation, load_planned, normals, on_two_thread
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
-use mlnt::device::cuda::{Cuda, KernelCost, Mode, Operands, arena_budget};
+use mlnt::device::cuda::{Cuda, KernelCost, Mode, Operands, machine};
 use mlnt::device::{Device, HostVec};
 use mlnt::mlnt::golden::Golden;
 use mlnt::mlnt::{Recipe, Report, record_step};
 use mlnt::model::{Arch, ModelSpec};
-use mlnt::plan::{LEAST_GROUP, Plan, PlanOptions};
+use mlnt::plan::{LEAST_GROUP, Machine, Plan, PlanOptions, StageGroups};
 use mlnt::tape::{Coef, Meta, Tape, Tensor};
 use mlnt::train::choice::Precision;
 use std::path::Path;
@@ -21,6 +21,12 @@ const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
 
 fn in_groups(group: usize) -> PlanOptions {
     PlanOptions { group: Some(group), ..PlanOptions::default() }
+}
+
+/// So many branches at a time in each stage.
+fn by_stage(sizes: &[usize]) -> StageGroups {
+    let sized = |groups: StageGroups, (stage, size): (usize, &usize)| groups.with(stage, Some(*size));
+    sizes.iter().enumerate().fold(StageGroups::WHOLE, sized)
 }
 
 /// Losses and states after some steps.
@@ -66,7 +72,12 @@ fn groups_change_no_result() {
                     assert!(run(in_groups(group)) == want, "{what}: one group is no group");
                 }
             }
-            let unfused = PlanOptions { fuse: false, ..in_groups(2) };
+            for (group, stages) in [(branches, &[1][..]), (branches, &[2, 1]), (3, &[2, 9, 1]), (2, &[9, 1])] {
+                let options = PlanOptions { stages: by_stage(stages), ..in_groups(group) };
+                let what = format!("{arch:?} {recipe:?} first order {first_order}, {branches} by {group}, {stages:?}");
+                assert_close(&run(options), &want, 1e-12, &what);
+            }
+            let unfused = PlanOptions { fuse: false, stages: by_stage(&[1]), ..in_groups(2) };
             assert_close(&run(unfused), &want, 1e-12, &format!("{arch:?} {recipe:?} {branches}, not fused"));
         }
     });
@@ -83,18 +94,18 @@ fn groups_change_no_result_of_the_kernels() {
         (Arch::PreactResnet, Operands::F16, half, 5e-2),
     ] {
         let spec = step_spec(small_model(arch), 4, 5, Recipe::Joint, false);
-        let run = |group, mode| {
+        let run = |group, stages: &[usize], mode| {
             let device = Cuda::new(Box::new(Simt::open(1).unwrap()), operands, mode);
-            let options = PlanOptions { group, ..options };
+            let options = PlanOptions { group, stages: by_stage(stages), ..options };
             run_steps(&mut load_planned(device, &spec, Report::Losses, &options), 2)
         };
-        let want = run(None, Mode::Graph);
-        for group in [1, 2, 3] {
-            let what = format!("{arch:?} {} by {group}", operands.name());
-            let graph = run(Some(group), Mode::Graph);
+        let want = run(None, &[], Mode::Graph);
+        for (group, stages) in [(1, &[][..]), (2, &[]), (3, &[]), (5, &[1]), (3, &[2, 1])] {
+            let what = format!("{arch:?} {} by {group}, {stages:?}", operands.name());
+            let graph = run(Some(group), stages, Mode::Graph);
             assert_close(&graph, &want, tolerance, &what);
-            assert!(graph == run(Some(group), Mode::Eager), "{what}: launched one by one");
-            assert!(graph == run(Some(group), Mode::Graph), "{what}: another run");
+            assert!(graph == run(Some(group), stages, Mode::Eager), "{what}: launched one by one");
+            assert!(graph == run(Some(group), stages, Mode::Graph), "{what}: another run");
         }
     }
 }
@@ -103,15 +114,16 @@ fn groups_change_no_result_of_the_kernels() {
 fn golden_steps_in_groups_pass_on_the_kernels() {
     let cases: Vec<_> = ["step_sequential", "step_joint", "step_mentor", "step_bottleneck"]
         .into_iter()
-        .flat_map(|name| [1, 2].map(|group| (name, group)))
+        .flat_map(|name| [(1, &[][..]), (2, &[]), (9, &[1, 2])].map(|(group, stages)| (name, group, stages)))
         .collect();
-    let failures = on_two_threads(&cases, |(name, group)| {
+    let failures = on_two_threads(&cases, |(name, group, stages)| {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(format!("{name}.safetensors"));
         let golden = Golden::read(&path).unwrap();
+        let options = PlanOptions { stages: by_stage(stages), ..in_groups(*group) };
         let mut device = Cuda::new(Box::new(Simt::open(1).unwrap()), Operands::F32, Mode::Graph);
-        let judgement = golden.judge(&golden.run(&mut device, &in_groups(*group)).unwrap()).unwrap();
+        let judgement = golden.judge(&golden.run(&mut device, &options).unwrap()).unwrap();
         let passes = judgement.pass(Precision::F32.tolerance());
-        (!passes).then(|| format!("{name} by {group}: {judgement:?}")).into_iter().collect()
+        (!passes).then(|| format!("{name} by {group}, {stages:?}: {judgement:?}")).into_iter().collect()
     });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
@@ -288,8 +300,9 @@ fn a_device_takes_as_many_branches_as_its_budget_lets() {
     let tape = paper_tape(10, Recipe::Joint, false);
     let group = |kernels: bool, operands| {
         let options = PlanOptions { kernels, half: kernels, ..PlanOptions::default() };
-        let budget = arena_budget(operands);
-        let plan = Plan::within(&tape, &options, 4, budget).unwrap();
+        let machine = machine(operands);
+        let budget = machine.arena_bytes;
+        let plan = machine.fit(&tape, &options).unwrap();
         assert!(plan.arena_bytes(4) <= budget || plan.largest_group() <= LEAST_GROUP);
         let fewer = 10usize.div_ceil(plan.largest_group()) - 1;
         if fewer > 0 {
@@ -300,8 +313,74 @@ fn a_device_takes_as_many_branches_as_its_budget_lets() {
     };
     println!("groups of {} in f16, of {} in f32", group(true, Operands::F16), group(false, Operands::F32));
     // Nothing is small enough: as small as it gets.
-    assert_eq!(Plan::within(&tape, &PlanOptions::default(), 4, 1000).unwrap().largest_group(), LEAST_GROUP);
+    let fit = |tape: &Tape, arena_bytes| {
+        Machine { arena_bytes, ..machine(Operands::F32) }.fit(tape, &PlanOptions::default()).unwrap().largest_group()
+    };
+    assert_eq!(fit(&tape, 1000), LEAST_GROUP);
     // Cross entropy has no branches.
     let small = record_step(&step_spec(small_model(Arch::PreactResnet), 4, 3, Recipe::Joint, false), Report::Losses);
-    assert_eq!(Plan::within(&small.unwrap(), &PlanOptions::default(), 4, 1 << 30).unwrap().largest_group(), 3);
+    assert_eq!(fit(&small.unwrap(), 1 << 30), 3);
+}
+
+/// Pixels of the largest image of each launch on branches, and the branches, one after the other without repetitions.
+fn stages_and_branches(plan: &Plan) -> Vec<(usize, std::ops::Range<usize>)> {
+    let of = |launch: &mlnt::plan::Launch| {
+        // Of linear combinations several may share a launch, of shared tensors too.
+        let [args] = &launch.args[..] else { return None };
+        let metas = || args.buffers().map(|b| &plan.buffers[*b].meta);
+        let images = metas().filter(|meta| meta.kind == mlnt::tape::Kind::Activation);
+        let pixels = images.map(|meta| meta.dims[2] * meta.dims[3]).max().filter(|pixels| *pixels > 1)?;
+        metas().any(|meta| meta.per_branch).then(|| (pixels, launch.branches.clone()))
+    };
+    let mut found: Vec<_> = plan.launches.iter().filter_map(of).collect();
+    found.dedup();
+    found
+}
+
+#[test]
+fn stages_are_taken_in_passes_of_their_own() {
+    let tape = paper_tape(10, Recipe::Joint, false);
+    for kernels in [false, true] {
+        let options = PlanOptions { kernels, half: kernels, ..in_groups(5) };
+        let plan = |stages: &[usize]| Plan::build(&tape, &PlanOptions { stages: by_stage(stages), ..options }).unwrap();
+        let (whole, divided) = (plan(&[]), plan(&[2, 9, 3]));
+        assert!(stages_and_branches(&whole).iter().all(|(_, branches)| branches.len() == 5));
+        let passes = stages_and_branches(&divided);
+        let sizes = |of: usize| {
+            let mut sizes: Vec<usize> = passes.iter().filter(|p| p.0 == of).map(|p| p.1.len()).collect();
+            sizes.sort_unstable();
+            sizes.dedup();
+            sizes
+        };
+        assert_eq!((sizes(1024), sizes(256), sizes(64)), (vec![1, 2], vec![5], vec![2, 3]), "kernels {kernels}");
+        // One stretch after the other: a pass does all of a stretch, and no branch comes twice in one.
+        let first: Vec<_> = passes.iter().filter(|p| p.0 == 1024).take(3).map(|p| p.1.clone()).collect();
+        assert_eq!(first, [0..2, 2..4, 4..5], "kernels {kernels}");
+        assert!(passes.len() < 200, "{} stretches", passes.len());
+        // The same work, but for sums that go on from pass to pass.
+        let flops = |plan: &Plan| plan.cost(4).flops() as f64;
+        let off = flops(&divided) / flops(&whole) - 1.0;
+        assert!((0.0..1e-3).contains(&off), "{off}");
+    }
+}
+
+#[test]
+fn a_machine_takes_stages_in_passes_where_that_takes_less_time() {
+    let tape = paper_tape(10, Recipe::Joint, false);
+    let options = PlanOptions { kernels: true, half: true, ..PlanOptions::default() };
+    let card = machine(Operands::F16);
+    // Where memory is slow, launches are dear and the cache is large, it decides by what outweighs.
+    let slow = Machine { memory_rate: 0.6e12, cache_bytes: 72_000_000, ..card };
+    let divided = slow.fit(&tape, &options).unwrap();
+    assert!(!divided.stages.is_whole());
+    let whole = PlanOptions { group: Some(divided.largest_group()), ..options };
+    let whole = Plan::build(&tape, &whole).unwrap();
+    let traffic = |plan: &Plan| plan.traffic(4, slow.cache_bytes).iter().map(|t| t.bytes()).sum::<u64>();
+    assert!(slow.seconds(&divided) < slow.seconds(&whole));
+    assert!(traffic(&divided) < traffic(&whole));
+    assert!(divided.arena_bytes(4) <= slow.arena_bytes);
+    for other in [Machine { launch: 1e-3, ..slow }, Machine { cache_bytes: 1 << 20, ..slow }] {
+        assert!(other.fit(&tape, &options).unwrap().stages.is_whole(), "{other:?}");
+    }
+    println!("a card with slow memory: {} of {}", divided.stages, divided.largest_group());
 }

@@ -12,14 +12,17 @@ use mlnt::model::{Arch, ModelSpec};
 use mlnt::ops::{
     BnReluBackwardApply, ConvForm, ConvGeom, ConvKind, Delta, Epilogue, FusedConv, LinComb, Op, Operation,
 };
-use mlnt::plan::{Args, Launch, Plan, PlanOptions};
+use mlnt::plan::{Args, Launch, Plan, PlanOptions, StageGroups};
 use mlnt::tape::{Coef, Fan, Kind, Meta, Tape};
 use std::collections::HashMap;
 
 const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
-const PLAIN: PlanOptions = PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None };
-const FUSED: PlanOptions = PlanOptions { fuse: true, kernels: false, half: false, recompute: false, group: None };
-const KERNELS: PlanOptions = PlanOptions { fuse: true, kernels: true, half: false, recompute: false, group: None };
+const PLAIN: PlanOptions =
+    PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None, stages: StageGroups::WHOLE };
+const FUSED: PlanOptions =
+    PlanOptions { fuse: true, kernels: false, half: false, recompute: false, group: None, stages: StageGroups::WHOLE };
+const KERNELS: PlanOptions =
+    PlanOptions { fuse: true, kernels: true, half: false, recompute: false, group: None, stages: StageGroups::WHOLE };
 
 /// A network with an identity and a projection in every stage but the first, which has two identities.
 fn model(arch: Arch) -> ModelSpec {

@@ -8,7 +8,7 @@ use mlnt::model::{Arch, ModelSpec, he_init};
 use mlnt::plan::Plan;
 use mlnt::rng::{Purpose, below, normal, stream};
 use mlnt::train::choice;
-use mlnt::train::engine::grouped_plan;
+use mlnt::train::group::Group;
 
 /// Which network a step is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -52,9 +52,8 @@ pub fn spec(
 
 /// The plan of the step as `device` has it.
 pub fn plan(spec: &StepSpec, device: &dyn Device) -> Plan {
-    let fit = (device.real_bytes(), device.arena_budget());
     let tape = record_step(spec, Report::Losses).unwrap();
-    grouped_plan(&tape, &device.plan_options(), choice::Group::Auto, fit).unwrap()
+    Group::Auto.plan(&tape, &device.plan_options(), device.machine()).unwrap()
 }
 
 /// A step, loaded.

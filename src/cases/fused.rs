@@ -7,12 +7,12 @@ use super::{Case, Data, Operand};
 use crate::device::HostVec;
 use crate::error::Result;
 use crate::ops::{BnReluBackward, BnReluDoubleBackward, BnStats, ConvForm, ConvGeom, Epilogue, FusedConv, Op};
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::{Plan, PlanOptions, StageGroups};
 use crate::tape::{Coef, DType, Kind, Meta, Tape};
 
 /// A plan of the operations as they are recorded.
 const AS_RECORDED: PlanOptions =
-    PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None };
+    PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None, stages: StageGroups::WHOLE };
 
 /// A case of an operation that only the planner makes.
 #[derive(Clone, Debug, PartialEq)]

@@ -17,7 +17,7 @@ use crate::plan::Plan;
 use crate::rng::{Purpose, below, normal, stream};
 use crate::train::choice::DeviceKind;
 use crate::train::config::Config;
-use crate::train::engine::{grouped_plan, step_spec};
+use crate::train::engine::step_spec;
 use crate::train::open_device::{kernel_cost, open_device};
 
 /// The arguments of `mlnt bench-step`: those of `plan`, and how often to run.
@@ -87,8 +87,7 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     (config.device, config.precision) = (opened.kind, opened.precision.into());
     let (mut device, why) = (opened.device, opened.text);
     let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
-    let fit = (device.real_bytes(), device.arena_budget());
-    let plan = grouped_plan(&tape, &device.plan_options(), config.group, fit)?;
+    let plan = config.group.plan(&tape, &device.plan_options(), device.machine())?;
     // Scales of cotangents such as a first step finds.
     let scales = Scales { inner: 4096.0, outer: 4096.0, second: 1_048_576.0, apply: true };
     let scalars =

@@ -12,11 +12,12 @@ use crate::error::Result;
 use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
 use crate::ops::Operation;
-use crate::plan::{Cost, Plan, PlanOptions};
-use crate::train::choice::{DeviceKind, Group, Precision, PrecisionChoice, Recipe};
+use crate::plan::{Cost, Launch, Plan, PlanOptions, Traffic};
+use crate::train::choice::{DeviceKind, Precision, PrecisionChoice, Recipe};
 use crate::train::config::{Config, Overrides};
-use crate::train::engine::{grouped_plan, step_spec};
-use crate::train::open_device::{arena_budget, kernel_cost, plan_options};
+use crate::train::engine::step_spec;
+use crate::train::group::Group;
+use crate::train::open_device::{kernel_cost, machine, plan_options};
 use crate::train::preset::{InputShape, Preset};
 
 /// The help above the arguments.
@@ -55,8 +56,9 @@ pub struct PlanArgs {
     /// Floating-point type of the computation; it decides the bytes. Auto is f16 for cuda, else f32.
     #[arg(long, value_name = "TYPE")]
     pub precision: Option<PrecisionChoice>,
-    /// Branches that the step works on at a time: auto (what the device likes), all, or a number.
-    #[arg(long, value_name = "auto|all|N")]
+    /// Branches that the step works on at a time: auto (what the device likes), all, or a number; behind a colon the same within a
+    /// group for each stage, largest images first, as in 5:2,3.
+    #[arg(long, value_name = "auto|all|N[:S,…]")]
     pub group: Option<Group>,
     /// The device the plan is for: cuda and simt fuse more and add the launches of the kernels and their scratch memory;
     /// auto is the processor, or cuda in a precision that only the kernels have.
@@ -182,9 +184,10 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &PlanOptions::default())?.cost(real_bytes);
     let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);
     let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
-    let fit = (real_bytes, arena_budget(device, precision)?);
-    let plan = grouped_plan(&tape, &options, config.group, fit)?;
+    let machine = machine(device, precision)?;
+    let plan = config.group.plan(&tape, &options, machine)?;
     let cost = plan.cost(real_bytes);
+    let traffic = machine.map_or(Vec::new(), |machine| plan.traffic(real_bytes, machine.cache_bytes));
     let ratio = cost.flops() as f64 / forward as f64;
     let (arena, states) = (plan.arena_bytes(real_bytes), plan.state_bytes(real_bytes));
     // The kernels of a plan are known without a card.
@@ -209,14 +212,19 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             "ratio": ratio,
             "launches": cost.launches(),
             "group": plan.largest_group(),
+            "stage_groups": plan.stages.to_string(),
             "bytes_moved": cost.bytes_moved(),
             "arena_bytes": arena,
             "state_bytes": states,
             "phases": cost.phases,
             "operations": cost.operations,
         });
+        if let Some(machine) = machine {
+            object["memory_bytes"] = json!(traffic.iter().map(|t| t.bytes()).sum::<u64>());
+            object["cache_bytes"] = json!(machine.cache_bytes);
+        }
         if args.launches {
-            object["listing"] = listing(&plan, real_bytes, kernels.as_ref());
+            object["listing"] = listing(&plan, real_bytes, &traffic, kernels.as_ref());
         }
         if let Some(kernels) = kernels {
             object["kernel_launches"] = json!(kernels.launches);
@@ -228,8 +236,9 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let order = if config.first_order { "first order" } else { "exact" };
     let (k, m, group) = (config.batch, config.branches, plan.largest_group());
     let taken = if group < m { format!(" in groups of at most {group}") } else { String::new() };
+    let by_stage = if plan.stages.is_whole() { String::new() } else { format!(" (by stage {})", plan.stages) };
     say(format_args!(
-        "One MLNT step: {} recipe, {order}, batch {k}, {m} branches{taken}, {}; PreAct ResNet, widths {:?}, blocks {:?}, \
+        "One MLNT step: {} recipe, {order}, batch {k}, {m} branches{taken}{by_stage}, {}; PreAct ResNet, widths {:?}, blocks {:?}, \
          {} parameters, images {}x{}x{}, {} classes\n",
         config.recipe,
         precision,
@@ -247,6 +256,11 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     say(format_args!("whole step          {:.3} GFLOP = {ratio:.2} forward passes", cost.flops() as f64 / 1e9))?;
     say(format_args!("launches            {}", cost.launches()))?;
     say(format_args!("bytes moved         {:.3} GB", cost.bytes_moved() as f64 / 1e9))?;
+    if let Some(machine) = machine {
+        let (bytes, cache) =
+            (traffic.iter().map(|t| t.bytes()).sum::<u64>() as f64 / 1e9, machine.cache_bytes as f64 / 1e6);
+        say(format_args!("to and from memory  {bytes:.3} GB behind a cache of {cache:.0} MB"))?;
+    }
     say(format_args!("arena               {:.3} GB", arena as f64 / 1e9))?;
     say(format_args!("states              {:.3} GB", states as f64 / 1e9))?;
     if let Some(kernels) = kernels {
@@ -257,16 +271,21 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
 }
 
 /// Every launch of a plan, in order.
-fn listing(plan: &Plan, real_bytes: usize, kernels: Option<&KernelCost>) -> Value {
-    let row = |(i, launch)| {
+fn listing(plan: &Plan, real_bytes: usize, traffic: &[Traffic], kernels: Option<&KernelCost>) -> Value {
+    let row = |(i, launch): (usize, &Launch)| {
         let (flops, bytes) = plan.launch_cost(launch, real_bytes);
         let mut row = json!({
+
             "phase": launch.phase,
             "operation": launch.op.name(),
             "what": plan.launch_label(launch),
+            "branches": launch.branches.len(),
             "flops": flops,
             "bytes_moved": bytes,
         });
+        if let Some(traffic) = traffic.get(i) {
+            row["memory_bytes"] = json!(traffic.bytes());
+        }
         if let Some(kernels) = kernels {
             row["kernels"] = json!(kernels.kernels[i]);
         }

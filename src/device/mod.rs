@@ -10,7 +10,7 @@ mod shortage;
 mod states;
 
 use crate::error::Result;
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::{Machine, Plan, PlanOptions};
 use crate::tape::Meta;
 use std::time::Instant;
 
@@ -109,9 +109,9 @@ pub trait Device {
         PlanOptions::default()
     }
 
-    /// Bytes within which the arena of a step's plan is kept by taking its branches in groups, unless somebody asks for other
-    /// groups; `None` takes all branches at a time.
-    fn arena_budget(&self) -> Option<usize> {
+    /// What the groups go by that a step's plan takes its branches in, unless somebody asks for other groups; `None` takes all
+    /// branches at a time.
+    fn machine(&self) -> Option<Machine> {
         None
     }
 

@@ -127,7 +127,7 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
     let place = |t: Tensor| {
         let root = graph.root(t);
         places[root.index()].unwrap_or_else(|| {
-            let from = if root == t { 0 } else { graph.span(t).0 * graph.metas[t.index()].len() };
+            let from = (graph.span(t).0 - graph.span(root).0) * graph.metas[t.index()].len();
             Place::Arena(block_of[root.index()].map_or(0, |b| offsets[b]) + from)
         })
     };

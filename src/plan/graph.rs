@@ -11,7 +11,7 @@ use std::ops::Range;
 pub(super) struct Part {
     pub first: usize,
     pub count: usize,
-    /// The tensor with all branches in whose memory they lie; `None` has memory of its own.
+    /// The tensor with more branches in whose memory they lie; `None` has memory of its own.
     pub of: Option<Tensor>,
 }
 

@@ -3,13 +3,20 @@
 //! A plan is built once per shape and allocates nothing itself; it can describe a step far larger than this machine.
 
 mod arena;
+mod cache;
 mod cost;
 mod fuse;
 mod graph;
 mod groups;
 mod half;
+mod machine;
+mod region;
+mod stages;
 
+pub use cache::Traffic;
 pub use cost::{Cost, OperationCost, PhaseCost};
+pub use machine::{LEAST_GROUP, Machine};
+pub use stages::{MOST_STAGES, StageGroups};
 
 use crate::error::Result;
 use crate::ops::Op;
@@ -31,11 +38,20 @@ pub struct PlanOptions {
     pub recompute: bool,
     /// Run the work on branches in groups of at most this many, one group after the other; `None` takes all at a time.
     pub group: Option<usize>,
+    /// Take fewer branches at a time within a group, by stage.
+    pub stages: StageGroups,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        PlanOptions { fuse: true, kernels: false, half: false, recompute: false, group: None }
+        PlanOptions {
+            fuse: true,
+            kernels: false,
+            half: false,
+            recompute: false,
+            group: None,
+            stages: StageGroups::default(),
+        }
     }
 }
 
@@ -138,6 +154,8 @@ pub struct Plan {
     pub scalars: Vec<String>,
     /// Tensors the host may read after a run.
     pub outputs: Vec<Port>,
+    /// Branches at a time in each stage, within a group.
+    pub stages: StageGroups,
     /// Size of the arena of reals, in elements.
     pub arena_reals: usize,
     /// Size of the arena of 16-bit reals, in elements.
@@ -145,9 +163,6 @@ pub struct Plan {
     /// Size of the arena of indices, in elements.
     pub arena_indices: usize,
 }
-
-/// Branches of a group that [`Plan::within`] does not go below.
-pub const LEAST_GROUP: usize = 4;
 
 impl Plan {
     /// Builds the plan of everything that the tape's outputs and assignments need.
@@ -158,7 +173,7 @@ impl Plan {
     pub fn build(tape: &Tape, options: &PlanOptions) -> Result<Plan> {
         let mut graph = Graph::new(tape);
         let groups = groups::ranges(tape.branches(), options.group);
-        if groups.len() > 1 {
+        if groups.len() > 1 || !options.stages.is_whole() {
             groups::order(&mut graph)?;
         }
         if options.fuse {
@@ -171,6 +186,9 @@ impl Plan {
         if groups.len() > 1 {
             groups::divide(&mut graph, &groups)?;
         }
+        if !options.stages.is_whole() {
+            stages::divide(&mut graph, &options.stages)?;
+        }
         graph.copy_old_states();
         graph.copy_pending_assigns();
         graph.check()?;
@@ -180,41 +198,7 @@ impl Plan {
             graph.check()?;
         }
         let launches = if options.fuse { fuse::group_lin_combs(&graph) } else { graph.one_by_one() };
-        Ok(assemble(graph, launches))
-    }
-
-    /// The plan with few groups of branches whose arena takes at most `bytes` when a real takes `real_bytes`; groups of about
-    /// [`LEAST_GROUP`] where every arena takes more: launches grow with the groups, and the arena shrinks little below. Where that lets
-    /// it do with fewer groups, the plan is one with [`PlanOptions::recompute`]. This and the group of `options` do not count.
-    ///
-    /// # Errors
-    /// As [`Plan::build`].
-    pub fn within(tape: &Tape, options: &PlanOptions, real_bytes: usize, bytes: usize) -> Result<Plan> {
-        let branches = tape.branches().max(1);
-        let most = branches.div_ceil(LEAST_GROUP);
-        let build = |groups: usize| -> Result<Plan> {
-            let options = PlanOptions { recompute: false, group: Some(branches.div_ceil(groups)), ..*options };
-            let plan = Plan::build(tape, &options)?;
-            if !options.kernels || plan.arena_bytes(real_bytes) <= bytes {
-                return Ok(plan);
-            }
-            Plan::build(tape, &PlanOptions { recompute: true, ..options })
-        };
-        let whole = build(1)?;
-        let arena = whole.arena_bytes(real_bytes);
-        if arena <= bytes || most == 1 {
-            return Ok(whole);
-        }
-        // The arena shrinks with the groups at best: fewer than this cannot do.
-        let mut groups = arena.div_ceil(bytes.max(1)).clamp(2, most);
-        loop {
-            let plan = build(groups)?;
-            if groups == most || plan.arena_bytes(real_bytes) <= bytes {
-                return Ok(plan);
-            }
-            // One more, or a tenth where there are many, since each costs a plan.
-            groups = (groups + 1 + groups / 10).min(most);
-        }
+        Ok(Plan { stages: options.stages, ..assemble(graph, launches) })
     }
 
     /// Branches that its launches work on at a time, at most.
@@ -289,6 +273,7 @@ fn assemble(graph: Graph, groups: Vec<Vec<usize>>) -> Plan {
         inputs,
         scalars: graph.scalars,
         outputs,
+        stages: StageGroups::WHOLE,
         arena_reals: layout.reals,
         arena_halves: layout.halves,
         arena_indices: layout.indices,

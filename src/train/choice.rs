@@ -109,65 +109,6 @@ impl std::fmt::Display for DeviceKind {
     }
 }
 
-/// How many branches a step works on at a time: `auto`, `all` or a number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "NumberOrText", into = "String")]
-pub enum Group {
-    /// As many as keep the memory of a step within what the device sets aside for it: all of them on the processor.
-    Auto,
-    /// All.
-    All,
-    /// At most this many.
-    Of(usize),
-}
-
-impl std::str::FromStr for Group {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match (text, text.parse()) {
-            ("auto", _) => Ok(Group::Auto),
-            ("all", _) => Ok(Group::All),
-            (_, Ok(size)) if size > 0 => Ok(Group::Of(size)),
-            _ => Err("takes auto, all or a number of branches from 1 on".into()),
-        }
-    }
-}
-
-/// A setting as a TOML file may have it.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum NumberOrText {
-    Number(i64),
-    Text(String),
-}
-
-impl TryFrom<NumberOrText> for Group {
-    type Error = String;
-    fn try_from(value: NumberOrText) -> Result<Self, String> {
-        match value {
-            NumberOrText::Number(n) => n.to_string().parse(),
-            NumberOrText::Text(text) => text.parse(),
-        }
-    }
-}
-
-impl From<Group> for String {
-    fn from(group: Group) -> String {
-        group.to_string()
-    }
-}
-
-impl std::fmt::Display for Group {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Group::Auto => f.write_str("auto"),
-            Group::All => f.write_str("all"),
-            Group::Of(size) => write!(f, "{size}"),
-        }
-    }
-}
-
 /// Floating-point type of activations, weights and gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Group, Method, Precision, PrecisionChoice, Recipe};
+use super::choice::{Augment, DeviceKind, Method, Precision, PrecisionChoice, Recipe};
+use super::group::Group;
 use super::preset::Preset;
 use super::toml_file;
 use crate::data::{NoiseKind, ValidationLabels};
@@ -170,9 +171,10 @@ settings! {
         [value_name = "NAME"] device: DeviceKind,
         /// Floating-point type of the computation; auto is f16 on a card, f32 on cpu and simt. A run keeps the one it began in.
         [value_name = "TYPE"] precision: PrecisionChoice,
-        /// Branches that a step works on at a time, for less memory: auto (what the device likes), all, or a number. It changes the
-        /// order of sums over the branches, and no result beyond rounding.
-        [value_name = "auto|all|N"] group: Group,
+        /// Branches that a step works on at a time, for less memory: auto (what the device likes), all, or a number; behind a colon
+        /// the same within a group for each stage, largest images first, as in 5:2,3. It changes the order of sums over the
+        /// branches, and no result beyond rounding.
+        [value_name = "auto|all|N[:S,…]"] group: Group,
         /// Threads; 0 = one per core.
         [value_name = "N"] threads: usize,
     }

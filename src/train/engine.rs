@@ -1,9 +1,10 @@
 //! The networks of a run on a device: their plans and states.
 
 use super::by_logits::Descent;
-use super::choice::{self, Group};
+use super::choice;
 use super::config::Config;
 use super::feed::Images;
+use super::group::Group;
 use super::loss_scale::{LossScale, Passes};
 use super::method::{Part, parts};
 use super::metrics::Phase;
@@ -145,8 +146,7 @@ struct Options {
 
 impl Loaded {
     fn new(device: &mut dyn Device, tape: &Tape, options: &Options) -> Result<Self> {
-        let fit = (device.real_bytes(), device.arena_budget());
-        let plan = grouped_plan(tape, &options.plan, options.group, fit)?;
+        let plan = options.group.plan(tape, &options.plan, device.machine())?;
         let inputs = plan.inputs.iter().map(|port| port.name.clone()).collect();
         let scalars = plan.scalars.clone();
         let scaled = plan.output("finite").is_some();
@@ -171,25 +171,6 @@ pub struct StepInputs<'a> {
 fn find<'a>(steps: &'a [Step], part: &Part) -> Result<&'a Step> {
     let found = steps.iter().find(|s| (s.phase, s.mentor) == (part.phase, part.mixes_mentor()));
     found.ok_or_else(|| Error::shape("step", format_args!("no plan for {}", part.title())))
-}
-
-/// The plan of a step that takes its branches as `group` says; `fit`: bytes of a real, and those within which the device wants
-/// the arena.
-///
-/// # Errors
-/// As [`Plan::build`].
-pub fn grouped_plan(
-    tape: &Tape,
-    options: &PlanOptions,
-    group: Group,
-    (real_bytes, budget): (usize, Option<usize>),
-) -> Result<Plan> {
-    match (group, budget) {
-        (Group::Auto, Some(bytes)) => Plan::within(tape, options, real_bytes, bytes),
-        (Group::Auto, None) => Plan::build(tape, options),
-        (Group::All, _) => Plan::build(tape, &PlanOptions { group: None, ..*options }),
-        (Group::Of(size), _) => Plan::build(tape, &PlanOptions { group: Some(size), ..*options }),
-    }
 }
 
 impl Engine {

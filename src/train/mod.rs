@@ -13,6 +13,7 @@ pub mod event_file;
 pub mod feed;
 pub mod filter;
 pub mod given;
+pub mod group;
 mod loss_scale;
 pub mod memory;
 pub mod method;

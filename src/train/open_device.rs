@@ -8,7 +8,7 @@ use crate::device::cuda::driver::simt::Simt;
 use crate::device::cuda::driver::{Driver, Generation};
 use crate::device::cuda::{self, Cuda, KernelCost, Mode, Operands};
 use crate::error::{Error, Result};
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::{Machine, Plan, PlanOptions};
 
 /// Order in which the SIMT host machine takes its threads. Results do not depend on it; tests try others.
 const SIMT_SEED: u64 = 1;
@@ -112,13 +112,13 @@ pub fn open_kernels(kind: DeviceKind, precision: Precision, mode: Mode) -> Resul
     }
 }
 
-/// Bytes within which a step's arena is kept on a device of this kind, without a machine; see [`Device::arena_budget`].
+/// What the default for branch groups goes by on a device of this kind, without one; see [`Device::machine`].
 ///
 /// # Errors
 /// When the device does not compute in `precision`.
-pub fn arena_budget(kind: DeviceKind, precision: Precision) -> Result<Option<usize>> {
+pub fn machine(kind: DeviceKind, precision: Precision) -> Result<Option<Machine>> {
     match kind {
-        DeviceKind::Cuda(_) | DeviceKind::Simt => Ok(Some(cuda::arena_budget(operands(precision)?))),
+        DeviceKind::Cuda(_) | DeviceKind::Simt => Ok(Some(cuda::machine(operands(precision)?))),
         DeviceKind::Auto | DeviceKind::Cpu => Ok(None),
     }
 }

@@ -3,8 +3,9 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Augment, DeviceKind, Group, Method, PrecisionChoice, Recipe};
+use super::choice::{Augment, DeviceKind, Method, PrecisionChoice, Recipe};
 use super::config::Config;
+use super::group::Group;
 use crate::data::{NoiseKind, ValidationLabels};
 
 /// A named set of values for every setting.

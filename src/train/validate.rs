@@ -2,10 +2,11 @@
 
 use std::fmt::Display;
 
-use super::choice::Group;
 use super::config::Config;
+use super::group::Group;
 use crate::data::NoiseKind;
 use crate::error::{Error, Result};
+use crate::plan::MOST_STAGES;
 
 /// Largest number of epochs, a bound that keeps products of settings within 64 bits.
 const MAX_EPOCHS: usize = 1_000_000;
@@ -82,9 +83,11 @@ impl Config {
         self.validate_optimisation()?;
         self.validate_network()?;
         check(i64::try_from(self.seed).is_ok(), "seed", self.seed, format_args!("a whole number up to {}", i64::MAX))?;
-        if let Group::Of(size) = self.group {
-            let takes = format_args!("auto, all or a whole number from 1 to {MAX_BRANCHES}");
-            check((1..=MAX_BRANCHES).contains(&size), "group", size, takes)?;
+        if let Group::Of { size, stages } = self.group {
+            let takes =
+                format_args!("auto, all or a whole number from 1 to {MAX_BRANCHES}, and such numbers for stages");
+            let sizes = (0..MOST_STAGES).map(|stage| stages.size(stage)).chain([size]);
+            check(sizes.flatten().all(|size| size <= MAX_BRANCHES), "group", self.group, takes)?;
         }
         count("threads", self.threads, 0, MAX_THREADS)
     }

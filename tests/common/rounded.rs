@@ -10,12 +10,12 @@ use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
 use mlnt::ops::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnReluBackward, ChannelBroadcast, Mask, Op, Operation};
-use mlnt::plan::{Plan, PlanOptions};
+use mlnt::plan::{Plan, PlanOptions, StageGroups};
 use mlnt::tape::{Coef, DType, Kind, Meta, Tape, Tensor};
 
 pub const HALVES: [Operands; 2] = [Operands::F16, Operands::Bf16];
 pub const UNFUSED: PlanOptions =
-    PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None };
+    PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None, stages: StageGroups::WHOLE };
 pub const HALF: PlanOptions = PlanOptions { half: true, ..UNFUSED };
 
 pub fn rounded(operands: Operands, v: f64) -> f64 {

@@ -9,9 +9,11 @@ pub mod embedded;
 mod images;
 mod layout;
 mod lower;
+mod machine;
 mod memory;
 
 pub use lower::Operands;
+pub use machine::machine;
 
 use super::check::check;
 use super::shortage::REMEDY;
@@ -19,7 +21,7 @@ use super::states::States;
 use super::{Crop, Destinations, Device, HostSlice, HostVec, ImageSet, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::ops::Operation;
-use crate::plan::{Place, Plan, PlanOptions, Port};
+use crate::plan::{Machine, Place, Plan, PlanOptions, Port};
 use crate::tape::{DType, Meta};
 use driver::{Address, Driver, Event, Generation, Graph, Stream};
 use images::{Images, Landing};
@@ -257,20 +259,6 @@ fn lower_nowhere(plan: &Plan, operands: Operands, generation: Generation) -> Res
     Lowering::run(plan, &Bases { states, inputs, ..Bases::default() }, operands, generation)
 }
 
-/// Bytes within which the arena of a step is kept by taking its branches in groups, for convolutions with these operands.
-///
-/// Every group costs launches and one more pass over the sums over branches, which are as large as one branch; so groups are as few as
-/// the budget lets, and of about one size. An exact step of PreAct ResNet-32 at batch 128 with ten branches takes about 0.35 GB and
-/// 0.4 GB for each branch of a group in 16 bits: 4.2 GB in one piece, 2.5 GB as 5 + 5, 2.2 GB if it computes some cotangents again
-/// (`PlanOptions::recompute`). A first-order step fits in one piece. The budget is the same on every card, so that results are too;
-/// twice as much where activations may take 32 bits.
-pub fn arena_budget(operands: Operands) -> usize {
-    match operands {
-        Operands::F16 | Operands::Bf16 => 2_200_000_000,
-        Operands::F32 | Operands::Tf32 => 4_400_000_000,
-    }
-}
-
 /// What a plan takes beyond its arena on this device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelCost {
@@ -312,8 +300,8 @@ impl Device for Cuda {
         Self::plan_options_for(self.operands)
     }
 
-    fn arena_budget(&self) -> Option<usize> {
-        Some(arena_budget(self.operands))
+    fn machine(&self) -> Option<Machine> {
+        Some(machine(self.operands))
     }
 
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
