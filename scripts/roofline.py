@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "roofline.md"
 STEP = "--preset cifar10 --recipe released --device cuda --precision f16 --hopper --json --launches".split()
+# Groupings that are compared, the default too: branches at a time, and behind a colon by stage.
+COMPARED = ["all", "auto", "5", "5:3", "5:2", "5:2,3", "5:1", "2", "1"]
 GROUPS = {"all": "All ten branches at a time", "auto": "Groups of branches, as it runs by default"}
 
 # An H200: dense f16 with f32 sums, as DESIGN takes it, and the part of it that mma.sync is said to reach; what is not on tensor
@@ -143,8 +145,30 @@ def by_kernel(listing, nsys):
     return lines + [""]
 
 
-def render(plans, results):
-    """The text of the document. `plans`: the objects of `mlnt plan` by grouping."""
+def by_grouping(plans):
+    """What `auto` compares, for several groupings."""
+    cache = plans["auto"]["cache_bytes"] / 1e6
+    lines = [
+        "## Groupings",
+        "",
+        f"Bytes to and from memory are those of a model of an L2 cache of {cache:.0f} MB (`src/plan/cache.rs`). *Compared* is the time that the",
+        "default goes by: each launch the longer of its work and of those bytes, and 2 µs more (an assumption; `src/plan/machine.rs`). The default",
+        "takes fewer branches at a time within a stage only where that time is less for it.",
+        "",
+        "| branches at a time: by stage | kernels | GB moved | GB to and from memory | arena, GB | compared, ms |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for group, plan in plans.items():
+        by_stage = f": {plan['stage_groups']}" if plan["stage_groups"] else ""
+        name = f"{plan['group']}{by_stage}{', the default' if group == 'auto' else ''}"
+        gigabytes = [f"{plan[key] / 1e9:.2f}" for key in ("bytes_moved", "memory_bytes", "arena_bytes")]
+        cells = [name, str(plan["kernel_launches"]), *gigabytes, f"{1e3 * plan['seconds_compared']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines + [""]
+
+
+def render(plans, compared, results):
+    """The text of the document. `plans`: the objects of `mlnt plan` by grouping; `compared`: more of them."""
     reaches = f"{100 * MMA_PART:.0f} % of {TENSOR / 1e12:.0f} TFLOP/s"
     lines = [
         "# Roofline of a step",
@@ -178,6 +202,7 @@ def render(plans, results):
         numbers += [f"{1e3 * all_of['least']:.2f}", f"{1e3 * at_whole:.2f}"]
         lines.append(f"| {GROUPS[group]}: {plan['group']} | {' | '.join(map(str, numbers))} | {took} | {whole} |")
     lines += ["", f"Measured on {card}." if card else "Nothing of this was measured.", ""]
+    lines += by_grouping(compared)
     for group, plan in plans.items():
         listing, stages = plan["listing"], stages_of(plan["listing"])
         lines += [f"## {GROUPS[group]}", "", "### By phase", ""]
@@ -258,7 +283,10 @@ def self_test():
     row = rows["conv2d_fused_fprop", "conv2d_f16", "1–2", True]
     csv_text = "note\nTime (%),Total Time (ns),Instances,Name\n1,3000,2,a\n"
     near = lambda a, b: abs(a - b) < 1e-9
+    compared = {"kernel_launches": 3, "bytes_moved": 2e9, "memory_bytes": 1e9, "arena_bytes": 5e8, "cache_bytes": 5e7}
+    compared |= {"group": 5, "stage_groups": "2,3", "seconds_compared": 0.012}
     checks = {
+        "groupings": by_grouping({"auto": compared})[-2] == "| 5: 2,3, the default | 3 | 2.00 | 1.00 | 0.50 | 12.00 |",
         "stages": stages_of(listing) == stages,
         "a rate for all convolutions": near(times(launch, TENSOR)[0], 0.63e-3) and times(sums, TENSOR) == times(sums),
         "time at the roof": near(max(times(launch)), 1e-3) and near(times(other)[0], 0.63e-3) and near(times(narrow)[0], 0.9e-3),
@@ -286,7 +314,8 @@ def main():
             wrong = self_test()
         else:
             mlnt = program(args.mlnt)
-            text = render({group: plan(mlnt, group) for group in GROUPS}, read_results(args.results, args.name))
+            compared = {group: plan(mlnt, group) for group in COMPARED}
+            text = render({group: compared[group] for group in GROUPS}, compared, read_results(args.results, args.name))
             wrong = []
             if not args.check:
                 args.out.write_text(text)

@@ -235,7 +235,8 @@ fn values_out_of_range_name_the_flag_and_what_it_takes() {
         ("--lambda-ramp inf", "--lambda-ramp inf: takes a number of at least 0"),
         ("--iterations 2 --val-fraction 0", "--val-fraction 0: takes a number greater than 0 and at most 0.5"),
         ("--pad 1000", "--pad 1000: takes a whole number from 0 to 256"),
-        ("--group 20000", "--group 20000: takes auto, all or a whole number from 1 to 10000"),
+        ("--group 20000", "--group 20000: takes auto, all or a whole number from 1 to 10000, and such numbers for stages"),
+        ("--group 5:1,20000", "--group 5:1,20000: takes auto, all or a whole number from 1 to 10000, and such numbers for stages"),
         ("--threads 5000", "--threads 5000: takes a whole number from 0 to 1024"),
         ("--seed 18446744073709551615", "--seed 18446744073709551615: takes a whole number up to 9223372036854775807"),
     ];
@@ -278,14 +279,20 @@ fn a_resumed_run_may_change_threads_and_place_only() {
 
 #[test]
 fn the_group_of_branches_comes_back_from_the_file() {
-    for (flags, text) in [("", "group = \"auto\""), ("--group all", "group = \"all\""), ("--group 3", "group = \"3\"")]
-    {
+    for (flags, text) in [
+        ("", "group = \"auto\""),
+        ("--group all", "group = \"all\""),
+        ("--group 3", "group = \"3\""),
+        ("--group 5:2,all,3", "group = \"5:2,all,3\""),
+        ("--group all:4,all", "group = \"all:4\""),
+        ("--group 5:all", "group = \"5\""),
+    ] {
         let config = train(flags).unwrap();
         let toml = config.to_toml().unwrap();
         assert!(toml.lines().any(|line| line == text), "{toml}");
         assert_eq!(toml::from_str::<Config>(&toml).unwrap().group, config.group);
     }
-    for wrong in ["0", "some", "-1", "1.5"] {
+    for wrong in ["0", "some", "-1", "1.5", "5:", "5:0", "5:2,", "5:2,x", ":2", "auto:2", "5:1,1,1,1,1,1,1,1,1"] {
         let words = ["mlnt", "train", "--group", wrong];
         assert!(Cli::try_parse_from(words).is_err(), "--group {wrong}");
     }

@@ -222,6 +222,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         if let Some(machine) = machine {
             object["memory_bytes"] = json!(traffic.iter().map(|t| t.bytes()).sum::<u64>());
             object["cache_bytes"] = json!(machine.cache_bytes);
+            object["seconds_compared"] = json!(machine.seconds(&plan));
         }
         if args.launches {
             object["listing"] = listing(&plan, real_bytes, &traffic, kernels.as_ref());
