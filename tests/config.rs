@@ -235,8 +235,14 @@ fn values_out_of_range_name_the_flag_and_what_it_takes() {
         ("--lambda-ramp inf", "--lambda-ramp inf: takes a number of at least 0"),
         ("--iterations 2 --val-fraction 0", "--val-fraction 0: takes a number greater than 0 and at most 0.5"),
         ("--pad 1000", "--pad 1000: takes a whole number from 0 to 256"),
-        ("--group 20000", "--group 20000: takes auto, all or a whole number from 1 to 10000, and such numbers for stages"),
-        ("--group 5:1,20000", "--group 5:1,20000: takes auto, all or a whole number from 1 to 10000, and such numbers for stages"),
+        (
+            "--group 20000",
+            "--group 20000: takes auto, all or a whole number from 1 to 10000, and such numbers for stages",
+        ),
+        (
+            "--group 5:1,20000",
+            "--group 5:1,20000: takes auto, all or a whole number from 1 to 10000, and such numbers for stages",
+        ),
         ("--threads 5000", "--threads 5000: takes a whole number from 0 to 1024"),
         ("--seed 18446744073709551615", "--seed 18446744073709551615: takes a whole number up to 9223372036854775807"),
     ];
