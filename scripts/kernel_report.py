@@ -22,7 +22,9 @@ import tempfile
 from collections import Counter, namedtuple
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from mlnt_plan import ROOT, NoPlan, plan, program
+
 DOCUMENT = ROOT / "docs" / "kernels.md"
 
 # Of one streaming multiprocessor: most warps and blocks, shared memory per multiprocessor and per block in KiB.
@@ -224,8 +226,26 @@ def read(folder, cuobjdump, modules, only):
     return tables
 
 
-def render(version, threads, tables):
-    """The text of docs/kernels.md."""
+def in_step(uses, tables, portable):
+    """Kernels as a step uses them, with the warps that fit a multiprocessor with the shared memory that they ask for. `uses`: of
+    `mlnt plan` by kernel; `portable`: for the other architectures, else for sm_90a."""
+    archs = [arch for arch in tables if (arch == "sm_90a") != portable]
+    lines = ["| kernel | launches | blocks | threads | shared | " + " | ".join(f"warps, {arch}" for arch in archs) + " |"]
+    lines += ["|---|--:|--:|--:|--:|" + "--:|" * len(archs)]
+    span = lambda ends: str(ends[0]) if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+    for name, use in sorted(uses.items()):
+        cells = [f"`{name}`", use["launches"], span(use["blocks"]), use["threads"], span(use["shared"])]
+        for arch in archs:
+            kernel = tables[arch][name]
+            ends = [occupancy(arch, use["threads"], kernel.registers, kernel.shared + shared)[0] for shared in use["shared"]]
+            share = round(100 * min(ends) / ARCHITECTURES[arch].warps)
+            cells.append(f"{span(sorted(set(ends)) if len(set(ends)) > 1 else ends)} ({share} %)")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines + [""]
+
+
+def render(version, threads, tables, steps):
+    """The text of docs/kernels.md. `steps`: how a step uses kernels, with those for sm_90a and without."""
     lines = [
         "# What nvcc made of the kernels",
         "",
@@ -256,6 +276,19 @@ def render(version, threads, tables):
             cells.append(loop)
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
+    lines += [
+        "## In a step",
+        "",
+        "PreAct ResNet-32, k = 128, M = 10, exact, `released` recipe, f16, as `mlnt plan --json` counts it: launches of a step, blocks of a",
+        "launch, bytes of shared memory that a block asks for, and the warps that then fit a multiprocessor, by registers, threads and shared memory.",
+        "",
+        "### sm_90a",
+        "",
+        *in_step(steps[0], tables, False),
+        "### Every other",
+        "",
+        *in_step(steps[1], tables, True),
+    ]
     return "\n".join(lines)
 
 
@@ -265,7 +298,11 @@ def report(folder, check):
     version, _, cuobjdump = compiler(folder)
     threads, modules, only = declared()
     tables = read(folder, cuobjdump, modules, only)
-    text = render(version, threads, tables)
+    try:
+        steps = [plan(program(), *flags)["kernels"] for flags in (["--hopper"], [])]
+    except NoPlan as why:
+        raise Failure(why) from why
+    text = render(version, threads, tables, steps)
     if not check:
         print(text)
         DOCUMENT.write_text(text)
@@ -342,6 +379,11 @@ def self_test():
     }.items():
         if occupancy(*arguments) != expected:
             wrong.append(f"occupancy{arguments}: {occupancy(*arguments)}, expected {expected}")
+    kernel = Kernel(128, 0, 0, 0, 0, {}, {}, (0, 0))
+    use = {"launches": 3, "threads": 128, "blocks": [1, 2], "shared": [0, 100 * 1024]}
+    row = in_step({"a": use}, {"sm_80": {"a": kernel}, "sm_90a": {"a": kernel}}, True)[2]
+    if row != "| `a` | 3 | 1 to 2 | 128 | 0 to 102400 | 4 to 16 (6 %) |":
+        wrong.append(f"a kernel in a step: {row}")
     if operands("HFMA2.MMA") or operands("HGMMA.64x64x16.F32.BF16") != "bf16":
         wrong.append("HFMA2.MMA is not a tensor-core instruction, HGMMA is")
     code = [(0, "MOV", None), (16, "HMMA.F16", None), (32, "FADD", None), (48, "BRA", 16), (64, "BRA", 0), (80, "BRA", 96)]

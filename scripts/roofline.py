@@ -15,13 +15,13 @@ import csv
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from mlnt_plan import ROOT, NoPlan, plan, program
+
 DOCUMENT = ROOT / "docs" / "roofline.md"
-STEP = "--preset cifar10 --recipe released --device cuda --precision f16 --hopper --json --launches".split()
 # Groupings that are compared, the default too: branches at a time, and behind a colon by stage.
 COMPARED = ["all", "auto", "5", "5:3", "5:2", "5:2,3", "5:1", "2", "1"]
 GROUPS = {"all": "All ten branches at a time", "auto": "Groups of branches, as it runs by default"}
@@ -31,10 +31,6 @@ GROUPS = {"all": "All ten branches at a time", "auto": "Groups of branches, as i
 TENSOR, MMA_PART, ORDINARY, BANDWIDTH = 790e12, 0.63, 67e12, 4.8e12
 # The part that wgmma reaches, by the output channels of a tile: it reads both operands from shared memory.
 WGMMA_PARTS = {"32": 0.7, "64": 1.0}
-
-
-class Failure(Exception):
-    """The document cannot be made; the text says why and what to do."""
 
 
 def sizes(what):
@@ -253,22 +249,6 @@ def parse_nsys(text):
     return {row["Name"]: float(row["Total Time (ns)"]) / float(row["Instances"]) / 1e9 for row in rows}
 
 
-def plan(mlnt, group):
-    command = [str(mlnt), "plan", *STEP, "--group", group]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failure(f"{' '.join(command)}\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
-def program(given):
-    places = [given] if given else [ROOT / "target" / profile / "mlnt" for profile in ("debug", "release")]
-    found = [path for path in places if path.is_file()]
-    if not found:
-        raise Failure("no mlnt: cargo build makes it, --mlnt says where it is")
-    return max(found, key=lambda path: path.stat().st_mtime)
-
-
 def self_test():
     conv = "conv2d_fused_fprop M×activation[128, 32, 32, 32] -> M×activation[128, 64, 16, 16]"
     cost = {"flops": 497_700_000_000, "bytes_moved": 4_800}
@@ -314,14 +294,14 @@ def main():
             wrong = self_test()
         else:
             mlnt = program(args.mlnt)
-            compared = {group: plan(mlnt, group) for group in COMPARED}
+            compared = {group: plan(mlnt, "--hopper", "--launches", "--group", group) for group in COMPARED}
             text = render({group: compared[group] for group in GROUPS}, compared, read_results(args.results, args.name))
             wrong = []
             if not args.check:
                 args.out.write_text(text)
             elif not args.out.is_file() or args.out.read_text() != text:
                 wrong = [f"{args.out} is not up to date: run scripts/roofline.py"]
-    except Failure as failure:
+    except NoPlan as failure:
         wrong = [str(failure)]
     for line in wrong:
         print(line, file=sys.stderr)

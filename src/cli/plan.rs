@@ -230,6 +230,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         if let Some(kernels) = kernels {
             object["kernel_launches"] = json!(kernels.launches);
             object["scratch_bytes"] = json!(kernels.scratch_bytes);
+            object["kernels"] = json!(kernels.uses);
         }
         say(object)?;
         return Ok(0);

@@ -23,12 +23,14 @@ use crate::error::{Error, Result};
 use crate::ops::Operation;
 use crate::plan::{Machine, Place, Plan, PlanOptions, Port};
 use crate::tape::{DType, Meta};
-use driver::{Address, Driver, Event, Generation, Graph, Stream};
+use driver::{Address, Driver, Event, Generation, Graph, Launch, Stream};
 use images::{Images, Landing};
 use layout::{Towards, permute};
 use lower::{Bases, Lowered, Lowering};
 use memory::{Arenas, allocate};
+use serde::Serialize;
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 
 /// How a plan's launches reach the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,6 +261,36 @@ fn lower_nowhere(plan: &Plan, operands: Operands, generation: Generation) -> Res
     Lowering::run(plan, &Bases { states, inputs, ..Bases::default() }, operands, generation)
 }
 
+/// How a plan uses one kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct KernelUse {
+    /// Launches of a run.
+    pub launches: usize,
+    /// Threads of a block, at most.
+    pub threads: u32,
+    /// Blocks of a launch: the fewest, and the most.
+    pub blocks: [u64; 2],
+    /// Bytes of dynamic shared memory of a block: the fewest, and the most.
+    pub shared: [u32; 2],
+}
+
+impl KernelUse {
+    fn of(launch: &Launch) -> Self {
+        let blocks = launch.grid.iter().map(|n| u64::from(*n)).product();
+        KernelUse { launches: 1, threads: launch.threads, blocks: [blocks; 2], shared: [launch.shared; 2] }
+    }
+
+    fn and(self, other: Self) -> Self {
+        let ([fewest, most], [least, greatest]) = (other.blocks, other.shared);
+        KernelUse {
+            launches: self.launches + other.launches,
+            threads: self.threads.max(other.threads),
+            blocks: [self.blocks[0].min(fewest), self.blocks[1].max(most)],
+            shared: [self.shared[0].min(least), self.shared[1].max(greatest)],
+        }
+    }
+}
+
 /// What a plan takes beyond its arena on this device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelCost {
@@ -266,6 +298,8 @@ pub struct KernelCost {
     pub launches: usize,
     /// Their kernels, by launch of the plan.
     pub kernels: Vec<Vec<&'static str>>,
+    /// How it uses each, by name.
+    pub uses: BTreeMap<&'static str, KernelUse>,
     /// Bytes of scratch: partial sums, counters and the like.
     pub scratch_bytes: usize,
 }
@@ -278,10 +312,16 @@ impl KernelCost {
     pub fn of(plan: &Plan, operands: Operands, generation: Generation) -> Result<Self> {
         let lowered = lower_nowhere(plan, operands, generation)?;
         let starts = std::iter::once(0).chain(lowered.ends.iter().copied());
+        let mut uses: BTreeMap<&'static str, KernelUse> = BTreeMap::new();
+        for launch in &lowered.launches {
+            let this = KernelUse::of(launch);
+            uses.entry(launch.kernel).and_modify(|before| *before = before.and(this)).or_insert(this);
+        }
         let names = |(from, to)| lowered.launches[from..to].iter().map(|launch| launch.kernel).collect();
         Ok(KernelCost {
             launches: lowered.launches.len(),
             kernels: starts.zip(lowered.ends.iter().copied()).map(names).collect(),
+            uses,
             scratch_bytes: lowered.scratch + lowered.counters,
         })
     }
