@@ -76,7 +76,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<u8> {
         args.precision.iter().map(|&precision| move |mode: Mode| open_kernels(args.device, precision, mode)).collect();
     let mut machines: Vec<Machine<'_>> = Vec::new();
     for (precision, open) in args.precision.iter().zip(&open) {
-        machines.push(Machine { operands: operands(*precision)?, tolerance: precision.tolerance(), open });
+        machines.push(Machine { operands: operands(*precision)?, open });
     }
     let selection = Selection { only: args.only.clone(), per_operation: args.per_operation };
     if !args.json {
