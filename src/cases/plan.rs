@@ -46,9 +46,10 @@ impl Tolerance {
         Tolerance { f32: most, tf32: most, f16: most, bf16: most }
     }
 
-    /// Of a single-precision number that is rounded to 16 bits where it is `narrow`: off by half a unit of the last place more.
+    /// Of a single-precision number that is rounded to 16 bits where it is `narrow`: off by half a unit of the last place more. What is exact in
+    /// single precision is an operand as it is, or one that needs no rounding.
     fn stored(most: f64, narrow: bool) -> Self {
-        let unit = |bits: i32| if narrow { most + f64::exp2(-f64::from(bits)) } else { most };
+        let unit = |bits: i32| if narrow && most > 0.0 { most + f64::exp2(-f64::from(bits)) } else { most };
         Tolerance { f16: unit(11), bf16: unit(8), ..Tolerance::same(most) }
     }
 
