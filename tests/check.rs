@@ -261,6 +261,15 @@ fn the_command_prints_a_row_per_operation_and_a_verdict() {
 }
 
 #[test]
+fn the_help_names_as_many_cases_as_there_are() {
+    let hundreds = (mlnt::cases::every().len() + 50) / 100;
+    let (_, out, _) = mlnt(&["check", "--help"]);
+    let text = out.split_whitespace().collect::<Vec<_>>().join(" ");
+    let named = format!("about {},{}00 cases", hundreds / 10, hundreds % 10);
+    assert!(text.contains(&named), "{named:?} in {text}");
+}
+
+#[test]
 fn what_cannot_be_checked_is_said() {
     let (status, _, err) = mlnt(&["check", "--device", "cpu"]);
     assert_eq!(status, 2);

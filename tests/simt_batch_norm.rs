@@ -4,25 +4,57 @@
 mod common;
 
 use common::{deviation, on_two_threads};
-use mlnt::cases::{Case, batch_norm};
+use mlnt::cases::{Case, Data, Operand};
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{BnBackward, BnDoubleBackward, BnEval, BnForward};
+use mlnt::ops::{BnBackward, BnDoubleBackward, BnEval, BnForward, Op, Operation};
 use mlnt::plan::{Plan, PlanOptions};
+use mlnt::tape::Meta;
 
 /// Samples, channels, height, width.
 type Size = [usize; 4];
+
+/// The operation of a case with its operands: `branched` are per-branch, the results with `sum` are summed.
+fn case(op: impl Into<Op>, size: Size, branches: usize, branched: &[&'static str], sum: &[bool]) -> Case {
+    let op = op.into();
+    let [n, c, h, w] = size;
+    let (vector, activation) = (Meta::vector(c), Meta::activation(n, c, h, w));
+    let (masked, names): (bool, &[&'static str]) = match &op {
+        Op::BnForward(_) => (false, &["x", "g", "b"]),
+        Op::BnEval(_) => (false, &["x", "g", "b", "mean", "var"]),
+        Op::BnBackward(op) => (op.relu, &["dy", "x", "g", "mean", "var"]),
+        Op::BnDoubleBackward(op) => (op.relu, &["x_dot", "g_dot", "b_dot", "dy", "x", "g", "mean", "var"]),
+        _ => unreachable!("no batch norm"),
+    };
+    let names = names.iter().copied().chain(masked.then_some("y"));
+    let x = names.clone().position(|name| name == "x").unwrap_or_default();
+    let operand = |name| {
+        let (meta, data) = match name {
+            "mean" => (vector, Data::MeanOf(x)),
+            "var" => (vector, Data::VarianceOf(x)),
+            "y" => (activation, Data::Clear),
+            "x" | "dy" | "x_dot" => (activation, Data::Normal),
+            _ => (vector, Data::Normal),
+        };
+        let source = if matches!(name, "mean" | "var") { "x" } else { name };
+        let meta = meta.with_branching(branched.contains(&source));
+        Operand { name, meta, data, differentiable: false }
+    };
+    let operands: Vec<Operand> = names.map(operand).collect();
+    let name = format!("{} {size:?} M={branches} of {branched:?} summed {sum:?}", op.name());
+    Case { name, op, branches, operands, sum: sum.to_vec(), tolerance: 1e-5, fused: true }
+}
 
 /// Every operation, with and without ReLU.
 fn every_operation(size: Size, branches: usize, branched: &[&'static str], sum: &[bool; 3]) -> Vec<Case> {
     let both = |relu| {
         [
-            batch_norm(BnForward { relu }, size, branches, branched, &[]),
-            batch_norm(BnEval { relu }, size, branches, branched, &[]),
-            batch_norm(BnBackward { relu }, size, branches, branched, sum),
-            batch_norm(BnDoubleBackward { relu }, size, branches, branched, sum),
+            case(BnForward { relu }, size, branches, branched, &[]),
+            case(BnEval { relu }, size, branches, branched, &[]),
+            case(BnBackward { relu }, size, branches, branched, sum),
+            case(BnDoubleBackward { relu }, size, branches, branched, sum),
         ]
     };
     [both(false), both(true)].concat()
