@@ -3,7 +3,7 @@
 //!     cargo bench --bench ops -- conv2d_fprop
 //!     cargo bench --bench ops -- --device cuda --precision f32,f16 --out ops.json
 //!
-//! Operations that do not round their operands run in the first precision only.
+//! Operations that do not depend on the precision run in the first one only; those of the planner, on devices that run the kernels.
 
 mod common;
 
@@ -12,10 +12,9 @@ use common::args::Common;
 use common::results::{Results, Samples};
 use common::roof::Roof;
 use criterion::{Criterion, Throughput};
-use mlnt::cases::{Case, all};
+use mlnt::cases::{Planned, every};
 use mlnt::device::{Device, PlanId};
-use mlnt::ops::Op;
-use mlnt::plan::{Plan, PlanOptions};
+use mlnt::train::choice::{DeviceKind, Precision};
 use serde_json::json;
 use std::time::Duration;
 
@@ -26,14 +25,32 @@ struct Args {
     common: Common,
 }
 
-fn load(device: &mut dyn Device, case: &Case) -> PlanId {
-    let plan =
-        Plan::build(&case.record().unwrap().tape, &PlanOptions { fuse: false, ..PlanOptions::default() }).unwrap();
+/// A case on a device.
+struct Loaded {
+    id: PlanId,
+    /// Its launch, if it stands among others that bring operands into their width and results out of it.
+    among: Option<usize>,
+}
+
+fn load(device: &mut dyn Device, case: &Planned, half: bool) -> Loaded {
+    let plan = case.plan(half).unwrap();
+    let at = plan.launches.iter().position(|launch| launch.op == case.case.op).unwrap();
+    let among = (plan.launches.len() > 1).then_some(at);
     let id = device.load(plan).unwrap();
-    for (operand, values) in case.operands.iter().zip(case.values(1)) {
+    for (operand, values) in case.case.operands.iter().zip(case.values(1, |v| v)) {
         device.write_input(id, operand.name, values.as_slice()).unwrap();
     }
-    id
+    Loaded { id, among }
+}
+
+impl Loaded {
+    /// Seconds that the operation takes in a run.
+    fn seconds(&self, device: &mut dyn Device) -> f64 {
+        match self.among {
+            None => device.run_timed(self.id, &[]).unwrap(),
+            Some(at) => device.time_launches(self.id, &[]).unwrap()[at].1,
+        }
+    }
 }
 
 fn main() {
@@ -52,15 +69,23 @@ fn main() {
         let mut device = args.open(precision);
         let roof = Roof::measure(args.device, &mut *device);
         results.begin(device.describe(), precision.to_string(), roof);
-        for case in all().into_iter().filter(|case| i == 0 || matches!(case.op, Op::Conv(_))) {
-            let (flops, bytes) = case.cost(device.real_bytes()).map(|c| (c.flops(), c.bytes_moved())).unwrap();
-            let (samples, mut id) = (Samples::default(), None);
+        let half = matches!(precision, Precision::F16 | Precision::Bf16);
+        let kernels = matches!(args.device, DeviceKind::Cuda(_) | DeviceKind::Simt);
+        for planned in every().into_iter().filter(|case| kernels || !case.case.op.is_for_kernels()) {
+            let case = &planned.case;
+            if i > 0 && !planned.rounds() && !(half && planned.narrows().unwrap()) {
+                continue;
+            }
+            let plan = planned.plan(half).unwrap();
+            let launch = plan.launches.iter().find(|launch| launch.op == case.op).unwrap();
+            let (flops, bytes) = plan.launch_cost(launch, device.real_bytes());
+            let (samples, mut loaded) = (Samples::default(), None);
             let mut group = criterion.benchmark_group(case.op_name());
             group.throughput(if flops > 0 { Throughput::Elements(flops) } else { Throughput::Bytes(bytes) });
             let what = case.name.trim_start_matches(case.op_name()).trim();
             group.bench_function(format!("{what} {} {precision}", args.device), |b| {
-                let id = *id.get_or_insert_with(|| load(&mut *device, &case));
-                b.iter_custom(|times| samples.run(times, || device.run_timed(id, &[]).unwrap()));
+                let loaded = loaded.get_or_insert_with(|| load(&mut *device, &planned, half));
+                b.iter_custom(|times| samples.run(times, || loaded.seconds(&mut *device)));
             });
             group.finish();
             results.add(case.name.clone(), 1, (flops, bytes), &samples);

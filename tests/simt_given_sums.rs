@@ -23,50 +23,9 @@ fn apply(second_order: bool, starts: usize) -> BnReluBackwardApply {
     BnReluBackwardApply { second_order, starts }
 }
 
-/// The batch norms whose sums are operands, in every mixture that a step has and some that it has not.
+/// The batch norms whose sums are operands, with everything inside.
 fn applied(size: [usize; 4], branches: usize) -> Vec<(Case, u32)> {
-    let back = |second_order, starts, branched: &[&str], sum: bool| {
-        batch_norm(apply(second_order, starts), size, branches, branched, &[sum])
-    };
-    let double = |start, branched: &[&str], sum: [bool; 2]| {
-        batch_norm(BnReluDoubleBackwardApply { start }, size, branches, branched, &sum)
-    };
-    let all = ["dy", "x", "g", "b", "g_bar", "start", "start2"];
-    let mut list = vec![
-        back(false, 0, &[], false),
-        back(false, 1, &[], false),
-        back(true, 1, &[], false),
-        back(true, 2, &[], false),
-        back(false, 0, &["dy"], false),
-        back(false, 1, &["dy"], false),
-        back(false, 2, &["dy", "start", "start2"], false),
-        back(true, 2, &["dy", "g_bar", "start"], false),
-        back(true, 1, &["dy"], false),
-        back(true, 2, &all, false),
-        back(false, 2, &["start2"], false),
-        back(true, 0, &["g_bar"], false),
-        back(false, 1, &["sums"], false),
-        back(false, 1, &["dy", "x"], true),
-        back(false, 0, &["dy", "g"], true),
-        back(true, 2, &["dy"], true),
-        back(true, 1, &["dy", "g_bar"], true),
-        double(false, &[], [false; 2]),
-        double(true, &[], [false; 2]),
-        double(false, &TANGENTS, [true; 2]),
-        double(true, &TANGENTS, [true; 2]),
-        double(true, &TANGENTS, [false; 2]),
-        double(true, &TANGENTS, [true, false]),
-        double(false, &TANGENTS, [false, true]),
-        double(true, &["x_dot", "g_dot", "dy", "start"], [false, true]),
-        double(true, &["x_dot", "g_dot", "dy", "x", "g", "b", "start"], [false; 2]),
-        double(true, &["x_dot", "g_dot", "dy", "x", "g", "b"], [true; 2]),
-        double(true, &["x_dot"], [true; 2]),
-        double(true, &["sums", "start"], [false; 2]),
-    ];
-    if branches > 1 {
-        list.extend([back(false, 0, &["b"], false), double(false, &["b"], [false; 2])]);
-    }
-    list
+    mlnt::cases::applied(size, branches).into_iter().map(|case| (case, u32::MAX)).collect()
 }
 
 #[test]

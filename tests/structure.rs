@@ -32,7 +32,7 @@ fn rules_of(document: &str) -> Vec<Rule> {
 const UNSAFE_TESTS: [(&str, &[&str]); 3] = [
     ("tests/allocation.rs", &["unsafe impl GlobalAlloc for"]),
     ("tests/loader_fuzz.rs", &["unsafe impl GlobalAlloc for"]),
-    ("tests/simt.rs", &["fn load(", "fn machine_of("]),
+    ("tests/simt/machine.rs", &["pub fn load(", "pub fn machine_of("]),
 ];
 
 /// Where `unsafe` may stand: launchers and drivers, the memory map of data files, and parts of some tests.
@@ -268,6 +268,21 @@ fn no_layer_knows_one_that_the_table_does_not_give_it() {
     assert!(named > 100, "the scan finds what is there: {named}");
 }
 
+/// The tables are data: of devices they know how values are held, and nothing that runs.
+#[test]
+fn cases_know_values_of_devices_and_no_device() {
+    let mut uses = 0;
+    for (path, source) in sources().into_iter().filter(|(path, _)| path.starts_with("src/cases/")) {
+        let found = tokens(&code_only(&source));
+        for (i, (line, _)) in found.iter().enumerate().filter(|(_, (_, token))| token == "device") {
+            let behind: Vec<&str> = found[i + 1..].iter().take(3).map(|(_, t)| t.as_str()).collect();
+            assert_eq!(behind, [":", ":", "HostVec"], "{path}, line {line}");
+            uses += 1;
+        }
+    }
+    assert!(uses > 2);
+}
+
 #[test]
 fn the_table_gives_no_layer_what_it_does_not_use() {
     let rules = rules();
@@ -322,7 +337,7 @@ fn the_scan_for_unsafe_finds_planted_ones_and_passes_over_text() {
     assert_eq!(unsafe_lines(text), [0usize; 0]);
     assert!(may_be_unsafe("src/device/cpu/conv.rs") && may_be_unsafe("src/data/map.rs"));
     assert!(!may_be_unsafe("src/data/idx.rs") && !may_be_unsafe("src/devices.rs"));
-    assert!(may_be_unsafe("tests/allocation.rs") && may_be_unsafe("tests/simt.rs"));
+    assert!(may_be_unsafe("tests/allocation.rs") && may_be_unsafe("tests/simt/machine.rs"));
     assert!(!may_be_unsafe("tests/device.rs") && !may_be_unsafe("src/tests/allocation.rs"));
 }
 

@@ -1,5 +1,6 @@
 //! The numbers that operands of a case hold.
 
+use super::sums::Sum;
 use crate::device::HostVec;
 use crate::ops::Window;
 use crate::rng::{Purpose, Stream, below, normal, permutation, stream, uniform};
@@ -17,6 +18,10 @@ pub enum Data {
     Spaced,
     /// Positive, between 0.1 and 1: weights of samples, gains.
     Positive,
+    /// Normal with mean 0 and this standard deviation.
+    Scaled(f64),
+    /// Evenly spread between these.
+    Between(f64, f64),
     /// Normal, but for the number at this position, counted from the end where it is negative, which is infinite or none at all.
     Planted(Bad, isize),
     /// All the same.
@@ -33,6 +38,8 @@ pub enum Data {
     MeanOf(usize),
     /// Biased batch variance per channel of the operand at this position.
     VarianceOf(usize),
+    /// A sum over samples and pixels of other operands.
+    Sum(Sum),
 }
 
 /// What is no finite number.
@@ -47,12 +54,12 @@ pub enum Bad {
 }
 
 /// The nearest single-precision number.
-fn single(x: f64) -> f64 {
+pub(super) fn single(x: f64) -> f64 {
     f64::from(x as f32)
 }
 
 impl Data {
-    /// The operand that the numbers are computed from, if they are.
+    /// The operand whose statistics the numbers are, if they are.
     pub(super) fn derived_from(self) -> Option<usize> {
         match self {
             Data::MeanOf(i) | Data::VarianceOf(i) => Some(i),
@@ -67,6 +74,8 @@ impl Data {
         let mut reals = |f: &mut dyn FnMut(&mut Stream) -> f64| HostVec::F64((0..n).map(|_| single(f(rng))).collect());
         match self {
             Data::Normal => reals(&mut normal),
+            Data::Scaled(by) => reals(&mut |rng| by * normal(rng)),
+            Data::Between(from, to) => reals(&mut |rng| from + (to - from) * uniform(rng)),
             Data::Constant(x) => reals(&mut |_| x),
             Data::Planted(bad, at) => {
                 let mut values: Vec<f64> = (0..n).map(|_| single(normal(rng))).collect();
@@ -122,7 +131,7 @@ impl Data {
                 };
                 HostVec::I32((0..n).map(|i| (pick(i / q % p, h) * w + pick(i % q, w)) as i32).collect())
             }
-            Data::MeanOf(_) | Data::VarianceOf(_) => HostVec::F64(vec![0.0; n]),
+            Data::MeanOf(_) | Data::VarianceOf(_) | Data::Sum(_) => HostVec::F64(vec![0.0; n]),
         }
     }
 

@@ -20,7 +20,8 @@ pub fn expand(plan: &Plan) -> Plan {
             (Op::BnReluBackward(op), args) => expansion.backward(op.start, args),
             (Op::BnReluBackwardApply(op), args) => {
                 let norm = [1, 2, 3, 4, 5].map(|i| args.inputs[i]);
-                let dx = expansion.cotangent(args.inputs[0], norm, args.outputs[0]);
+                let summed = !expansion.meta(args.outputs[0]).per_branch;
+                let dx = expansion.cotangent(args.inputs[0], norm, summed);
                 let mut terms = vec![(1.0, dx)];
                 terms.extend(op.second_order.then(|| (-1.0, expansion.last_term(norm, args.inputs[8]))));
                 terms.extend(args.inputs[op.first_start()..].iter().map(|start| (1.0, *start)));
@@ -29,7 +30,7 @@ pub fn expand(plan: &Plan) -> Plan {
             (Op::BnReluDoubleBackward(_), args) => {
                 let i = &args.inputs;
                 let norm = [4, 5, 6, 7, 8].map(|at| i[at]);
-                let like = [0, 1, 2].map(|o| args.outputs[o]);
+                let like = [0, 1, 2].map(|o| expansion.meta(args.outputs[o]));
                 let results = expansion.double([i[0], i[1], i[2], i[3]], norm, like);
                 results.iter().zip(&args.outputs).for_each(|(from, to)| expansion.add(*from, None, *to));
             }
@@ -39,8 +40,12 @@ pub fn expand(plan: &Plan) -> Plan {
                 let (x_bar, g_bar) = (args.outputs[0], args.outputs[1]);
                 // The tangent of the bias is no part of these results.
                 let b_dot = expansion.filled(expansion.meta(i[1]).shared(), 0.0);
-                let y_dot = expansion.like(i[0]);
-                let [_, bar, g] = expansion.double([i[0], i[1], b_dot, i[2]], norm, [y_dot, x_bar, g_bar]);
+                let branched = expansion.any_branched(&i[..8]);
+                let summed = !expansion.meta(x_bar).per_branch;
+                let like = [(i[0], branched), (x_bar, branched && !summed), (i[4], branched)];
+                let like = like.map(|(at, branched)| expansion.meta(at).with_branching(branched));
+                // The last term is of each branch's own ḡ.
+                let [_, bar, g] = expansion.double([i[0], i[1], b_dot, i[2]], norm, like);
                 let mut terms = vec![(1.0, bar), (1.0, expansion.last_term(norm, g))];
                 terms.extend(op.start.then(|| (1.0, i[12])));
                 expansion.combine(&terms, x_bar);
@@ -71,6 +76,10 @@ impl Expansion {
         self.plan.buffers[buffer].meta
     }
 
+    fn any_branched(&self, buffers: &[usize]) -> bool {
+        buffers.iter().any(|b| self.meta(*b).per_branch)
+    }
+
     fn tensor(&mut self, meta: Meta) -> usize {
         let (first, count) = if meta.per_branch { (self.branches.start, self.branches.len()) } else { (0, 1) };
         self.plan.buffers.push(Buffer { meta, half: false, first, count, place: Place::Arena(self.next) });
@@ -81,7 +90,7 @@ impl Expansion {
 
     /// `relu(bn(x))` of `x, g, b, mean, var`.
     fn recomputed(&mut self, operands: [usize; 5]) -> usize {
-        let branched = operands.iter().any(|b| self.meta(*b).per_branch);
+        let branched = self.any_branched(&operands);
         let y = self.tensor(self.meta(operands[0]).with_branching(branched));
         self.push(BnEval { relu: true }.into(), &operands, &[y]);
         y
@@ -137,10 +146,12 @@ impl Expansion {
         self.add(from, None, self.plan.buffers.len() - 1);
     }
 
-    /// The cotangent of x from that of `relu(bn(x))`, of `x, g, b, mean, var`; of the shape of `like`.
-    fn cotangent(&mut self, dy: usize, norm: [usize; 5], like: usize) -> usize {
-        let channels = self.meta(norm[1]).with_branching(self.meta(like).per_branch);
-        let outputs = [self.like(like), self.tensor(channels), self.tensor(channels)];
+    /// The cotangent of x from that of `relu(bn(x))`, of `x, g, b, mean, var`; or its sum over the branches.
+    fn cotangent(&mut self, dy: usize, norm: [usize; 5], summed: bool) -> usize {
+        let branched = !summed && (self.any_branched(&norm) || self.meta(dy).per_branch);
+        let channels = self.meta(norm[1]).with_branching(branched);
+        let dx = self.meta(norm[0]).with_branching(branched);
+        let outputs = [dx, channels, channels].map(|meta| self.tensor(meta));
         self.bn_backward(dy, norm, outputs);
         outputs[0]
     }
@@ -151,12 +162,12 @@ impl Expansion {
         self.push(BnBackward { relu: true }.into(), &[dy, x, g, mean, var, y], &outputs);
     }
 
-    /// Double backward of `ẋ, ġ, ḃ, dy` and `x, g, b, mean, var`; results of the shapes of `like`, which may lie where operands do.
-    fn double(&mut self, dots: [usize; 4], norm: [usize; 5], like: [usize; 3]) -> [usize; 3] {
+    /// Double backward of `ẋ, ġ, ḃ, dy` and `x, g, b, mean, var`, with results of these metas.
+    fn double(&mut self, dots: [usize; 4], norm: [usize; 5], like: [Meta; 3]) -> [usize; 3] {
         let y = self.recomputed(norm);
         let [x, g, _, mean, var] = norm;
         let [x_dot, g_dot, b_dot, dy] = dots;
-        let results = like.map(|l| self.like(l));
+        let results = like.map(|meta| self.tensor(meta));
         let inputs = [x_dot, g_dot, b_dot, dy, x, g, mean, var, y];
         self.push(BnDoubleBackward { relu: true }.into(), &inputs, &results);
         results
@@ -165,9 +176,10 @@ impl Expansion {
     /// The tangent of `relu(bn(x))` for tangents of x, of the gain and of the bias.
     fn tangent(&mut self, dots: [usize; 3], norm: [usize; 5]) -> usize {
         let [x_dot, g_dot, b_dot] = dots;
-        let vector = self.tensor(self.meta(norm[1]).with_branching(self.meta(x_dot).per_branch));
+        let branched = self.any_branched(&norm) || self.any_branched(&dots);
+        let [image, vector] = [x_dot, norm[1]].map(|at| self.meta(at).with_branching(branched));
         // The cotangent is no part of this result.
-        self.double([x_dot, g_dot, b_dot, x_dot], norm, [x_dot, x_dot, vector])[0]
+        self.double([x_dot, g_dot, b_dot, x_dot], norm, [image, image, vector])[0]
     }
 
     /// Mean of ẏ and `⟨x̂ẏ⟩` for `next, mean, var`.
@@ -225,12 +237,14 @@ impl Expansion {
         }
         if let (Some(at), Some(operands)) = (op.dy_operand(), op.delta_operands()) {
             let [y, g, b, mean, var, ..] = operands.map(|at| i[at]);
-            let delta = self.cotangent(i[at], [y, g, b, mean, var], i[at]);
+            let delta = self.cotangent(i[at], [y, g, b, mean, var], false);
+            let residual = op.residual_operand().map(|residual| args.inputs[residual]);
+            let branched = [delta].into_iter().chain(residual).any(|b| self.meta(b).per_branch);
             i[at] = match op.delta_result() {
                 Some(kept) => args.outputs[kept],
-                None => self.like(delta),
+                None => self.tensor(self.meta(delta).with_branching(branched)),
             };
-            self.add(delta, op.residual_operand().map(|residual| args.inputs[residual]), i[at]);
+            self.add(delta, residual, i[at]);
         }
         let start = op.start_operand().map(|at| i[at]);
         let mut conv = |kind, a: usize, b: usize, start: Option<usize>, out: usize| {

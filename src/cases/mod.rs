@@ -2,23 +2,31 @@
 //! benchmarks, so that no two of them can disagree on what an operation must do.
 //!
 //! A [`Case`] is data: an operation, its operands with shapes, branching and the kind of numbers they hold, which
-//! results are summed over the branches, and how far single precision may be off. [`all`] is the table of what stands on a tape,
-//! [`planned`] that of what only the planner makes.
+//! results are summed over the branches, and how far single precision may be off. [`all`] is the table of what stands on a tape.
+//! A [`Planned`] case is one in a plan of its own for a device that runs the kernels, beside the plain operations that it stands for:
+//! [`planned`] is the table of what only the planner makes, and [`every`] that of all operations.
 
+mod conv;
+mod conv_table;
 mod data;
 mod expand;
-mod fused;
+mod norm;
+mod plan;
+mod sums;
 mod table;
 
+pub use conv::{Mixture, NEXT, NORM, RESIDUAL, X, Y};
+pub use conv_table::{LOADED, convolutions};
 pub use data::{Bad, Data};
 pub use expand::expand;
-pub use fused::{Planned, planned, recomputed};
+pub use norm::{applied, batch_norm, recomputed};
+pub use plan::{Planned, Tolerance, every, planned};
+pub use sums::{Found, Sum};
 pub use table::all;
 
 use crate::device::HostVec;
 use crate::error::Result;
 use crate::ops::{Op, Operation};
-use crate::plan::{Cost, Plan, PlanOptions};
 use crate::tape::{Meta, Tape, Tensor};
 
 /// An operand of a case.
@@ -65,6 +73,25 @@ pub struct Recorded {
 }
 
 impl Case {
+    /// A case under the name that its parts give it; `sizes`: what `op` and the operands' branching leave open. Its tolerance is
+    /// 1e-5, and it is of the planner if `op` is for kernels alone.
+    pub(crate) fn new(op: Op, sizes: &str, branches: usize, operands: Vec<Operand>, sum: &[bool]) -> Self {
+        let branched: Vec<&str> = operands.iter().filter(|o| o.meta.per_branch).map(|o| o.name).collect();
+        let branching = match branched.is_empty() {
+            true => "shared".to_string(),
+            false => format!("M={branches} of {}", branched.join(" ")),
+        };
+        let summed: Vec<String> = (0..sum.len()).filter(|&i| sum[i]).map(|i| i.to_string()).collect();
+        let summed = match (summed.is_empty(), sum.len()) {
+            (true, _) => String::new(),
+            (false, 1) => " summed".to_string(),
+            (false, _) => format!(" summed {}", summed.join(" ")),
+        };
+        let name = format!("{} {sizes} {branching}{summed}", op.name());
+        let fused = op.is_for_kernels();
+        Case { name, op, branches, operands, sum: sum.to_vec(), tolerance: 1e-5, fused }
+    }
+
     /// Records the case.
     ///
     /// # Errors
@@ -88,7 +115,7 @@ impl Case {
     }
 
     /// Numbers for the operands, branch by branch, activations in `[N, C, H, W]` order. They are exact in single
-    /// precision, but for statistics, and depend on `seed`, the case's name and the operand's position alone.
+    /// precision, but for statistics of a batch, and depend on `seed`, the case's name and the operand's position alone.
     pub fn values(&self, seed: u64) -> Vec<HostVec> {
         let key = self.name.bytes().fold(0u64, |h, b| h.wrapping_mul(0x0100_0000_01b3) ^ u64::from(b));
         let draw = |(i, o): (usize, &Operand)| o.data.draw(&o.meta, self.branches, seed, key, i as u64);
@@ -97,21 +124,16 @@ impl Case {
         values
     }
 
-    /// Computes those operands that are functions of others again: statistics of a batch.
+    /// Computes those operands that are functions of others again: statistics of a batch, and sums.
     pub fn derive(&self, values: &mut [HostVec]) {
         for (i, operand) in self.operands.iter().enumerate() {
-            if let Some(of) = operand.data.derived_from() {
-                values[i] = operand.data.derive(&self.operands[of].meta, self.branches, &values[of]);
-            }
+            let derived = match (operand.data, operand.data.derived_from()) {
+                (Data::Sum(sum), _) => sum.of(self, &operand.meta, values),
+                (data, Some(of)) => data.derive(&self.operands[of].meta, self.branches, &values[of]),
+                (_, None) => continue,
+            };
+            values[i] = derived;
         }
-    }
-
-    /// Floating-point operations and bytes by the plan's own accounting; `real_bytes` is the size of a real.
-    ///
-    /// # Errors
-    /// As [`Case::record`].
-    pub fn cost(&self, real_bytes: usize) -> Result<Cost> {
-        Ok(Plan::build(&self.record()?.tape, &PlanOptions { fuse: false, ..PlanOptions::default() })?.cost(real_bytes))
     }
 
     /// Name of the operation.

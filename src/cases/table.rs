@@ -4,7 +4,7 @@ use super::{Bad, Case, Data, Operand};
 use crate::ops::{
     AllFinite, AvgPool, AvgPoolBackward, BnBackward, BnDoubleBackward, BnEval, BnForward, CeGrad, CeLoss,
     ChannelBroadcast, ChannelSum, Conv, ConvGeom, ConvKind, Fill, KlGrad, KlLoss, LinComb, Mask, MaxPoolIndex,
-    NearestNeighbours, Op, Operation, PoolGather, PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
+    NearestNeighbours, Op, PoolGather, PoolScatter, Relu, Softmax, SoftmaxJvp, TransferLabels, Window,
 };
 use crate::tape::{Coef, DType, Meta};
 
@@ -39,13 +39,13 @@ fn mixtures(n: usize) -> std::ops::Range<u32> {
 }
 
 #[derive(Default)]
-pub(super) struct Table {
-    pub cases: Vec<Case>,
+struct Table {
+    cases: Vec<Case>,
 }
 
 /// Operands of a case to be: names, shapes, numbers, all shared.
 #[derive(Clone)]
-pub(super) struct Template {
+struct Template {
     op: Op,
     sizes: String,
     operands: Vec<Operand>,
@@ -54,41 +54,29 @@ pub(super) struct Template {
 }
 
 impl Template {
-    pub fn new(op: impl Into<Op>, sizes: impl Into<String>, operands: Vec<Operand>) -> Self {
+    fn new(op: impl Into<Op>, sizes: impl Into<String>, operands: Vec<Operand>) -> Self {
         Template { op: op.into(), sizes: sizes.into(), operands, tolerance: 1e-5, fused: false }
     }
 
-    pub fn tolerance(self, tolerance: f64) -> Self {
+    fn tolerance(self, tolerance: f64) -> Self {
         Template { tolerance, ..self }
     }
 
-    pub fn fused(self) -> Self {
+    fn fused(self) -> Self {
         Template { fused: true, ..self }
     }
 }
 
 impl Table {
     /// Adds a case: operand i is per-branch where bit i of `mixture` is set, statistics where their source is.
-    pub fn add(&mut self, template: &Template, branches: usize, mixture: u32, sum: &[bool]) {
+    fn add(&mut self, template: &Template, branches: usize, mixture: u32, sum: &[bool]) {
         let mut operands = template.operands.clone();
         for (i, operand) in operands.iter_mut().enumerate() {
             let bit = operand.data.derived_from().unwrap_or(i);
             operand.meta = operand.meta.with_branching(mixture >> bit & 1 == 1);
         }
-        let branched: Vec<&str> = operands.iter().filter(|o| o.meta.per_branch).map(|o| o.name).collect();
-        let branching = match branched.is_empty() {
-            true => "shared".to_string(),
-            false => format!("M={branches} of {}", branched.join(" ")),
-        };
-        let summed: Vec<String> = (0..sum.len()).filter(|&i| sum[i]).map(|i| i.to_string()).collect();
-        let summed = match (summed.is_empty(), sum.len()) {
-            (true, _) => String::new(),
-            (false, 1) => " summed".to_string(),
-            (false, _) => format!(" summed {}", summed.join(" ")),
-        };
-        let name = format!("{} {} {branching}{summed}", template.op.name(), template.sizes);
-        let (op, tolerance, fused) = (template.op.clone(), template.tolerance, template.fused);
-        self.cases.push(Case { name, op, branches, operands, sum: sum.to_vec(), tolerance, fused });
+        let case = Case::new(template.op.clone(), &template.sizes, branches, operands, sum);
+        self.cases.push(Case { tolerance: template.tolerance, fused: template.fused, ..case });
     }
 
     /// Adds the mixtures with M branches, each as it is and, where anything is per-branch, with each of `sums`.
@@ -116,6 +104,9 @@ impl Table {
             (2, 3, 1, 1, 5, 3, 2, 1),
             (2, 3, 5, 2, 4, 5, 3, 2),
             (9, 6, 28, 28, 5, 3, 2, 1),
+            // Channels in eights, for kernels that load patches.
+            (3, 8, 7, 7, 16, 3, 2, 1),
+            (2, 40, 9, 7, 48, 3, 1, 1),
         ];
         for (i, (n, c, h, w, k, r, stride, pad)) in sizes.into_iter().enumerate() {
             let (p, q) = ((h + 2 * pad - r) / stride + 1, (w + 2 * pad - r) / stride + 1);

@@ -9,7 +9,7 @@ mod judge;
 mod operations;
 mod steps;
 
-pub use judge::{deviation, same_bits};
+pub use judge::{Deviation, deviation, deviations, same_bits, sum_deviation};
 
 use crate::device::Device;
 use crate::device::cuda::{Mode, Operands};
@@ -23,8 +23,6 @@ use std::time::Instant;
 pub struct Machine<'a> {
     /// What they compute in.
     pub operands: Operands,
-    /// Largest relative error of a convolution, whose operands are rounded.
-    pub tolerance: f64,
     /// Opens a fresh device.
     pub open: &'a dyn Fn(Mode) -> Result<Box<dyn Device>>,
 }
@@ -168,8 +166,8 @@ pub fn check(
     };
     for (i, machine) in machines.iter().enumerate() {
         answers(machine)?;
-        for (name, jobs) in operations::selected(selection, machine.operands, i == 0) {
-            let (row, stopped) = timed(|| operations::run(machine, name, &jobs));
+        for jobs in operations::selected(selection, machine.operands, i == 0)? {
+            let (row, stopped) = timed(|| operations::run(machine, &jobs));
             take(row, &mut verdict)?;
             if stopped.is_some() {
                 return Ok(Verdict { stopped, ..verdict });

@@ -1,111 +1,54 @@
 //! The cases of one operation on a device: two runs launch by launch, one as a graph, and double precision beside.
 
-use super::judge::{deviation, same_bits};
+use super::judge::{deviations, same_bits};
 use super::{Fault, Machine, Row, Selection, dead};
-use crate::cases::{Case, Planned, all, planned};
+use crate::cases::{Planned, every};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{Mode, Operands};
 use crate::device::{Device, HostVec};
 use crate::error::Result;
-use crate::ops::Op;
-use crate::plan::{Plan, PlanOptions};
-
-/// Largest relative error of what is computed in single precision.
-const SINGLE: f64 = 1e-5;
-
-/// Largest relative error of statistics of a result, against those of the result as it is in memory.
-const STATISTICS: f64 = 2e-6;
+use crate::plan::Plan;
 
 /// Seed of the cases' numbers.
 const SEED: u64 = 1;
 
-/// A case to run.
-#[derive(Clone, Debug)]
-pub(super) enum Job {
-    /// Of an operation that every device knows: the CPU runs the same.
-    Plain(Case),
-    /// Of one that only the planner makes: the CPU runs what it stands for.
-    Planned(Planned),
+/// Whether the case does other work on a device with these operands than on one in f32.
+fn depends_on(case: &Planned, operands: Operands) -> Result<bool> {
+    Ok(case.rounds() || (operands.is_half() && case.narrows()?))
 }
 
-impl Job {
-    fn case(&self) -> &Case {
-        match self {
-            Job::Plain(case) | Job::Planned(Planned { case, .. }) => case,
-        }
-    }
-
-    /// Whether the operation rounds its operands to the precision of the device.
-    fn rounds(&self) -> bool {
-        matches!(self.case().op, Op::Conv(_) | Op::FusedConv(_))
-    }
-
-    /// Whether it does other work on a device with these operands than on one in f32.
-    fn depends_on(&self, operands: Operands) -> bool {
-        self.rounds() || (matches!(self, Job::Planned(_)) && operands.is_half())
-    }
-
-    /// Largest relative error of a result.
-    fn tolerance(&self, machine: &Machine<'_>) -> f64 {
-        match self {
-            _ if self.rounds() => machine.tolerance,
-            Job::Plain(case) => case.tolerance.min(SINGLE),
-            // What is rounded to 16 bits is off by half a unit of the last place at most.
-            Job::Planned(planned) => planned.case.tolerance + machine.operands.half_unit(),
-        }
-    }
-
-    /// Numbers for its operands, which a device with these operands holds exactly.
-    fn values(&self, operands: Operands) -> Vec<HostVec> {
-        match self {
-            Job::Plain(case) => case.values(SEED),
-            Job::Planned(planned) if operands.is_half() => planned.values(SEED, |x| operands.stored(x)),
-            Job::Planned(planned) => planned.values(SEED, |x| x),
-        }
-    }
-
-    /// What the device runs.
-    fn plan(&self, operands: Operands) -> Result<Plan> {
-        match self {
-            Job::Plain(case) => as_recorded(case),
-            Job::Planned(planned) => planned.plan(operands.is_half()),
-        }
-    }
-
-    /// What the CPU runs.
-    fn reference(&self) -> Result<Plan> {
-        match self {
-            Job::Plain(case) => as_recorded(case),
-            Job::Planned(planned) => planned.composition(),
-        }
-    }
-
-    /// Results that are statistics of the first one, and what they must be given that.
-    fn statistics(&self, first: &HostVec) -> Result<Vec<(usize, HostVec)>> {
-        match self {
-            Job::Plain(_) => Ok(Vec::new()),
-            Job::Planned(planned) => planned.statistics(first),
-        }
-    }
+/// The selected cases of an operation.
+#[derive(Debug)]
+pub(super) struct Jobs {
+    /// The operation.
+    pub name: &'static str,
+    /// Whether some of them do other work on a device with other operands.
+    pub depend: bool,
+    cases: Vec<Planned>,
 }
 
-fn as_recorded(case: &Case) -> Result<Plan> {
-    Plan::build(&case.record()?.tape, &PlanOptions { fuse: false, ..PlanOptions::default() })
-}
-
-/// The selected cases by operation, in the order of the tables, for a device with these operands; `every` also those that do not
+/// The selected cases by operation, in the order of the tables, for a device with these operands; `every_case` also those that do not
 /// depend on them.
-pub(super) fn selected(selection: &Selection, operands: Operands, every: bool) -> Vec<(&'static str, Vec<Job>)> {
-    let mut groups: Vec<(&'static str, Vec<Job>)> = Vec::new();
-    let jobs = all().into_iter().map(Job::Plain).chain(planned().into_iter().map(Job::Planned));
-    for job in jobs.filter(|job| selection.takes(&job.case().name) && (every || job.depends_on(operands))) {
-        let name = job.case().op_name();
-        match groups.iter_mut().find(|(other, _)| *other == name) {
-            Some((_, jobs)) => jobs.push(job),
-            None => groups.push((name, vec![job])),
+///
+/// # Errors
+/// When the table holds a case that its operation refuses.
+pub(super) fn selected(selection: &Selection, operands: Operands, every_case: bool) -> Result<Vec<Jobs>> {
+    let mut groups: Vec<Jobs> = Vec::new();
+    for case in every().into_iter().filter(|case| selection.takes(&case.case.name)) {
+        let (name, depend) = (case.case.op_name(), depends_on(&case, operands)?);
+        if !(every_case || depend) {
+            continue;
+        }
+        match groups.iter_mut().find(|jobs| jobs.name == name) {
+            Some(jobs) => {
+                jobs.depend |= depend;
+                jobs.cases.push(case);
+            }
+            None => groups.push(Jobs { name, depend, cases: vec![case] }),
         }
     }
-    groups.into_iter().map(|(name, jobs)| (name, selection.thin(jobs))).collect()
+    let thin = |jobs: Jobs| Jobs { cases: selection.thin(jobs.cases), ..jobs };
+    Ok(groups.into_iter().map(thin).collect())
 }
 
 /// The devices that a case runs on.
@@ -122,12 +65,11 @@ impl Devices {
     }
 }
 
-/// Runs `jobs`, all of the operation `name`; also why the check cannot go on, if it cannot.
-pub(super) fn run(machine: &Machine<'_>, name: &str, jobs: &[Job]) -> (Row, Option<String>) {
-    let depends = jobs.iter().any(|job| job.depends_on(machine.operands));
-    let mut row = Row::new(name, depends.then_some(machine.operands.name()));
+/// Runs `jobs`; also why the check cannot go on, if it cannot.
+pub(super) fn run(machine: &Machine<'_>, jobs: &Jobs) -> (Row, Option<String>) {
+    let mut row = Row::new(jobs.name, jobs.depend.then_some(machine.operands.name()));
     let mut devices = None;
-    for job in jobs {
+    for job in &jobs.cases {
         row.cases += 1;
         let opened = match devices.take() {
             Some(open) => Ok(open),
@@ -141,7 +83,7 @@ pub(super) fn run(machine: &Machine<'_>, name: &str, jobs: &[Job]) -> (Row, Opti
             Ok(open) => devices = Some(open),
             Err(error) => {
                 // The devices are gone; the next case gets fresh ones, if there still are any.
-                row.fail(&job.case().name, Fault::Device, error.to_string());
+                row.fail(&job.case.name, Fault::Device, error.to_string());
                 let stopped = dead(machine, &error);
                 if stopped.is_some() {
                     return (row, stopped);
@@ -152,25 +94,22 @@ pub(super) fn run(machine: &Machine<'_>, name: &str, jobs: &[Job]) -> (Row, Opti
     (row, None)
 }
 
-fn run_job(machine: &Machine<'_>, devices: &mut Devices, job: &Job, row: &mut Row) -> Result<()> {
-    let (name, tolerance) = (&job.case().name, job.tolerance(machine));
-    row.tolerance = Some(row.tolerance.unwrap_or(0.0).max(tolerance));
-    let values = job.values(machine.operands);
-    let plan = job.plan(machine.operands)?;
-    let mut want = results(&mut devices.reference, job, job.reference()?, &values, 1)?.remove(0);
+fn run_job(machine: &Machine<'_>, devices: &mut Devices, job: &Planned, row: &mut Row) -> Result<()> {
+    let (name, operands) = (&job.case.name, machine.operands);
+    let values = job.values(SEED, |x| operands.stored(x));
+    let plan = job.plan(operands.is_half())?;
+    let want = results(&mut devices.reference, job, job.composition()?, &values, 1)?.remove(0);
     let eager = results(&mut *devices.eager, job, plan.clone(), &values, 2)?;
     let replayed = results(&mut *devices.graph, job, plan, &values, 1)?.remove(0);
-    let mut tolerances = vec![tolerance; want.len()];
-    for (i, of_first) in job.statistics(&eager[0][0])? {
-        (want[i], tolerances[i]) = (of_first, STATISTICS);
-    }
-    for (i, ((have, want), tolerance)) in eager[0].iter().zip(&want).zip(tolerances).enumerate() {
-        let error = deviation(&have.to_f64(), &want.to_f64());
-        row.worst = Some(row.worst.unwrap_or(0.0).max(error));
-        if error > tolerance {
-            let what = format!("result {i}: relative error {error:.1e}, the tolerance is {tolerance:.0e}");
+    for off in deviations(job, operands, &values, &want, &eager[0])? {
+        row.worst = Some(row.worst.unwrap_or(0.0).max(off.by));
+        row.tolerance = Some(row.tolerance.unwrap_or(0.0).max(off.most));
+        if off.is_fault() {
+            let what = format!("{}: relative error {:.1e}, the tolerance is {:.0e}", off.what, off.by, off.most);
             row.fail(name, Fault::Accuracy, what);
         }
+    }
+    for (i, have) in eager[0].iter().enumerate() {
         if !same_bits(have, &eager[1][i]) {
             row.fail(name, Fault::Repeat, format!("result {i}: a second run gives other bits"));
         }
@@ -184,14 +123,14 @@ fn run_job(machine: &Machine<'_>, devices: &mut Devices, job: &Job, row: &mut Ro
 /// All results of a plan of `job` in each of `runs` runs.
 fn results(
     device: &mut dyn Device,
-    job: &Job,
+    job: &Planned,
     plan: Plan,
     values: &[HostVec],
     runs: usize,
 ) -> Result<Vec<Vec<HostVec>>> {
     let outputs: Vec<String> = plan.outputs.iter().map(|p| p.name.clone()).collect();
     let id = device.load(plan)?;
-    for (operand, values) in job.case().operands.iter().zip(values) {
+    for (operand, values) in job.case.operands.iter().zip(values) {
         device.write_input(id, operand.name, values.as_slice())?;
     }
     let mut all = Vec::with_capacity(runs);
@@ -204,25 +143,31 @@ fn results(
 
 #[cfg(test)]
 mod tests {
-    use super::{Job, Operands, Selection, all, planned, selected};
+    use super::{Jobs, Operands, Selection, every, selected};
 
     #[test]
     fn every_case_is_selected_once_and_later_precisions_run_what_depends_on_them() {
-        let count = |groups: &[(&str, Vec<Job>)]| groups.iter().map(|(_, jobs)| jobs.len()).sum::<usize>();
+        let count = |groups: &[Jobs]| groups.iter().map(|jobs| jobs.cases.len()).sum::<usize>();
         let whole = Selection::default();
-        let first = selected(&whole, Operands::F32, true);
-        assert_eq!(count(&first), all().len() + planned().len());
-        let names = |operands, every| selected(&whole, operands, every).len();
+        let first = selected(&whole, Operands::F32, true).unwrap();
+        assert_eq!(count(&first), every().len());
+        let names = |operands, every_case| selected(&whole, operands, every_case).unwrap().len();
         assert_eq!(
             (first.len(), names(Operands::F16, true)),
-            (39, 39),
-            "32 operations of the tape, seven of the planner"
+            (41, 41),
+            "32 operations of the tape, nine of the planner"
         );
         assert_eq!(names(Operands::Tf32, false), 7, "three convolutions, four fused ones");
-        assert_eq!((names(Operands::F16, false), names(Operands::Bf16, false)), (10, 10), "and three batch norms");
+        let halves = [Operands::F16, Operands::Bf16].map(|operands| selected(&whole, operands, false).unwrap());
+        let named = |jobs: &[Jobs]| jobs.iter().map(|jobs| jobs.name).collect::<Vec<_>>();
+        assert_eq!(named(&halves[0]), named(&halves[1]));
+        for name in ["relu", "bn_forward", "max_pool_index", "bn_stats", "bn_relu_backward_apply", "conv2d_tangent"] {
+            assert!(named(&halves[0]).contains(&name), "{name} has activations, which may take 16 bits");
+        }
+        assert!(halves[0].iter().all(|jobs| jobs.depend && !["softmax", "transfer_labels"].contains(&jobs.name)));
         let few = Selection { only: Some("summed".into()), per_operation: Some(2) };
-        let groups = selected(&few, Operands::F32, true);
-        assert!(groups.len() > 10 && groups.iter().all(|(_, jobs)| (1..=2).contains(&jobs.len())));
-        assert!(groups.iter().flat_map(|(_, jobs)| jobs).all(|job| job.case().name.contains("summed")));
+        let groups = selected(&few, Operands::F32, true).unwrap();
+        assert!(groups.len() > 10 && groups.iter().all(|jobs| (1..=2).contains(&jobs.cases.len())));
+        assert!(groups.iter().flat_map(|jobs| &jobs.cases).all(|case| case.case.name.contains("summed")));
     }
 }

@@ -6,7 +6,7 @@ use super::console::say;
 use super::network::{self, Trained};
 use super::{ModelKind, NetworkArgs};
 use crate::error::Result;
-use crate::train::engine::argmax;
+use crate::train::evaluation::argmax;
 
 /// The help above the arguments.
 pub(super) const LONG_ABOUT: &str = "\

@@ -14,7 +14,7 @@ use crate::model::ModelSpec;
 use crate::plan::Plan;
 use crate::train::checkpoint::{Dtype, TensorData, TensorSpec, match_tensors, read_model};
 use crate::train::choice::{Precision, PrecisionChoice};
-use crate::train::engine::for_each_batch;
+use crate::train::evaluation::for_each_batch;
 use crate::train::open_device::open_device;
 use crate::train::prepare::LabelledSet;
 use crate::train::run_dir::RunDir;

@@ -7,7 +7,7 @@ use super::network::{self, Trained};
 use super::{ModelKind, NetworkArgs};
 use crate::error::{Error, Result};
 use crate::fs::write_atomic;
-use crate::train::engine::argmax;
+use crate::train::evaluation::argmax;
 
 /// The help above the arguments.
 pub(super) const LONG_ABOUT: &str = "\

@@ -3,28 +3,26 @@
 use super::by_logits::Descent;
 use super::choice;
 use super::config::Config;
+use super::evaluation::{Evaluations, argmax};
 use super::feed::Images;
 use super::group::Group;
 use super::loss_scale::{LossScale, Passes};
 use super::method::{Part, parts};
 use super::metrics::Phase;
 use super::prepare::LabelledSet;
-use crate::data::{Augment, Batcher, Normalise};
+use crate::data::Normalise;
 use crate::device::{Crop, Device, HostSlice, HostVec, ImagesId, PlanId};
 use crate::error::{Error, Result};
 use crate::mlnt::losses::cross_entropy;
 use crate::mlnt::{
-    KlScale, Recipe, StateKind, StepScalars, StepSpec, Synthetic, gradient_name, logits_name, record_eval, state_name,
+    KlScale, Recipe, StateKind, StepScalars, StepSpec, Synthetic, gradient_name, logits_name, state_name,
 };
 use crate::model::{ModelSpec, he_init};
-use crate::plan::{Plan, PlanOptions};
+use crate::plan::PlanOptions;
 use crate::tape::Tape;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::iter::once;
-
-/// Images per forward pass of an evaluation.
-pub const EVAL_BATCH: usize = 250;
 
 /// One of the networks of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,7 +100,7 @@ pub struct Engine {
     device: Box<dyn Device>,
     model: ModelSpec,
     steps: Vec<Step>,
-    evals: Vec<(Network, PlanId)>,
+    evaluations: Evaluations,
     kept: Kept,
 }
 
@@ -181,7 +179,6 @@ impl Engine {
     pub fn new(mut device: Box<dyn Device>, config: &Config, model: ModelSpec) -> Result<Self> {
         let (parts, plan_options) = (parts(config), device.plan_options());
         let mut steps: Vec<Step> = Vec::new();
-        let mut evals: Vec<(Network, PlanId)> = Vec::new();
         for part in &parts {
             let (phase, mentor) = (part.phase, part.mixes_mentor());
             if steps.iter().any(|s| (s.phase, s.mentor) == (phase, mentor)) {
@@ -196,13 +193,9 @@ impl Engine {
         }
         let trained = parts.iter().flat_map(|part| part.phase.networks()).copied();
         let mentor = parts.iter().any(|part| part.before().is_some()).then_some(Network::Mentor);
-        for network in trained.filter(|n| *n != Network::Features).chain(mentor) {
-            if evals.iter().all(|(n, _)| *n != network) {
-                let plan = Plan::build(&record_eval(&model, EVAL_BATCH, network.owner())?, &plan_options)?;
-                evals.push((network, device.load(plan)?));
-            }
-        }
-        let mut engine = Engine { device, model, steps, evals, kept: Kept::default() };
+        let evaluated = trained.filter(|n| *n != Network::Features).chain(mentor);
+        let evaluations = Evaluations::load(&mut *device, &model, evaluated, &plan_options)?;
+        let mut engine = Engine { device, model, steps, evaluations, kept: Kept::default() };
         for part in &parts {
             engine.start(part.phase.networks(), config.seed, 0)?;
         }
@@ -416,20 +409,7 @@ impl Engine {
         set: &LabelledSet,
         normalise: &Normalise,
     ) -> Result<Vec<f64>> {
-        let Some(id) = self.eval(network) else {
-            return Err(Error::shape("evaluation", format_args!("no plan for the network {:?}", network.owner())));
-        };
-        let classes = self.model.classes;
-        let mut given = Vec::with_capacity(set.len());
-        for_each_batch(&mut *self.device, id, EVAL_BATCH, set, normalise, |range, probabilities| {
-            given.extend(probabilities.chunks_exact(classes).zip(&set.labels[range]).map(|(p, y)| p[*y as usize]));
-            Ok(())
-        })?;
-        Ok(given)
-    }
-
-    fn eval(&self, network: Network) -> Option<PlanId> {
-        self.evals.iter().find(|(n, _)| *n == network).map(|(_, id)| *id)
+        self.evaluations.label_probabilities(&mut *self.device, network, set, normalise)
     }
 
     /// Accuracy of a network on a set, with its running statistics; `None` for an empty set.
@@ -437,52 +417,6 @@ impl Engine {
     /// # Errors
     /// When the device fails.
     pub fn accuracy(&mut self, network: Network, set: &LabelledSet, normalise: &Normalise) -> Result<Option<f64>> {
-        let Some(id) = self.eval(network) else { return Ok(None) };
-        if set.is_empty() {
-            return Ok(None);
-        }
-        let mut correct = 0;
-        let classes = self.model.classes;
-        for_each_batch(&mut *self.device, id, EVAL_BATCH, set, normalise, |range, probabilities| {
-            let predicted = probabilities.chunks_exact(classes).map(argmax);
-            correct += predicted.zip(&set.labels[range]).filter(|(p, y)| *p == **y as usize).count();
-            Ok(())
-        })?;
-        Ok(Some(correct as f64 / set.len() as f64))
+        self.evaluations.accuracy(&mut *self.device, network, set, normalise)
     }
-}
-
-/// Runs an evaluation plan of `batch` images over a whole set; `use_batch` gets the range of samples and their
-/// probabilities `[n, classes]`. The last batch is filled up with the set's last image.
-///
-/// # Errors
-/// When the device fails, and whatever `use_batch` returns.
-pub fn for_each_batch(
-    device: &mut dyn Device,
-    plan: PlanId,
-    batch: usize,
-    set: &LabelledSet,
-    normalise: &Normalise,
-    mut use_batch: impl FnMut(std::ops::Range<usize>, &[f64]) -> Result<()>,
-) -> Result<()> {
-    let batcher = Batcher::new(&set.images, normalise, Augment::NONE, 0)?;
-    let mut x = vec![0.0f32; batch * set.images.shape().numel()];
-    let (mut indices, mut probabilities) = (Vec::with_capacity(batch), Vec::new());
-    for from in (0..set.len()).step_by(batch) {
-        let to = (from + batch).min(set.len());
-        indices.clear();
-        indices.extend((from..from + batch).map(|i| i.min(set.len() - 1) as u32));
-        batcher.fill(0, &indices, &mut x)?;
-        device.write_input(plan, "x", HostSlice::F32(&x))?;
-        device.run(plan, &[])?;
-        device.read_outputs_into(plan, &mut once(("probabilities", &mut probabilities)))?;
-        let classes = probabilities.len() / batch;
-        use_batch(from..to, &probabilities[..(to - from) * classes])?;
-    }
-    Ok(())
-}
-
-/// Position of the largest value, the first on ties.
-pub fn argmax(values: &[f64]) -> usize {
-    values.iter().enumerate().fold(0, |best, (i, v)| if *v > values[best] { i } else { best })
 }

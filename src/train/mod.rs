@@ -1,5 +1,5 @@
 //! Training: what a run is asked to do ([`config`]), the data it reads ([`prepare`]), the networks on their device
-//! ([`engine`]), what a method does ([`method`], [`by_logits`]) and remembers ([`memory`]), the loop ([`run`]), what iterations hand on ([`filter`],
+//! ([`engine`], [`evaluation`]), what a method does ([`method`], [`by_logits`]) and remembers ([`memory`]), the loop ([`run`]), what iterations hand on ([`filter`],
 //! [`snapshot`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`], [`event_file`]) and how it is summed
 //! up ([`summary`], [`table`]); and several runs side by side ([`compare`]).
 
@@ -9,6 +9,7 @@ pub mod choice;
 pub mod compare;
 pub mod config;
 pub mod engine;
+pub mod evaluation;
 pub mod event_file;
 pub mod feed;
 pub mod filter;

@@ -4,12 +4,12 @@
 
 use crate::common::{deviation, on_two_threads};
 use half::{bf16, f16};
-use mlnt::cases::{Case, Data, Operand};
+use mlnt::cases::Case;
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnReluBackward, ChannelBroadcast, Mask, Op, Operation};
+use mlnt::ops::{BnBackward, BnDoubleBackward, BnEval, ChannelBroadcast, Mask, Op};
 use mlnt::plan::{Plan, PlanOptions, StageGroups};
 use mlnt::tape::{Coef, DType, Kind, Meta, Tape, Tensor};
 
@@ -40,48 +40,11 @@ pub fn values(case: &Case, operands: Operands) -> Vec<HostVec> {
         }
     }
     case.derive(&mut list);
-    derive_sums(case, &mut list);
     let single = |values: &HostVec| match values {
         HostVec::I32(v) => HostVec::I32(v.clone()),
         v => HostVec::F64(v.to_f64().into_iter().map(|v| f64::from(v as f32)).collect()),
     };
     list.iter().map(single).collect()
-}
-
-/// Fills in the operands that are sums over rows.
-pub fn derive_sums(case: &Case, list: &mut [HostVec]) {
-    let values: Vec<Vec<f64>> = list.iter().map(HostVec::to_f64).collect();
-    let branch = |name: &str, m: usize| {
-        let i = case.operands.iter().position(|o| o.name == name).unwrap();
-        let meta = &case.operands[i].meta;
-        &values[i][if meta.per_branch { m * meta.len() } else { 0 }..][..meta.len()]
-    };
-    for (operand, values) in case.operands.iter().zip(list).filter(|(o, _)| SUMS.contains(&o.name)) {
-        let [n, c, h, w] = case.operands.iter().find(|o| o.name == "x").unwrap().meta.dims;
-        if operand.name == "g_bar" {
-            // It may be any number; of the size of a sum over rows it matters.
-            *values = HostVec::F64(values.to_f64().into_iter().map(|v| v * (n * h * w) as f64).collect());
-            continue;
-        }
-        let of_channel = |m: usize, k: usize| {
-            let mean = |f: &dyn Fn(usize) -> f64| {
-                let rows = (0..n).flat_map(|i| (0..h * w).map(move |j| (i * c + k) * h * w + j));
-                rows.map(f).sum::<f64>() / (n * h * w) as f64
-            };
-            let [g, b, mu, var] = ["g", "b", "mean", "var"].map(|name| branch(name, m)[k]);
-            let hat = |i: usize| (branch("x", m)[i] - mu) / (var + BN_EPS).sqrt();
-            let dy = |i: usize| if g * hat(i) + b > 0.0 { branch("dy", m)[i] } else { 0.0 };
-            match operand.name {
-                "dg" => mean(&|i| dy(i) * hat(i)) * (n * h * w) as f64,
-                "db" => mean(&dy) * (n * h * w) as f64,
-                "x_dot_mean" => mean(&|i| branch("x_dot", m)[i]),
-                _ => mean(&|i| branch("x_dot", m)[i] * hat(i)),
-            }
-        };
-        let channels = operand.meta.len();
-        let of_all = (0..operand.meta.total(case.branches)).map(|i| of_channel(i / channels, i % channels));
-        *values = HostVec::F64(of_all.collect());
-    }
 }
 
 /// The case on operands and results that are nodes of their own where `inside` has a bit: these may take 16 bits.
@@ -123,7 +86,7 @@ pub fn last_term(tape: &mut Tape, of: impl Fn(&str) -> Tensor, g_bar: Tensor, su
     if sum { tape.sum_branches(term).unwrap() } else { term }
 }
 
-/// What the case computes, in operations that every device knows.
+/// What the case computes, recorded in operations that every device knows: a second writing of what `mlnt::cases::expand` makes of a plan.
 pub fn composition(case: &Case) -> Tape {
     let mut tape = Tape::new(case.branches);
     let i: Vec<Tensor> = case.operands.iter().map(|o| tape.input(o.name, o.meta).unwrap()).collect();
@@ -269,7 +232,7 @@ pub fn check(cases: &[(Case, u32)], kinds: &[Operands], halves: bool) {
 /// Operands that are sums over rows.
 pub const SUMS: [&str; 5] = ["dg", "db", "x_dot_mean", "rho", "g_bar"];
 
-/// A batch norm; `branched` operands are per-branch, statistics with x, sums with what they are of.
+/// A batch norm of the table of cases, with everything inside.
 pub fn batch_norm(
     op: impl Into<Op>,
     size: [usize; 4],
@@ -277,52 +240,8 @@ pub fn batch_norm(
     branched: &[&str],
     sum: &[bool],
 ) -> (Case, u32) {
-    let op = op.into();
-    let [n, c, h, w] = size;
-    let (vector, activation) = (Meta::vector(c), Meta::activation(n, c, h, w));
-    let names: &[&'static str] = match &op {
-        Op::BnForward(_) => &["x", "g", "b"],
-        Op::BnStats(_) => &["x"],
-        Op::BnBackward(_) => &["dy", "x", "g", "mean", "var", "y"],
-        Op::BnDoubleBackward(_) => &["x_dot", "g_dot", "b_dot", "dy", "x", "g", "mean", "var", "y"],
-        Op::BnReluBackward(BnReluBackward { start: true }) => &["dy", "x", "g", "b", "mean", "var", "start"],
-        Op::BnReluBackward(_) => &["dy", "x", "g", "b", "mean", "var"],
-        Op::BnReluDoubleBackward(_) => &["x_dot", "g_dot", "b_dot", "dy", "x", "g", "b", "mean", "var"],
-        Op::BnReluBackwardApply(_) => &["dy", "x", "g", "b", "mean", "var", "dg", "db"],
-        Op::BnReluDoubleBackwardApply(op) => &DOUBLE_APPLIED[..if op.start { 13 } else { 12 }],
-        _ => unreachable!("no batch norm"),
-    };
-    let mut names = names.to_vec();
-    if let Op::BnReluBackwardApply(op) = &op {
-        names.extend(op.second_order.then_some("g_bar"));
-        names.extend(&["start", "start2"][..op.starts]);
-    }
-    let x = names.iter().position(|name| *name == "x").unwrap_or_default();
-    let operand = |name: &&'static str| {
-        let (meta, data) = match *name {
-            "mean" => (vector, Data::MeanOf(x)),
-            "var" => (vector, Data::VarianceOf(x)),
-            "y" => (activation, Data::Clear),
-            "x" | "dy" | "x_dot" | "start" | "start2" => (activation, Data::Normal),
-            _ => (vector, Data::Normal),
-        };
-        let sources: &[&str] = match *name {
-            "mean" | "var" => &["x"],
-            "dg" | "db" => &["dy", "x", "g", "b", "sums"],
-            "x_dot_mean" => &["x_dot", "sums"],
-            "rho" => &["x_dot", "x", "sums"],
-            _ => &[*name],
-        };
-        let meta = meta.with_branching(sources.iter().any(|source| branched.contains(source)));
-        Operand { name, meta, data, differentiable: false }
-    };
-    let operands: Vec<Operand> = names.iter().map(operand).collect();
-    let name = format!("{} {size:?} M={branches} of {branched:?} summed {sum:?}", op.name());
-    (Case { name, op, branches, operands, sum: sum.to_vec(), tolerance: 1e-5, fused: true }, u32::MAX)
+    (mlnt::cases::batch_norm(op, size, branches, branched, sum), u32::MAX)
 }
-
-const DOUBLE_APPLIED: [&str; 13] =
-    ["x_dot", "g_dot", "dy", "x", "g", "b", "mean", "var", "dg", "db", "x_dot_mean", "rho", "start"];
 
 pub const SIZES: [[usize; 4]; 8] = [
     [2, 1, 5, 3],

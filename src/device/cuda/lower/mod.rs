@@ -52,15 +52,6 @@ impl Operands {
         matches!(self, Operands::F16 | Operands::Bf16)
     }
 
-    /// Largest relative error of a number that is rounded to the 16 bits of a tensor; 0 where there are none such.
-    pub fn half_unit(self) -> f64 {
-        match self {
-            Operands::F16 => f64::exp2(-11.0),
-            Operands::Bf16 => f64::exp2(-8.0),
-            Operands::F32 | Operands::Tf32 => 0.0,
-        }
-    }
-
     /// What a number becomes in a tensor that lies in 16 bits, or in 32 where there are none such: the nearest one, ties to even.
     pub fn stored(self, x: f64) -> f64 {
         match self {

@@ -1,4 +1,0 @@
-//! Single fused convolutions for tests.
-
-pub mod case;
-pub mod plan;
