@@ -122,20 +122,35 @@ class GpuCheck:
         except NotRun as why:
             self.row(name, None, faults=[str(why)], seconds=time.monotonic() - start)
 
-    # Every operation and whole steps.
+    # Every operation and whole steps, and convolutions with those kernels too that the device is not given by itself.
     def check(self):
-        flags = ["--device", self.args.device, "--precision", ",".join(self.args.precision), "--json"]
-        if self.args.only:
-            flags += ["--only", self.args.only]
+        self.figures["check"] = []
+        self.check_kernels("auto", self.args.precision, self.args.only)
+        halves = [precision for precision in self.args.precision if precision in ("f16", "bf16")]
+        if halves and not self.args.only and (other := self.other_kernels()):
+            self.check_kernels(other, halves, "conv2d")
+
+    def other_kernels(self):
+        """The kernels for which there are others on this device; None where there is one kind alone."""
+        if self.kind == "simt":
+            return "hopper"
+        return "portable" if self.info["card"]["compute_capability"] == "9.0" else None
+
+    def check_kernels(self, kernels, precisions, only):
+        flags = ["--device", self.args.device, "--precision", ",".join(precisions), "--json", "--kernels", kernels]
+        before = len(self.rows)
+        if only:
+            flags += ["--only", only]
         if self.args.per_operation:
             flags += ["--per-operation", str(self.args.per_operation)]
         done = self.mlnt("check", "check", *flags)
         rows = [o for o in done.objects() if "what" in o]
         verdicts = [o for o in done.objects() if "pass" in o]
-        self.figures["check"] = rows
+        self.figures["check"] += rows
         groups = {}
         for r in rows:
             what = "steps" if r["what"].startswith("step ") else "operations"
+            what += "" if kernels == "auto" else f", {kernels} kernels"
             groups.setdefault((what, r["precision"] or "any precision"), []).append(r)
         for (what, precision), of in groups.items():
             failures = [f for r in of for f in r["failures"]]
@@ -156,7 +171,7 @@ class GpuCheck:
             self.row("check ran to its end", False, seconds=done.seconds, faults=[done.why()])
         elif verdicts[-1]["stopped"]:
             self.row("check ran to its end", False, faults=[verdicts[-1]["stopped"]])
-        elif (done.status == 0) != all(r["result"] == "pass" for r in self.rows):
+        elif (done.status == 0) != all(r["result"] == "pass" for r in self.rows[before:]):
             self.row("check ran to its end", False, faults=[f"exit status {done.status} does not fit its rows"])
 
     # Golden steps.

@@ -299,7 +299,7 @@ def report(folder, check):
     threads, modules, only = declared()
     tables = read(folder, cuobjdump, modules, only)
     try:
-        steps = [plan(program(), *flags)["kernels"] for flags in (["--hopper"], [])]
+        steps = [plan(program(), *flags)["kernels"] for flags in (["--kernels", "hopper"], [])]
     except NoPlan as why:
         raise Failure(why) from why
     text = render(version, threads, tables, steps)

@@ -294,7 +294,7 @@ def main():
             wrong = self_test()
         else:
             mlnt = program(args.mlnt)
-            compared = {group: plan(mlnt, "--hopper", "--launches", "--group", group) for group in COMPARED}
+            compared = {group: plan(mlnt, "--kernels", "hopper", "--launches", "--group", group) for group in COMPARED}
             text = render({group: compared[group] for group in GROUPS}, compared, read_results(args.results, args.name))
             wrong = []
             if not args.check:

@@ -51,7 +51,7 @@ fn plan_counts_what_the_method_promises() {
         let sum = launches.iter().map(|l| l[key].as_u64().unwrap()).sum::<u64>();
         assert_eq!(Some(sum), listed[key].as_u64(), "{key}");
     }
-    let hopper = mlnt("plan --device simt --precision f16 --hopper --json --launches").stdout;
+    let hopper = mlnt("plan --device simt --precision f16 --kernels hopper --json --launches").stdout;
     assert!(hopper.contains("conv2d_wgmma_fprop") && !listed.to_string().contains("wgmma"), "{hopper}");
     refused("plan --launches", &["--json"]);
     let table = mlnt("plan --preset cifar10 --recipe paper").stdout;

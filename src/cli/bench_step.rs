@@ -8,17 +8,13 @@ use serde_json::json;
 use super::console::say;
 use super::plan::PlanArgs;
 use crate::device::HostSlice;
-use crate::device::cuda::driver::Generation;
 use crate::error::Result;
 use crate::mlnt::{Report, Scales, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
 use crate::ops::Operation;
-use crate::plan::Plan;
 use crate::rng::{Purpose, below, normal, stream};
-use crate::train::choice::DeviceKind;
-use crate::train::config::Config;
 use crate::train::engine::step_spec;
-use crate::train::open_device::{kernel_cost, open_device};
+use crate::train::open_device::open_device_with;
 
 /// The arguments of `mlnt bench-step`: those of `plan`, and how often to run.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
@@ -65,16 +61,6 @@ fn by_operation(launches: &[&'static str], times: &[(usize, f64)]) -> Vec<(&'sta
     list
 }
 
-/// Bytes that the step takes on a device that runs the kernels: arena, states, inputs and scratch.
-fn device_bytes(config: &Config, plan: &Plan) -> Result<Option<usize>> {
-    if !matches!(config.device, DeviceKind::Cuda(_) | DeviceKind::Simt) {
-        return Ok(None);
-    }
-    let inputs: usize = plan.inputs.iter().map(|p| 4 * p.meta.total(plan.branches)).sum();
-    let scratch = kernel_cost(plan, config.computes_in(), Generation::Portable)?.scratch_bytes;
-    Ok(Some(plan.arena_bytes(4) + plan.state_bytes(4) + inputs + scratch))
-}
-
 /// Runs `mlnt bench-step`.
 ///
 /// # Errors
@@ -83,7 +69,7 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let before = peak_rss();
     let mut config = args.plan.config()?;
     let (input, model) = (args.plan.input(), args.plan.model_spec(&config));
-    let opened = open_device(args.plan.device, config.precision, args.threads)?;
+    let opened = open_device_with(args.plan.device, config.precision, args.threads, args.plan.kernels)?;
     (config.device, config.precision) = (opened.kind, opened.precision.into());
     let (mut device, why) = (opened.device, opened.text);
     let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
@@ -93,7 +79,7 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let scalars =
         StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0, scales };
     let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
-    let memory = device_bytes(&config, &plan)?;
+    let memory = device.plan_bytes(&plan)?;
     let launches: Vec<&'static str> = plan.launches.iter().map(|l| l.op.name()).collect();
     let id = device.load(plan)?;
     for owner in ["", "teacher."] {

@@ -6,7 +6,7 @@ use super::console::say;
 use crate::check::{Failure, Machine, Row, Selection, Verdict, check};
 use crate::device::cuda::Mode;
 use crate::error::Result;
-use crate::train::choice::{DeviceKind, Precision};
+use crate::train::choice::{DeviceKind, KernelChoice, Precision};
 use crate::train::open_device::{open_kernels, operands};
 
 /// The help above the arguments.
@@ -48,6 +48,10 @@ pub struct CheckArgs {
     /// Floating-point types of the computation.
     #[arg(long, value_name = "TYPE,..", value_delimiter = ',', default_value = "f32,tf32,f16,bf16")]
     pub precision: Vec<Precision>,
+    /// The kernels, where there are several for one purpose: portable runs on every card, hopper on compute capability 9.0 alone;
+    /// auto is what the card runs best, portable on the SIMT host machine.
+    #[arg(long, value_name = "auto|portable|hopper", hide_possible_values = true, default_value = "auto")]
+    pub kernels: KernelChoice,
     /// Only cases whose name contains this.
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
@@ -70,11 +74,11 @@ fn cases(text: &str) -> std::result::Result<usize, String> {
 /// When the device cannot be opened, or no case is selected.
 pub(super) fn run(args: &CheckArgs) -> Result<u8> {
     let described = match args.precision.first() {
-        Some(first) => open_kernels(args.device, *first, Mode::Eager)?.describe(),
+        Some(first) => open_kernels(args.device, *first, Mode::Eager, args.kernels)?.describe(),
         None => String::new(),
     };
-    let open: Vec<_> =
-        args.precision.iter().map(|&precision| move |mode: Mode| open_kernels(args.device, precision, mode)).collect();
+    let open = |precision| move |mode: Mode| open_kernels(args.device, precision, mode, args.kernels);
+    let open: Vec<_> = args.precision.iter().map(|&precision| open(precision)).collect();
     let mut machines: Vec<Machine<'_>> = Vec::new();
     for (precision, open) in args.precision.iter().zip(&open) {
         machines.push(Machine { operands: operands(*precision)?, open });

@@ -7,17 +7,16 @@ use serde_json::{Value, json};
 
 use super::console::say;
 use crate::device::cuda::KernelCost;
-use crate::device::cuda::driver::Generation;
 use crate::error::Result;
 use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
 use crate::ops::Operation;
 use crate::plan::{Cost, Launch, Plan, PlanOptions, Traffic};
-use crate::train::choice::{DeviceKind, Precision, PrecisionChoice, Recipe};
+use crate::train::choice::{DeviceKind, KernelChoice, Precision, PrecisionChoice, Recipe};
 use crate::train::config::{Config, Overrides};
 use crate::train::engine::step_spec;
 use crate::train::group::Group;
-use crate::train::open_device::{kernel_cost, machine, plan_options};
+use crate::train::open_device::{kernel_cost, machine, plan_options, without_a_card};
 use crate::train::preset::{InputShape, Preset};
 
 /// The help above the arguments.
@@ -64,9 +63,10 @@ pub struct PlanArgs {
     /// auto is the processor, or cuda in a precision that only the kernels have.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub device: DeviceKind,
-    /// Count the kernels for compute capability 9.0 instead of those that every card runs.
-    #[arg(long)]
-    pub hopper: bool,
+    /// The kernels, where there are several for one purpose: portable runs on every card, hopper on compute capability 9.0 alone;
+    /// auto is what the card runs best, portable without one.
+    #[arg(long, value_name = "auto|portable|hopper", hide_possible_values = true, default_value = "auto")]
+    pub kernels: KernelChoice,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub json: bool,
@@ -192,10 +192,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let (arena, states) = (plan.arena_bytes(real_bytes), plan.state_bytes(real_bytes));
     // The kernels of a plan are known without a card.
     let kernels = match device {
-        DeviceKind::Cuda(_) | DeviceKind::Simt => {
-            let generation = if args.hopper { Generation::Hopper } else { Generation::Portable };
-            Some(kernel_cost(&plan, precision, generation)?)
-        }
+        DeviceKind::Cuda(_) | DeviceKind::Simt => Some(kernel_cost(&plan, precision, without_a_card(args.kernels))?),
         DeviceKind::Auto | DeviceKind::Cpu => None,
     };
     if args.json {

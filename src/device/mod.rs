@@ -115,6 +115,14 @@ pub trait Device {
         None
     }
 
+    /// Bytes of memory of its own that a plan takes there: arena, states, inputs and scratch; `None` from a device that has none.
+    ///
+    /// # Errors
+    /// When an operation has sizes that the device cannot take.
+    fn plan_bytes(&self, _plan: &Plan) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
     /// Makes a plan ready: its memory, and zeros in the states that are new.
     ///
     /// # Errors

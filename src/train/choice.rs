@@ -109,6 +109,19 @@ impl std::fmt::Display for DeviceKind {
     }
 }
 
+/// Which CUDA kernels run, where there are several for one purpose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "kebab-case")]
+pub enum KernelChoice {
+    /// Those that the card runs best; without a card the portable ones.
+    #[default]
+    Auto,
+    /// Those that every card runs.
+    Portable,
+    /// Those for compute capability 9.0 alone.
+    Hopper,
+}
+
 /// Floating-point type of activations, weights and gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]

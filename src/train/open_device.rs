@@ -1,6 +1,6 @@
 //! From the device and precision asked for to a device, with the reason in words.
 
-use super::choice::{DeviceKind, Precision, PrecisionChoice};
+use super::choice::{DeviceKind, KernelChoice, Precision, PrecisionChoice};
 use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::device::cuda::driver::gpu::Gpu;
@@ -31,13 +31,26 @@ pub struct Opened {
 /// # Errors
 /// When it cannot be had, or does not compute in that precision.
 pub fn open_device(kind: DeviceKind, precision: impl Into<PrecisionChoice>, threads: usize) -> Result<Opened> {
+    open_device_with(kind, precision, threads, KernelChoice::Auto)
+}
+
+/// As [`open_device`], with these kernels on a device that runs kernels.
+///
+/// # Errors
+/// As [`open_device`], and when the card is not one for these kernels.
+pub fn open_device_with(
+    kind: DeviceKind,
+    precision: impl Into<PrecisionChoice>,
+    threads: usize,
+    kernels: KernelChoice,
+) -> Result<Opened> {
     let asked: PrecisionChoice = precision.into();
     // Batches are filled by the process's own pool, beside the device's; the first to ask decides its size.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     let (device, kind, why) = match kind {
         DeviceKind::Cpu => (cpu(asked.on(kind), threads)?, kind, "asked for".to_string()),
         DeviceKind::Cuda(_) | DeviceKind::Simt => {
-            (open_kernels(kind, asked.on(kind), Mode::Graph)?, kind, "asked for".to_string())
+            (open_kernels(kind, asked.on(kind), Mode::Graph, kernels)?, kind, "asked for".to_string())
         }
         DeviceKind::Auto if asked == Precision::F64.into() => {
             (cpu(Precision::F64, threads)?, DeviceKind::Cpu, "the only one that computes in f64".to_string())
@@ -45,7 +58,7 @@ pub fn open_device(kind: DeviceKind, precision: impl Into<PrecisionChoice>, thre
         DeviceKind::Auto => match working_gpu() {
             Ok(gpu) => {
                 let kind = DeviceKind::Cuda(0);
-                (cuda(gpu, asked.on(kind), Mode::Graph)?, kind, "the GPU works".to_string())
+                (cuda(with(gpu, kernels)?, asked.on(kind), Mode::Graph)?, kind, "the GPU works".to_string())
             }
             Err(why) => (cpu(asked.on(DeviceKind::Cpu), threads)?, DeviceKind::Cpu, why),
         },
@@ -94,6 +107,23 @@ pub fn operands(precision: Precision) -> Result<Operands> {
     }
 }
 
+/// The kernels that a choice means where there is no card.
+pub fn without_a_card(kernels: KernelChoice) -> Generation {
+    match kernels {
+        KernelChoice::Auto | KernelChoice::Portable => Generation::Portable,
+        KernelChoice::Hopper => Generation::Hopper,
+    }
+}
+
+/// The card with these kernels.
+fn with(gpu: Gpu, kernels: KernelChoice) -> Result<Gpu> {
+    match kernels {
+        KernelChoice::Auto => Ok(gpu),
+        KernelChoice::Portable => gpu.like(Generation::Portable),
+        KernelChoice::Hopper => gpu.like(Generation::Hopper),
+    }
+}
+
 fn cuda(driver: impl Driver + 'static, precision: Precision, mode: Mode) -> Result<Box<dyn Device>> {
     Ok(Box::new(Cuda::new(Box::new(driver), operands(precision)?, mode)))
 }
@@ -101,11 +131,16 @@ fn cuda(driver: impl Driver + 'static, precision: Precision, mode: Mode) -> Resu
 /// A device that runs the CUDA kernels, launched as `mode` says: a GPU or the SIMT host machine.
 ///
 /// # Errors
-/// As [`open_device`], and for a `kind` that names neither.
-pub fn open_kernels(kind: DeviceKind, precision: Precision, mode: Mode) -> Result<Box<dyn Device>> {
+/// As [`open_device_with`], and for a `kind` that names neither.
+pub fn open_kernels(
+    kind: DeviceKind,
+    precision: Precision,
+    mode: Mode,
+    kernels: KernelChoice,
+) -> Result<Box<dyn Device>> {
     match kind {
-        DeviceKind::Cuda(n) => cuda(Gpu::open(n)?, precision, mode),
-        DeviceKind::Simt => cuda(Simt::open(SIMT_SEED)?, precision, mode),
+        DeviceKind::Cuda(n) => cuda(with(Gpu::open(n)?, kernels)?, precision, mode),
+        DeviceKind::Simt => cuda(Simt::open(SIMT_SEED)?.like(without_a_card(kernels)), precision, mode),
         DeviceKind::Auto | DeviceKind::Cpu => Err(Error::usage(format_args!(
             "device {kind} is not one that runs the CUDA kernels; those are cuda, cuda:N and simt"
         ))),

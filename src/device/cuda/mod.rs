@@ -344,6 +344,12 @@ impl Device for Cuda {
         Some(machine(self.operands))
     }
 
+    fn plan_bytes(&self, plan: &Plan) -> Result<Option<usize>> {
+        let scratch = KernelCost::of(plan, self.operands, self.driver.generation())?.scratch_bytes;
+        let inputs: usize = plan.inputs.iter().map(|p| 4 * p.meta.total(plan.branches)).sum();
+        Ok(Some(plan.arena_bytes(4) + plan.state_bytes(4) + inputs + scratch))
+    }
+
     fn load(&mut self, plan: Plan) -> Result<PlanId> {
         check(&self.driver.name(), &plan)?;
         let lowered = lower_nowhere(&plan, self.operands, self.driver.generation())?;

@@ -50,6 +50,7 @@ pub struct Gpu {
     copy: Queue,
     context: Context,
     card: Card,
+    generation: Generation,
     limits: Limits,
     /// Launches are being recorded.
     capturing: Cell<bool>,
@@ -96,6 +97,7 @@ impl Gpu {
             let uploads = Uploads::new()?.into();
             let kernels = Kernels::load(library, card, &images, limits.shared)?;
             let (card, capturing) = (card.clone(), Cell::new(false));
+            let generation = best(&card);
             let (graphs, events, late, memory, words) = Default::default();
             Ok(Gpu {
                 graphs,
@@ -107,6 +109,7 @@ impl Gpu {
                 copy,
                 context,
                 card,
+                generation,
                 limits,
                 capturing,
                 late,
@@ -115,6 +118,20 @@ impl Gpu {
             })
         };
         open().map_err(|failure| failure.on(ordinal))
+    }
+
+    /// The same card with kernels of this generation.
+    ///
+    /// # Errors
+    /// When they are not for its compute capability.
+    pub fn like(mut self, generation: Generation) -> Result<Self> {
+        if generation != Generation::Portable && generation != best(&self.card) {
+            let (major, minor) = self.card.capability;
+            let what = format!("the kernels for compute capability 9.0 alone do not run on one of {major}.{minor}");
+            return Err(Error::usage(format_args!("device {}: {what}", self.name())));
+        }
+        self.generation = generation;
+        Ok(self)
     }
 
     fn queue(&self, stream: Stream) -> &Queue {
@@ -209,6 +226,14 @@ fn aligned(words: &mut Vec<Word>, params: &[u8]) -> *mut c_void {
     words.as_mut_ptr().cast()
 }
 
+/// The kernels that a card runs best.
+fn best(card: &Card) -> Generation {
+    match card.capability {
+        (9, 0) => Generation::Hopper,
+        _ => Generation::Portable,
+    }
+}
+
 impl Driver for Gpu {
     fn name(&self) -> String {
         format!("cuda:{}", self.card.ordinal)
@@ -223,10 +248,7 @@ impl Driver for Gpu {
     }
 
     fn generation(&self) -> Generation {
-        match self.card.capability {
-            (9, 0) => Generation::Hopper,
-            _ => Generation::Portable,
-        }
+        self.generation
     }
 
     fn kernel(&self, name: &'static str) -> Result<KernelInfo> {
