@@ -59,7 +59,7 @@ fn main() {
         let spec = spec(args.network.model(), [args.batch, args.branches], args.recipe, false, precision);
         let planned = plan(&spec, &*device);
         if args.profile {
-            let kernels = Loaded::new(&mut *device, spec.clone(), planned.clone()).time_launches(&mut *device);
+            let kernels = Loaded::new(&mut *device, spec.clone(), planned.clone()).profiled(&mut *device);
             let launches = planned.launches.iter().zip(&kernels);
             let launches: Vec<Value> = launches.map(|(launch, (n, _))| expected(&planned, launch, *n)).collect();
             results.finish(json!({ "step": step, "launches": launches }));
