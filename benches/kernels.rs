@@ -10,7 +10,6 @@ mod common;
 use clap::Parser;
 use common::args::Common;
 use common::results::{Results, Samples};
-use common::roof::Roof;
 use common::step::{Loaded, Network, plan, spec};
 use mlnt::ops::Operation;
 use mlnt::plan::{Launch, Plan};
@@ -65,7 +64,7 @@ fn main() {
             results.finish(json!({ "step": step, "launches": launches }));
             return;
         }
-        let roof = Roof::measure(args.common.device, &mut *device);
+        let roof = args.common.roof(precision);
         results.begin(device.describe(), precision.to_string(), roof);
         let mut loaded = Loaded::new(&mut *device, spec.clone(), planned.clone());
         // Rows in order of first appearance: name, launches, cost of one, times.

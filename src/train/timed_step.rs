@@ -91,12 +91,16 @@ impl TimedStep {
             self.scale = self.scale.and_then(|scale| scale.lowered(false));
             return match self.scale {
                 Some(_) => Ok(None),
-                None => Err(Error::Diverged("a timed step overflows whatever its scales: its time means nothing".into())),
+                None => {
+                    Err(Error::Diverged("a timed step overflows whatever its scales: its time means nothing".into()))
+                }
             };
         }
         match self.loss[0].is_finite() {
             true => Ok(Some(found)),
-            false => Err(Error::Diverged(format!("the loss of a timed step is {}: its time means nothing", self.loss[0]))),
+            false => {
+                Err(Error::Diverged(format!("the loss of a timed step is {}: its time means nothing", self.loss[0])))
+            }
         }
     }
 }
