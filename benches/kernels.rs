@@ -1,4 +1,4 @@
-//! Every launch of a whole step where it stands: time, throughput and percentage of the measured roof.
+//! Every launch of a whole step where it stands: time, throughput and percentage of the roof.
 //!
 //!     cargo bench --bench kernels -- --device cuda --network resnet32 --precision f16 --branches 10 --out kernels.json
 //!

@@ -1,4 +1,4 @@
-//! Time, throughput and percentage of the measured roof of every case of `mlnt::cases`.
+//! Time, throughput and percentage of the roof of every case of `mlnt::cases`.
 //!
 //!     cargo bench --bench ops -- conv2d_fprop
 //!     cargo bench --bench ops -- --device cuda --precision f32,f16 --out ops.json
