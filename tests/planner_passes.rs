@@ -54,6 +54,7 @@ const NEEDS: [(Fusion, &[Fusion]); 6] = [
             Fusion::BatchNormRelu,
             Fusion::BackwardPairs,
             Fusion::Recomputation,
+            Fusion::StartedSums,
             Fusion::BackwardSums,
             Fusion::LoadedCotangents,
         ],
@@ -127,44 +128,56 @@ fn difference(have: &Plan, without: &Plan) -> BTreeMap<&'static str, String> {
     by_name.into_iter().filter_map(text).collect()
 }
 
-/// Two sets of fusions for each: with it, which is to be the unfused step, and without.
-type Pair = fn(Fusion) -> [Fusions; 2];
+/// Which others are applied.
+#[derive(Clone, Copy, Debug)]
+enum Among {
+    /// What the fusion needs.
+    Needed,
+    /// Those before it.
+    Earlier,
+    /// All others; here the plan without it is the one that is run.
+    All,
+}
 
-/// That every fusion leaves the steps as they are and changes the plan of one at least.
-fn judge(steps: &[Step], options: PlanOptions, fusions: &[Fusion], how: &str, pair: Pair) {
+impl Among {
+    /// The fusions with this one, and without.
+    fn sets(self, fusion: Fusion) -> [Fusions; 2] {
+        let others = match self {
+            Among::Needed => set(needs(fusion).iter().copied()),
+            Among::Earlier => before(fusion),
+            Among::All => Fusions::ALL.without(fusion),
+        };
+        [others.with(fusion), others]
+    }
+}
+
+/// Sees that steps are as they are without fusions, and that each fusion changes the plan of one at least.
+fn judge(steps: &[Step], options: PlanOptions, fusions: &[Fusion], among: Among) {
     for &fusion in fusions {
-        let [with, without] = pair(fusion).map(|fusions| PlanOptions { fusions, ..options });
-        // The set that is tested on the numbers: of those that differ by this fusion, the one whose passes are in question.
-        let tested = if how == LEFT_OUT { without } else { with };
-        let off = steps.iter().map(|step| step.off(tested)).fold(0.0, f64::max);
+        let [with, without] = among.sets(fusion).map(|fusions| PlanOptions { fusions, ..options });
+        let run = if matches!(among, Among::All) { without } else { with };
+        let off = steps.iter().map(|step| step.off(run)).fold(0.0, f64::max);
         let mut changed = 0;
         for step in steps {
             let [with, without] = [with, without].map(|options| step.plan(options));
             let found = difference(&with, &without);
             if !found.is_empty() && changed == 0 {
                 let launches = [&without, &with].map(|plan| plan.launches.len());
-                println!("{fusion:?}, {how}, {}: {} to {} launches, {found:?}", step.name, launches[0], launches[1]);
+                println!("{fusion:?}, {}: {} to {} launches, {found:?}", step.name, launches[0], launches[1]);
             }
             changed += usize::from(!found.is_empty());
         }
-        println!("{fusion:?}, {how}: off by {off:.1e}, changes {changed} of {}", steps.len());
-        assert!(changed > 0, "{fusion:?}, {how}, changes no plan");
+        println!("{fusion:?} among {among:?}: off by {off:.1e}, changes {changed} of {}", steps.len());
+        assert!(changed > 0, "{fusion:?} among {among:?} changes no plan");
     }
-}
-
-const AFTER: &str = "after those before it";
-const LEFT_OUT: &str = "left out of all";
-const ALONE: &str = "with what it needs";
-
-fn judge_all(steps: &[Step], options: PlanOptions) {
-    judge(steps, options, &Fusion::ALL, AFTER, |fusion| [before(fusion).with(fusion), before(fusion)]);
-    judge(steps, options, &Fusion::ALL, LEFT_OUT, |fusion| [Fusions::ALL, Fusions::ALL.without(fusion)]);
 }
 
 #[test]
 fn each_fusion_stands_for_what_it_replaces() {
     for m in [1, 3] {
-        judge_all(&Step::all(specs(m)), EVERY);
+        let steps = Step::all(specs(m));
+        judge(&steps, EVERY, &Fusion::ALL, Among::Earlier);
+        judge(&steps, EVERY, &Fusion::ALL, Among::All);
     }
 }
 
@@ -176,16 +189,15 @@ fn each_fusion_stands_for_what_it_replaces_in_groups_of_branches() {
     };
     let archs = [Arch::PreactResnet, Arch::ResnetBottleneck].into_iter();
     let steps = Step::all(archs.flat_map(|arch| [false, true].map(|first_order| of((arch, first_order)))).collect());
-    judge_all(&steps, PlanOptions { group: Some(2), ..EVERY });
+    let in_groups = PlanOptions { group: Some(2), ..EVERY };
+    judge(&steps, in_groups, &Fusion::ALL, Among::Earlier);
+    judge(&steps, in_groups, &Fusion::ALL, Among::All);
 }
 
 #[test]
 fn each_fusion_needs_what_its_documentation_says() {
     let steps = Step::all(specs(3));
-    judge(&steps, EVERY, &Fusion::ALL, ALONE, |fusion| {
-        let needed = set(needs(fusion).iter().copied());
-        [needed.with(fusion), needed]
-    });
+    judge(&steps, EVERY, &Fusion::ALL, Among::Needed);
     for (fusion, needs) in NEEDS {
         for need in needs {
             // The largest set without it.
@@ -200,14 +212,15 @@ fn each_fusion_needs_what_its_documentation_says() {
     }
 }
 
-/// Fusions that nobody ever tried together.
+/// Fusions drawn by chance, with all branches at a time and in groups.
 #[test]
 fn any_set_of_fusions_stands_for_the_unfused_step() {
     let mut rng = stream(11, Purpose::Test, 0, 0);
     for step in Step::all(specs(3)) {
-        for _ in 0..24 {
+        for draw in 0..60 {
             let drawn: Vec<Fusion> = Fusion::ALL.into_iter().filter(|_| below(2, &mut rng) == 1).collect();
-            step.off(PlanOptions { fusions: set(drawn), ..EVERY });
+            let group = (draw % 2 == 1).then_some(2);
+            step.off(PlanOptions { fusions: set(drawn), group, ..EVERY });
         }
     }
 }
@@ -216,8 +229,8 @@ fn any_set_of_fusions_stands_for_the_unfused_step() {
 fn the_fusions_for_every_device_stand_for_what_they_replace() {
     let plain = [Fusion::BatchNormRelu, Fusion::StartedSums];
     let steps = Step::all([specs(1), specs(3)].concat());
-    judge(&steps, FUSED, &plain, ALONE, |fusion| [Fusions::NONE.with(fusion), Fusions::NONE]);
-    judge(&steps, FUSED, &plain, LEFT_OUT, |fusion| [Fusions::ALL, Fusions::ALL.without(fusion)]);
+    judge(&steps, FUSED, &plain, Among::Needed);
+    judge(&steps, FUSED, &plain, Among::All);
     for step in &steps {
         // The CPU device runs them as they are.
         for fusions in plain.map(|fusion| Fusions::NONE.with(fusion)) {

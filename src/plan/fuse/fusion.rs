@@ -38,7 +38,7 @@ pub enum Fusion {
     /// [`BackwardSums`](Self::BackwardSums).
     LoadedCotangents,
     /// Cotangents of residual sums are made again for the second order: [`PlanOptions::recompute`](crate::plan::PlanOptions::recompute).
-    /// Finds nothing without [`LoadedCotangents`](Self::LoadedCotangents).
+    /// Finds nothing without [`LoadedCotangents`](Self::LoadedCotangents) and [`StartedSums`](Self::StartedSums).
     ResidualChain,
 }
 
