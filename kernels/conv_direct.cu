@@ -2,8 +2,11 @@
 // `conv.cu` on patches whose halo stays in shared memory. Forms, operands and blocks: `conv_params.cuh`; patches:
 // `conv_patch.cuh`.
 //
-// Loads for the next step begin before a step's products and end behind them; what they bring goes to the other of two
-// places in shared memory, so that there is one barrier per step.
+// What a tap reads comes in stages. Its weights have one of STAGES places in shared memory and are asked for STAGES - 1 taps ahead:
+// those of 16 bits by copies that are waited for when their turn comes, others, which are rounded, through registers. Of halos
+// there are two, the slice's and the next, of which a piece is asked for at each tap; tensor cores take 1,152 clocks at least for the products of
+// nine taps (144 for each warp, 8 clocks on sm_80, and as many more as there are blocks), a load from memory 479, so that a third
+// place would wait for nothing. The same holds for a weight gradient's patches. There is one barrier per tap.
 
 // Twelve warps hide each other's loads.
 #define KERNEL_BLOCKS 3
@@ -38,15 +41,15 @@ struct DirectTile {
     }
 };
 
+constexpr int STAGES = 3;  // places for the weights of taps
+
 // The weights of one tap and slice: [WIDTH, SLICE] in fprop, [SLICE, WIDTH] in dgrad.
 template <Form FORM, class Operand, int WIDTH>
 struct Weights {
-    static constexpr int LINE = FORM == Form::FPROP ? SLICE : WIDTH, PITCH = LINE + 8;
-    static constexpr int ELEMENTS = WIDTH * PIXEL;  // of a place for them
+    static constexpr int LINE = FORM == Form::FPROP ? SLICE : WIDTH;
+    static constexpr int ELEMENTS = WIDTH * SLICE;  // of a place for them
     static constexpr int HELD = WIDTH * SLICE / 8 / DIRECT_THREADS;  // parts, of eight elements for each thread
     static_assert(HELD <= SLICE / 16);
-    static_assert(WIDTH * SLICE / LINE * PITCH <= ELEMENTS);
-    Chunk held;
     Source from;
     uint32_t at[HELD];  // of tap (0, 0), or NO_ROW
 
@@ -66,28 +69,37 @@ struct Weights {
     static DEVICE uint32_t channels(const ConvProduct& p) {
         return uint32_t(FORM == Form::FPROP ? p.image_channels : p.columns);
     }
-    // Loads and stores part `i` of HELD.
-    DEVICE void load(const ConvProduct& p, uint32_t filter_pixel, int i) {
-        held = at[i] != NO_ROW ? from.load<Operand>(at[i] + filter_pixel * channels(p)) : Chunk{};
+    // Part `i` of HELD: its place, as it is copied there, and as it is loaded and stored.
+    static DEVICE uint16_t* place(uint16_t* to, int i) {
+        static_assert(DIRECT_THREADS * 8 / LINE % 8 == 0);
+        return to + swizzled<LINE>(threadIdx.x * 8) + i * DIRECT_THREADS * 8;
     }
-    DEVICE void store(uint16_t* to, int i) const {
-        const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
-        const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
-        *reinterpret_cast<uint4*>(to + line * PITCH + along) = chunk_round<Operand>(held, from.half, at[i] != NO_ROW);
+    DEVICE void copy(const ConvProduct& p, uint32_t filter_pixel, uint16_t* to, int i) const {
+        const bool there = at[i] != NO_ROW;
+        copy_async(place(to, i), from.place(at[i] + filter_pixel * channels(p), there), there);
+    }
+    DEVICE Chunk load(const ConvProduct& p, uint32_t filter_pixel, int i) const {
+        return at[i] != NO_ROW ? from.load<Operand>(at[i] + filter_pixel * channels(p)) : Chunk{};
+    }
+    static DEVICE void store(uint16_t* to, int i, const Chunk& wide) {
+        store_operand(place(to, i), chunk_round<Operand>(wide, false, true));
     }
 };
 
-// Adds the products of 16 channels of one tap. `image` and `weights` are this lane's rows of matrices.
+// Adds the products of channels 16·k to 16·k + 15 of a slice and tap. `image` and `weights` are this lane's rows of matrices, those of
+// the weights where `to` says.
 template <Form FORM, class Operand, int WIDTH>
-DEVICE void direct_add(DirectTile<Operand, WIDTH>& tile, const uint16_t* const image[2], const uint16_t* weights) {
+DEVICE void direct_add(DirectTile<Operand, WIDTH>& tile, const uint16_t* halo, const uint32_t image[2], const uint16_t* to,
+                       uint32_t weights, int k) {
+    constexpr int LINE = Weights<FORM, Operand, WIDTH>::LINE;
     uint32_t a[2][4];
-    for (int m = 0; m < 2; ++m) load_matrices(a[m], image[m]);
+    for (int m = 0; m < 2; ++m) load_matrices(a[m], halo + (image[m] ^ 16 * k));
     for (int n = 0; n < WIDTH / 16; ++n) {
         uint32_t b[4];
         if constexpr (FORM == Form::FPROP) {
-            load_matrices(b, weights + n * 16 * Weights<FORM, Operand, WIDTH>::PITCH);
+            load_matrices(b, to + (weights ^ 16 * k) + n * 16 * LINE);
         } else {
-            load_matrices_transposed(b, weights + n * 16);
+            load_matrices_transposed(b, to + (weights ^ 16 * n) + k * 16 * LINE);
         }
         for (int m = 0; m < 2; ++m) {
             Operand::mma(tile.d[m][2 * n], a[m], b);
@@ -154,7 +166,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
 
     auto& tables = *shared_memory<DirectTables>();
     uint16_t* weights = reinterpret_cast<uint16_t*>(&tables + 1);
-    uint16_t* halos = weights + 2 * Matrix::ELEMENTS;
+    uint16_t* halos = weights + STAGES * Matrix::ELEMENTS;
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
     const int32_t channel = int32_t(threadIdx.x % CHUNKS) * 8;
     const uint32_t column = place.column_tile * WIDTH;
@@ -169,7 +181,6 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     }
     sync_threads();
 
-    Matrix matrix = {};
     Halo halo;
     halo.begin(p);
     const uint32_t slot_elements = halo.pixels * PIXEL;
@@ -185,14 +196,12 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         halo.put(to, slice.image.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
-    // Begins to copy a whole halo if nothing is to be done to it.
+    // Begins to copy a piece of a halo to which nothing is to be done.
     const auto copy = [&](const Piece& slice, uint32_t slot) {
-        if (!slice.image.plain()) return;
-        for (; halo.more(); halo.next(p)) {
-            uint32_t offset;
-            const bool inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
-            halo.copy(halos + slot * slot_elements, slice.image.of.place(offset, inside), inside);
-        }
+        uint32_t offset;
+        const bool inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
+        halo.copy(halos + slot * slot_elements, slice.image.of.place(offset, inside), inside);
+        halo.next(p);
     };
     const auto load_rest = [&](const Piece& slice, uint32_t slot) {
         while (halo.more()) {
@@ -207,28 +216,63 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             for (int i = 0; i < IN_FLIGHT; ++i) store(slice, slot, loaded[i]);
         }
     };
+    // The weights that are asked for next: of a tap of a slice.
+    Matrix matrix = {};
+    uint32_t ahead = 0;
+    Tap tap_ahead = {0, 0};
+    const auto begin_weights = [&] {
+        const auto slice = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + ahead);
+        matrix.begin(p, slice.matrix, column, slice.first);
+    };
+    const auto next_weights = [&] {
+        tap_ahead.next(patch);
+        if (tap_ahead.down == patch.taps_down) {
+            tap_ahead = {0, 0};
+            if (++ahead < count) begin_weights();
+        }
+    };
     Piece next = {};
     if (count > 0) {
         next = slice_of<FORM, Operand, PAIRS>(p, place.branch, first);
-        copy(next, 0);
-        matrix.begin(p, next.matrix, column, next.first);
-        for (int part = 0; part < Matrix::HELD; ++part) {
-            matrix.load(p, Tap{0, 0}.filter_pixel<FORM>(p, patch), part);
-            matrix.store(weights, part);
+        if (next.image.plain()) {
+            while (halo.more()) copy(next, 0);
+        }
+        begin_weights();
+        Chunk wide[STAGES - 1][Matrix::HELD];
+        bool loads[STAGES - 1];
+        UNROLLED
+        for (int stage = 0; stage < STAGES - 1; ++stage) {
+            const bool there = ahead < count;
+            loads[stage] = there && !matrix.from.half;
+            const uint32_t filter_pixel = tap_ahead.filter_pixel<FORM>(p, patch);
+            for (int i = 0; i < Matrix::HELD; ++i) {
+                if (loads[stage]) {
+                    wide[stage][i] = matrix.load(p, filter_pixel, i);
+                } else if (there) {
+                    matrix.copy(p, filter_pixel, weights + stage * Matrix::ELEMENTS, i);
+                }
+            }
+            copies_commit();
+            if (there) next_weights();
         }
         load_rest(next, 0);
-        copies_done();
+        UNROLLED
+        for (int stage = 0; stage < STAGES - 1; ++stage) {
+            for (int i = 0; i < Matrix::HELD; ++i) {
+                if (loads[stage]) Matrix::store(weights + stage * Matrix::ELEMENTS, i, wide[stage][i]);
+            }
+        }
+        copies_pending<STAGES - 2>();
     }
     // This lane's rows of matrices: read before the barrier, since what follows the product may write over the table.
-    const uint16_t* image_rows[2];
-    for (int m = 0; m < 2; ++m) image_rows[m] = halos + tables.places[32 * warp + 16 * m + lane % 16] + lane / 16 * 8;
+    uint32_t image_rows[2];
+    for (int m = 0; m < 2; ++m) image_rows[m] = tables.places[32 * warp + 16 * m + lane % 16] + lane / 16 * 8;
     sync_threads();
 
-    const uint32_t weight_row = FORM == Form::FPROP
-                                    ? (lane / 16 * 8 + lane % 8) * Matrix::PITCH + lane / 8 % 2 * 8
-                                    : (lane / 8 % 2 * 8 + lane % 8) * Matrix::PITCH + lane / 16 * 8;
-    constexpr int WEIGHT_STEP = FORM == Form::FPROP ? 16 : 16 * Matrix::PITCH;
-    uint32_t weight_slot = 0;
+    const uint32_t weight_row = swizzled<Matrix::LINE>(
+        FORM == Form::FPROP ? (lane / 16 * 8 + lane % 8) * Matrix::LINE + lane / 8 % 2 * 8
+                            : (lane / 8 % 2 * 8 + lane % 8) * Matrix::LINE + lane / 16 * 8);
+    uint32_t stage = 0;
     DirectTile<Operand, WIDTH> tile;
     tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
@@ -241,34 +285,47 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             tables.describe_image<FORM, PAIRS>(p, after.image.made, after.image.branch, after.first, slot);
         }
         halo.begin(p);
-        if (more) copy(next, 1 - slot);
+        const bool copies = more && next.image.plain();
+        const uint16_t* halo_slot = halos + slot * slot_elements;
         Tap tap = {0, 0};
         for (int32_t t = 0; t < taps; ++t) {
-            const uint32_t offset = tap.offset<FORM>(p, patch) + slot * slot_elements;
+            const uint32_t offset = tap.offset<FORM>(p, patch);
             tap.next(patch);
-            const bool last = t + 1 == taps;
-            if (last && more) {
-                tap = {0, 0};
-                matrix.begin(p, next.matrix, column, next.first);
+            // In the place of the tap before.
+            uint16_t* place_ahead = weights + (stage == 0 ? STAGES - 1 : stage - 1) * Matrix::ELEMENTS;
+            const bool asks = ahead < count, loads_weights = asks && !matrix.from.half;
+            const uint32_t filter_pixel = tap_ahead.filter_pixel<FORM>(p, patch);
+            if (asks && matrix.from.half) {
+                for (int part = 0; part < Matrix::HELD; ++part) matrix.copy(p, filter_pixel, place_ahead, part);
             }
-            const uint32_t filter_pixel = tap.filter_pixel<FORM>(p, patch);
-            const bool loads = more && halo.more();
+            // From the last tap whose copies are waited for before the next slice, all that is left.
+            while (copies && halo.more()) {
+                copy(next, 1 - slot);
+                if (t + STAGES - 1 < taps) break;
+            }
+            copies_commit();
+            const bool loads = more && !copies && halo.more();
             decltype(load(halo, next, slot)) loaded = {};
             if (loads) loaded = load(halo, next, 1 - slot);
+            const uint32_t rows[2] = {swizzled<PIXEL>(image_rows[0] + offset), swizzled<PIXEL>(image_rows[1] + offset)};
             for (int k = 0; k < SLICE / 16; ++k) {
-                const bool part = k < Matrix::HELD && (!last || more);
-                if (part) matrix.load(p, filter_pixel, k);
-                const uint16_t* rows[2] = {image_rows[0] + offset + 16 * k, image_rows[1] + offset + 16 * k};
-                const uint16_t* row = weights + weight_slot * Matrix::ELEMENTS + weight_row + k * WEIGHT_STEP;
-                direct_add<FORM, Operand, WIDTH>(tile, rows, row);
-                if (part) matrix.store(weights + (1 - weight_slot) * Matrix::ELEMENTS, k);
+                const bool part = k < Matrix::HELD && loads_weights;
+                Chunk wide = {};
+                if (part) wide = matrix.load(p, filter_pixel, k);
+                direct_add<FORM, Operand, WIDTH>(tile, halo_slot, rows, weights + stage * Matrix::ELEMENTS, weight_row, k);
+                if (part) Matrix::store(place_ahead, k, wide);
             }
+            if (asks) next_weights();
             if (loads) store(next, 1 - slot, loaded);
-            if (last && more) {
+            if (t + 1 == taps && more && !copies) {
                 while (halo.more()) store(next, 1 - slot, load(halo, next, 1 - slot));
-                copies_done();
             }
-            weight_slot = 1 - weight_slot;
+            if (taps < STAGES - 1) {
+                copies_done();
+            } else {
+                copies_pending<STAGES - 2>();
+            }
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
             sync_threads();
         }
     }

@@ -102,7 +102,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         return PAIRS && p.matrix.kept && place.column_tile == 0 && (p.matrix.kept_branch != 0 || dy.branch == 0);
     };
     const auto dy_place = [&](uint32_t at, uint32_t slot) {
-        return slots + slot * slot_elements + halo_elements + at * PIXEL + channel;
+        return slots + slot * slot_elements + halo_elements + swizzled<PIXEL>(at * PIXEL + channel);
     };
     const auto load_dy = [&](uint32_t at, uint32_t slot) {
         uint32_t offset;
@@ -112,7 +112,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const auto store_dy = [&](uint32_t slot, const auto& loaded) {
         uint16_t* to = dy_place(dy_at, slot);
         const uint4 coded = dy.round(p.matrix, keeps(), loaded, tables.matrix[slot], channel, to);
-        *reinterpret_cast<uint4*>(to) = coded;
+        store_operand(to, coded);
         if (keeps() && p.matrix.kept_half) {
             uint32_t offset;
             uint16_t* kept = static_cast<uint16_t*>(p.matrix.kept) + dy.branch * p.matrix.kept_branch;
@@ -133,7 +133,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         if (dy.plain()) {
             for (; dy_at < PATCH; dy_at += ABREAST) {
                 const bool inside = dy_inside(dy_at, offset);
-                copy_async(to + halo_elements + dy_at * PIXEL + channel, dy.of.place(offset, inside), inside);
+                copy_async(dy_place(dy_at, slot), dy.of.place(offset, inside), inside);
             }
         }
     };
@@ -173,6 +173,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         const int32_t r = tap / p.kernel_width, s = tap - r * p.kernel_width;
         tap_offsets[pair] = uint32_t(r * p.halo_width + s) * PIXEL + warp * 8;
     }
+    const uint32_t dy_row = swizzled<PIXEL>((lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8);
     WgradTile<Operand> tile;
     tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
@@ -185,20 +186,20 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         // Its slot served this iteration's halo, which is loaded.
         if (i + 2 < count) describe(i + 2, slot);
         const uint16_t* halo_slot = slots + slot * slot_elements;
-        const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
+        const uint16_t* dy_slot = halo_slot + halo_elements;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
             decltype(load_x(halo, slot)) of_x = {};
             decltype(load_dy(dy_at, slot)) of_dy = {};
             if (loads_x) of_x = load_x(halo, 1 - slot);
             if (loads_dy) of_dy = load_dy(dy_at, 1 - slot);
-            const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
+            const uint32_t x_row = tables.places[pixel + lane % 16];
             uint32_t a[2][4];
-            for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
+            for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_slot + ((dy_row + pixel * PIXEL) ^ m * 16));
             for (int pair = 0; pair < (MOST_TAPS + 1) / 2; ++pair) {
                 if (2 * pair >= taps) continue;
                 uint32_t b[4];
-                load_matrices_transposed(b, x_row + tap_offsets[pair]);
+                load_matrices_transposed(b, halo_slot + swizzled<PIXEL>(x_row + tap_offsets[pair]));
                 for (int m = 0; m < 2; ++m) {
                     Operand::mma(tile.d[2 * pair][m], a[m], b);
                     if (2 * pair + 1 < MOST_TAPS) Operand::mma(tile.d[2 * pair + 1][m], a[m], b + 2);

@@ -10,11 +10,23 @@
 #include "tile_product.cuh"
 
 constexpr int PATCH = 128;        // pixels, some of which the result may not have
-constexpr int PIXEL = SLICE + 8;  // elements from a pixel to the next in shared memory: a matrix's rows meet no bank twice
+constexpr int PIXEL = SLICE;      // elements of a pixel in shared memory
 constexpr int DIRECT_THREADS = 128;
 constexpr int CHUNKS = SLICE / 8;  // of eight channels, of a pixel
 constexpr int IN_FLIGHT = 4;  // chunks that a thread loads at a time where it has nothing else to do
 constexpr int ABREAST = DIRECT_THREADS / CHUNKS;  // pixels that the threads load at a time
+
+// Where in shared memory element `at` of an area lies whose lines have LINE elements, 64 or 128 bytes: in the line's place, but
+// pieces of 16 bytes change theirs with the number of the 128 bytes that they are in. The same piece of eight neighbouring lines,
+// a matrix as it is loaded, then meets no bank twice, nor do the pieces that eight neighbouring threads store. Of every second line, the
+// pixels of a stride of 2, it meets each bank twice: a line of 64 bytes has half of the banks.
+//
+// Pieces trade places by bits: for lines from a multiple of eight on, `swizzled(at ^ 8 * i)` is `swizzled(at) ^ 8 * i`.
+template <int LINE>
+DEVICE uint32_t swizzled(uint32_t at) {
+    static_assert(LINE == 32 || LINE == 64);
+    return at ^ (at >> 3 & (LINE - 8));
+}
 
 struct Patch {
     int32_t taps_down, taps_across;
@@ -95,7 +107,7 @@ DEVICE uint32_t row_of(const ConvProduct& p, const Patch& patch, const Pixel& pi
     return line * uint32_t(p.grid_width) + uint32_t(patch.first_across + across * patch.grid_step);
 }
 
-// Where the halo holds a patch's pixel with tap (0, 0), in elements.
+// Where the halo holds a patch's pixel with tap (0, 0), in elements, before they are swizzled.
 DEVICE uint32_t place_of(const ConvProduct& p, const Pixel& pixel, int32_t pixel_step) {
     if (pixel.image < 0) return 0;
     const int32_t line = pixel.image * p.halo_height + pixel.down * pixel_step;
@@ -141,12 +153,12 @@ struct Halo {
                uint32_t(w) < uint32_t(p.image_width) && channel < p.image_channels;
     }
     DEVICE void put(uint16_t* slot, const uint4& coded) const {
-        if (at < pixels) *reinterpret_cast<uint4*>(place(slot)) = coded;
+        if (at < pixels) store_operand(place(slot), coded);
     }
     DEVICE void copy(uint16_t* slot, const uint16_t* from, bool inside) const {
         if (at < pixels) copy_async(place(slot), from, inside);
     }
-    DEVICE uint16_t* place(uint16_t* slot) const { return slot + at * PIXEL + threadIdx.x % CHUNKS * 8; }
+    DEVICE uint16_t* place(uint16_t* slot) const { return slot + swizzled<PIXEL>(at * PIXEL + threadIdx.x % CHUNKS * 8); }
 };
 
 // The beginning of a block's shared memory.

@@ -15,8 +15,10 @@ pub(super) const SLICE: usize = 32;
 const MOST_TAPS: usize = 9;
 /// Bytes of `DirectTables`.
 const TABLES: usize = 3072;
-/// Bytes of a pixel of a halo.
-const PIXEL: usize = 80;
+/// Bytes of a pixel of a halo, of a pixel of dy in a weight gradient, and of a column's weights of a tap.
+const PIXEL: usize = 64;
+/// `STAGES`: places for the weights of taps.
+const STAGES: usize = 3;
 /// Most bytes of shared memory of a direct kernel: what every card has.
 const MOST_SHARED: usize = 99 << 10;
 /// The direct kernels add up small numbers without a thought of overflow.
@@ -77,7 +79,7 @@ impl Tiling {
             _ => {
                 let channels = if kind == ConvKind::Fprop { g.c } else { g.k };
                 let slots = if channels.div_ceil(SLICE) * segments > 1 { 2 } else { 1 };
-                (TABLES + 2 * PIXEL * width + slots * PIXEL * halo).max(finish(PATCH, width))
+                (TABLES + STAGES * PIXEL * width + slots * PIXEL * halo).max(finish(PATCH, width))
             }
         })?;
         let number = patches.number(kind, g);
