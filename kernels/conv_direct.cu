@@ -46,8 +46,8 @@ constexpr int STAGES = 3;  // places for the weights of taps
 // The weights of one tap and slice: [WIDTH, SLICE] in fprop, [SLICE, WIDTH] in dgrad.
 template <Form FORM, class Operand, int WIDTH>
 struct Weights {
-    static constexpr int LINE = FORM == Form::FPROP ? SLICE : WIDTH;
-    static constexpr int ELEMENTS = WIDTH * SLICE;  // of a place for them
+    static constexpr int LINE = 2 * (FORM == Form::FPROP ? SLICE : WIDTH);  // bytes
+    static constexpr int BYTES = 2 * WIDTH * SLICE;  // of a place for them
     static constexpr int HELD = WIDTH * SLICE / 8 / DIRECT_THREADS;  // parts, of eight elements for each thread
     static_assert(HELD <= SLICE / 16);
     Source from;
@@ -58,7 +58,7 @@ struct Weights {
         from = w;
         for (int i = 0; i < HELD; ++i) {
             const uint32_t number = threadIdx.x + i * DIRECT_THREADS;
-            const uint32_t line = number / (LINE / 8), along = number % (LINE / 8) * 8;
+            const uint32_t line = number / (LINE / 16), along = number % (LINE / 16) * 8;
             const uint32_t k = FORM == Form::FPROP ? column + line : slice + line;
             const uint32_t c = FORM == Form::FPROP ? slice + along : column + along;
             const bool there = c < channels(p) && k < uint32_t(FORM == Form::FPROP ? p.columns : p.image_channels);
@@ -69,37 +69,41 @@ struct Weights {
     static DEVICE uint32_t channels(const ConvProduct& p) {
         return uint32_t(FORM == Form::FPROP ? p.image_channels : p.columns);
     }
-    // Part `i` of HELD: its place, as it is copied there, and as it is loaded and stored.
-    static DEVICE uint16_t* place(uint16_t* to, int i) {
-        static_assert(DIRECT_THREADS * 8 / LINE % 8 == 0);
-        return to + swizzled<LINE>(threadIdx.x * 8) + i * DIRECT_THREADS * 8;
+    // Part `i` of HELD: its place in one of all, as it is copied there, and as it is loaded and stored.
+    static DEVICE uint16_t* place(uint32_t to, int i) {
+        static_assert(DIRECT_THREADS * 16 % (8 * LINE) == 0);
+        return shared_at(to + swizzled<LINE>(threadIdx.x * 16) + i * DIRECT_THREADS * 16);
     }
-    DEVICE void copy(const ConvProduct& p, uint32_t filter_pixel, uint16_t* to, int i) const {
+    DEVICE void copy(const ConvProduct& p, uint32_t filter_pixel, uint32_t to, int i) const {
         const bool there = at[i] != NO_ROW;
         copy_async(place(to, i), from.place(at[i] + filter_pixel * channels(p), there), there);
     }
     DEVICE Chunk load(const ConvProduct& p, uint32_t filter_pixel, int i) const {
         return at[i] != NO_ROW ? from.load<Operand>(at[i] + filter_pixel * channels(p)) : Chunk{};
     }
-    static DEVICE void store(uint16_t* to, int i, const Chunk& wide) {
+    static DEVICE void store(uint32_t to, int i, const Chunk& wide) {
         store_operand(place(to, i), chunk_round<Operand>(wide, false, true));
+    }
+    // This lane's row of the first matrices, swizzled.
+    static DEVICE uint32_t row(uint32_t lane) {
+        const uint32_t line = FORM == Form::FPROP ? lane / 16 * 8 + lane % 8 : lane / 8 % 2 * 8 + lane % 8;
+        return swizzled<LINE>(line * LINE + (FORM == Form::FPROP ? lane / 8 % 2 : lane / 16) * 16);
     }
 };
 
-// Adds the products of channels 16·k to 16·k + 15 of a slice and tap. `image` and `weights` are this lane's rows of matrices, those of
-// the weights where `to` says.
+// Adds the products of channels 16·k to 16·k + 15 of a slice and tap. `image` and `weights`: where this lane's rows of matrices are,
+// of the first channels, and of the first columns.
 template <Form FORM, class Operand, int WIDTH>
-DEVICE void direct_add(DirectTile<Operand, WIDTH>& tile, const uint16_t* halo, const uint32_t image[2], const uint16_t* to,
-                       uint32_t weights, int k) {
+DEVICE void direct_add(DirectTile<Operand, WIDTH>& tile, const uint32_t image[2], uint32_t weights, int k) {
     constexpr int LINE = Weights<FORM, Operand, WIDTH>::LINE;
     uint32_t a[2][4];
-    for (int m = 0; m < 2; ++m) load_matrices(a[m], halo + (image[m] ^ 16 * k));
+    for (int m = 0; m < 2; ++m) load_matrices(a[m], shared_at(image[m] ^ 32 * k));
     for (int n = 0; n < WIDTH / 16; ++n) {
         uint32_t b[4];
         if constexpr (FORM == Form::FPROP) {
-            load_matrices(b, to + (weights ^ 16 * k) + n * 16 * LINE);
+            load_matrices(b, shared_at((weights ^ 32 * k) + n * 16 * LINE));
         } else {
-            load_matrices_transposed(b, to + (weights ^ 16 * n) + k * 16 * LINE);
+            load_matrices_transposed(b, shared_at((weights ^ 32 * n) + k * 16 * LINE));
         }
         for (int m = 0; m < 2; ++m) {
             Operand::mma(tile.d[m][2 * n], a[m], b);
@@ -144,7 +148,7 @@ struct Tap {
         const int32_t step = FORM == Form::DGRAD ? p.stride : 1;
         return uint32_t((patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step);
     }
-    // Elements of the halo from tap (0, 0) of a pixel to this: in dgrad taps go up and left.
+    // Bytes of the halo from tap (0, 0) of a pixel to this: in dgrad taps go up and left.
     template <Form FORM>
     DEVICE uint32_t offset(const ConvProduct& p, const Patch& patch) const {
         const int32_t h = FORM == Form::DGRAD ? patch.taps_down - 1 - down : down;
@@ -165,8 +169,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     if (taps == 0) count = 0;
 
     auto& tables = *shared_memory<DirectTables>();
-    uint16_t* weights = reinterpret_cast<uint16_t*>(&tables + 1);
-    uint16_t* halos = weights + STAGES * Matrix::ELEMENTS;
+    constexpr uint32_t WEIGHTS = sizeof(DirectTables), HALOS = WEIGHTS + STAGES * Matrix::BYTES;
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
     const int32_t channel = int32_t(threadIdx.x % CHUNKS) * 8;
     const uint32_t column = place.column_tile * WIDTH;
@@ -183,16 +186,16 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
 
     Halo halo;
     halo.begin(p);
-    const uint32_t slot_elements = halo.pixels * PIXEL;
+    const uint32_t slot_bytes = halo.bytes();
     using Piece = Slice<FORM, Operand, PAIRS>;
     const auto load = [&](const Halo& from, const Piece& slice, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, int32_t(slice.first) + channel, offset);
-        uint16_t* place = from.place(halos + slot * slot_elements);
+        uint16_t* place = from.place(HALOS + slot * slot_bytes);
         return slice.image.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
     const auto store = [&](const Piece& slice, uint32_t slot, const auto& loaded) {
-        uint16_t* to = halos + slot * slot_elements;
+        const uint32_t to = HALOS + slot * slot_bytes;
         halo.put(to, slice.image.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
@@ -200,7 +203,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const auto copy = [&](const Piece& slice, uint32_t slot) {
         uint32_t offset;
         const bool inside = halo.inside(p, patch, int32_t(slice.first) + channel, offset);
-        halo.copy(halos + slot * slot_elements, slice.image.of.place(offset, inside), inside);
+        halo.copy(HALOS + slot * slot_bytes, slice.image.of.place(offset, inside), inside);
         halo.next(p);
     };
     const auto load_rest = [&](const Piece& slice, uint32_t slot) {
@@ -249,7 +252,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
                 if (loads[stage]) {
                     wide[stage][i] = matrix.load(p, filter_pixel, i);
                 } else if (there) {
-                    matrix.copy(p, filter_pixel, weights + stage * Matrix::ELEMENTS, i);
+                    matrix.copy(p, filter_pixel, WEIGHTS + stage * Matrix::BYTES, i);
                 }
             }
             copies_commit();
@@ -259,20 +262,19 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         UNROLLED
         for (int stage = 0; stage < STAGES - 1; ++stage) {
             for (int i = 0; i < Matrix::HELD; ++i) {
-                if (loads[stage]) Matrix::store(weights + stage * Matrix::ELEMENTS, i, wide[stage][i]);
+                if (loads[stage]) Matrix::store(WEIGHTS + stage * Matrix::BYTES, i, wide[stage][i]);
             }
         }
         copies_pending<STAGES - 2>();
     }
     // This lane's rows of matrices: read before the barrier, since what follows the product may write over the table.
     uint32_t image_rows[2];
-    for (int m = 0; m < 2; ++m) image_rows[m] = tables.places[32 * warp + 16 * m + lane % 16] + lane / 16 * 8;
+    for (int m = 0; m < 2; ++m) image_rows[m] = HALOS + tables.places[32 * warp + 16 * m + lane % 16] + lane / 16 * 16;
     sync_threads();
 
-    const uint32_t weight_row = swizzled<Matrix::LINE>(
-        FORM == Form::FPROP ? (lane / 16 * 8 + lane % 8) * Matrix::LINE + lane / 8 % 2 * 8
-                            : (lane / 8 % 2 * 8 + lane % 8) * Matrix::LINE + lane / 16 * 8);
-    uint32_t stage = 0;
+    // Where the tap's weights are, and where those of the tap before were, whose place is free.
+    const uint32_t weight_row = kept(Matrix::row(uint32_t(lane)));
+    uint32_t stage = WEIGHTS, free_stage = WEIGHTS + (STAGES - 1) * Matrix::BYTES;
     DirectTile<Operand, WIDTH> tile;
     tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
@@ -286,17 +288,14 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         }
         halo.begin(p);
         const bool copies = more && next.image.plain();
-        const uint16_t* halo_slot = halos + slot * slot_elements;
         Tap tap = {0, 0};
         for (int32_t t = 0; t < taps; ++t) {
-            const uint32_t offset = tap.offset<FORM>(p, patch);
+            const uint32_t offset = tap.offset<FORM>(p, patch) + slot * slot_bytes;
             tap.next(patch);
-            // In the place of the tap before.
-            uint16_t* place_ahead = weights + (stage == 0 ? STAGES - 1 : stage - 1) * Matrix::ELEMENTS;
             const bool asks = ahead < count, loads_weights = asks && !matrix.from.half;
             const uint32_t filter_pixel = tap_ahead.filter_pixel<FORM>(p, patch);
             if (asks && matrix.from.half) {
-                for (int part = 0; part < Matrix::HELD; ++part) matrix.copy(p, filter_pixel, place_ahead, part);
+                for (int part = 0; part < Matrix::HELD; ++part) matrix.copy(p, filter_pixel, free_stage, part);
             }
             // From the last tap whose copies are waited for before the next slice, all that is left.
             while (copies && halo.more()) {
@@ -305,15 +304,15 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             copies_commit();
             const bool loads = more && !copies && halo.more();
-            decltype(load(halo, next, slot)) loaded = {};
+            decltype(load(halo, next, slot)) loaded;
             if (loads) loaded = load(halo, next, 1 - slot);
             const uint32_t rows[2] = {swizzled<PIXEL>(image_rows[0] + offset), swizzled<PIXEL>(image_rows[1] + offset)};
             for (int k = 0; k < SLICE / 16; ++k) {
                 const bool part = k < Matrix::HELD && loads_weights;
-                Chunk wide = {};
+                Chunk wide;
                 if (part) wide = matrix.load(p, filter_pixel, k);
-                direct_add<FORM, Operand, WIDTH>(tile, halo_slot, rows, weights + stage * Matrix::ELEMENTS, weight_row, k);
-                if (part) Matrix::store(place_ahead, k, wide);
+                direct_add<FORM, Operand, WIDTH>(tile, rows, stage + weight_row, k);
+                if (part) Matrix::store(free_stage, k, wide);
             }
             if (asks) next_weights();
             if (loads) store(next, 1 - slot, loaded);
@@ -325,7 +324,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             } else {
                 copies_pending<STAGES - 2>();
             }
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            free_stage = stage;
+            stage = stage + Matrix::BYTES == HALOS ? WEIGHTS : stage + Matrix::BYTES;
             sync_threads();
         }
     }

@@ -10,23 +10,25 @@
 #include "tile_product.cuh"
 
 constexpr int PATCH = 128;        // pixels, some of which the result may not have
-constexpr int PIXEL = SLICE;      // elements of a pixel in shared memory
+constexpr int PIXEL = 2 * SLICE;  // bytes of a pixel in shared memory
 constexpr int DIRECT_THREADS = 128;
 constexpr int CHUNKS = SLICE / 8;  // of eight channels, of a pixel
 constexpr int IN_FLIGHT = 4;  // chunks that a thread loads at a time where it has nothing else to do
 constexpr int ABREAST = DIRECT_THREADS / CHUNKS;  // pixels that the threads load at a time
 
-// Where in shared memory element `at` of an area lies whose lines have LINE elements, 64 or 128 bytes: in the line's place, but
-// pieces of 16 bytes change theirs with the number of the 128 bytes that they are in. The same piece of eight neighbouring lines,
-// a matrix as it is loaded, then meets no bank twice, nor do the pieces that eight neighbouring threads store. Of every second line, the
-// pixels of a stride of 2, it meets each bank twice: a line of 64 bytes has half of the banks.
+// Byte `at` of the block's shared memory, in lines of LINE bytes, lies at `swizzled(at)`: in its line, but pieces of 16 bytes change
+// places in it with the number of the 128 bytes where they are. The same piece of eight neighbouring lines, a matrix as it is
+// loaded, then meets no bank twice, nor do the pieces that eight neighbouring threads store. Of every second line, the pixels of a
+// stride of 2, it meets each bank twice: a line of 64 bytes has half of the banks.
 //
-// Pieces trade places by bits: for lines from a multiple of eight on, `swizzled(at ^ 8 * i)` is `swizzled(at) ^ 8 * i`.
+// Lines lie in areas that begin at multiples of eight lines. Where `at` goes on by as much, or piece i of a line becomes piece
+// i ^ j, so does what is made of it.
 template <int LINE>
 DEVICE uint32_t swizzled(uint32_t at) {
-    static_assert(LINE == 32 || LINE == 64);
-    return at ^ (at >> 3 & (LINE - 8));
+    static_assert(LINE == 64 || LINE == 128);
+    return at ^ (at >> 3 & (LINE - 16));
 }
+DEVICE uint16_t* shared_at(uint32_t at) { return reinterpret_cast<uint16_t*>(shared_memory<unsigned char>() + at); }
 
 struct Patch {
     int32_t taps_down, taps_across;
@@ -107,7 +109,7 @@ DEVICE uint32_t row_of(const ConvProduct& p, const Patch& patch, const Pixel& pi
     return line * uint32_t(p.grid_width) + uint32_t(patch.first_across + across * patch.grid_step);
 }
 
-// Where the halo holds a patch's pixel with tap (0, 0), in elements, before they are swizzled.
+// Where the halo holds a patch's pixel with tap (0, 0), in bytes, before they are swizzled.
 DEVICE uint32_t place_of(const ConvProduct& p, const Pixel& pixel, int32_t pixel_step) {
     if (pixel.image < 0) return 0;
     const int32_t line = pixel.image * p.halo_height + pixel.down * pixel_step;
@@ -152,13 +154,17 @@ struct Halo {
         return at < pixels && n < p.images && uint32_t(h) < uint32_t(p.image_height) &&
                uint32_t(w) < uint32_t(p.image_width) && channel < p.image_channels;
     }
-    DEVICE void put(uint16_t* slot, const uint4& coded) const {
+    // `slot`: where in shared memory the halo begins; of so many bytes.
+    DEVICE uint32_t bytes() const { return (pixels + 7) / 8 * (8 * PIXEL); }
+    DEVICE void put(uint32_t slot, const uint4& coded) const {
         if (at < pixels) store_operand(place(slot), coded);
     }
-    DEVICE void copy(uint16_t* slot, const uint16_t* from, bool inside) const {
+    DEVICE void copy(uint32_t slot, const uint16_t* from, bool inside) const {
         if (at < pixels) copy_async(place(slot), from, inside);
     }
-    DEVICE uint16_t* place(uint16_t* slot) const { return slot + swizzled<PIXEL>(at * PIXEL + threadIdx.x % CHUNKS * 8); }
+    DEVICE uint16_t* place(uint32_t slot) const {
+        return shared_at(swizzled<PIXEL>(slot + at * PIXEL + threadIdx.x % CHUNKS * 16));
+    }
 };
 
 // The beginning of a block's shared memory.

@@ -33,6 +33,12 @@ DEVICE uint32_t again(uint32_t value) {
     return value;
 }
 
+// The value itself, which is kept in a register from here on, not made again where it is used.
+DEVICE uint32_t kept(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // Defines a kernel: `p` is its parameter struct, `threads` the most threads a block may have.
 #define KERNEL(name, Params, threads) \
     extern "C" __global__ void __launch_bounds__(threads, KERNEL_BLOCKS) name(const __grid_constant__ Params p)
@@ -55,6 +61,7 @@ DEVICE T* shared_memory() {
 #define ROLLED
 
 DEVICE uint32_t again(uint32_t value) { return value; }
+DEVICE uint32_t kept(uint32_t value) { return value; }
 
 #define KERNEL(name, Params, threads)                                                                             \
     static void name##_body(const Params& p);                                                                     \

@@ -6,9 +6,8 @@
 // One warp. x: 32 lines of 32 elements, of which it stores halves; y: piece `lane / 8` of each eight lines, as lanes get it.
 template <bool SWIZZLED>
 DEVICE void lines(const Buffers& p) {
-    uint16_t* shared = shared_memory<uint16_t>();
     const uint32_t lane = threadIdx.x;
-    const auto place = [&](uint32_t at) { return shared + (SWIZZLED ? swizzled<32>(at) : at); };
+    const auto place = [&](uint32_t element) { return shared_at(SWIZZLED ? swizzled<64>(2 * element) : 2 * element); };
     for (uint32_t i = 0; i < 4; ++i) {
         const uint32_t first = (lane + 32 * i) * 8;
         const float* x = p.x + first;

@@ -74,12 +74,14 @@ impl Tiling {
         }
         let width = Self::width(kind, g);
         let finish = |rows: usize, columns: usize| 4 * rows * (columns + 8) + 16 * PATCH + 4 * rows;
+        // The kernels' rule for where pieces of pixels lie has eight pixels at a time.
+        let halo_bytes = |pixels: usize| PIXEL * pixels.next_multiple_of(8);
         let (patches, shared) = Patches::choose(kind, g, |halo| match kind {
-            ConvKind::Wgrad => (TABLES + 2 * PIXEL * (halo + PATCH)).max(finish(SLICE, MOST_TAPS * SLICE)),
+            ConvKind::Wgrad => (TABLES + 2 * (halo_bytes(halo) + PIXEL * PATCH)).max(finish(SLICE, MOST_TAPS * SLICE)),
             _ => {
                 let channels = if kind == ConvKind::Fprop { g.c } else { g.k };
                 let slots = if channels.div_ceil(SLICE) * segments > 1 { 2 } else { 1 };
-                (TABLES + STAGES * PIXEL * width + slots * PIXEL * halo).max(finish(PATCH, width))
+                (TABLES + STAGES * PIXEL * width + slots * halo_bytes(halo)).max(finish(PATCH, width))
             }
         })?;
         let number = patches.number(kind, g);
