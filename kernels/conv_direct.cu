@@ -287,7 +287,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             tables.describe_image<FORM, PAIRS>(p, after.image.made, after.image.branch, after.first, slot);
         }
         halo.begin(p);
-        const bool copies = more && next.image.plain();
+        const bool copies = more && next.image.plain(), rounds = more && !copies;
+        const int32_t last = rounds ? taps - 1 : -1;  // the tap that rounds all that is left
         Tap tap = {0, 0};
         for (int32_t t = 0; t < taps; ++t) {
             const uint32_t offset = tap.offset<FORM>(p, patch) + slot * slot_bytes;
@@ -303,7 +304,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
                 if (t + STAGES - 1 < taps) break;
             }
             copies_commit();
-            const bool loads = more && !copies && halo.more();
+            const bool loads = rounds && halo.more();
             decltype(load(halo, next, slot)) loaded;
             if (loads) loaded = load(halo, next, 1 - slot);
             const uint32_t rows[2] = {swizzled<PIXEL>(image_rows[0] + offset), swizzled<PIXEL>(image_rows[1] + offset)};
@@ -316,7 +317,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             if (asks) next_weights();
             if (loads) store(next, 1 - slot, loaded);
-            if (t + 1 == taps && more && !copies) {
+            if (t == last) {
                 while (halo.more()) store(next, 1 - slot, load(halo, next, 1 - slot));
             }
             if (taps < STAGES - 1) {
@@ -344,13 +345,9 @@ DEVICE void direct_backward(const ConvBackwardParams& p) {
     }
 }
 
-KERNEL(conv2d_direct_fprop_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, false>(p.product, blockIdx.x); }
 KERNEL(conv2d_direct_fprop_64_f16, ConvParams, 128) { direct<Form::FPROP, F16, 64, false>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, false>(p.product, blockIdx.x); }
 KERNEL(conv2d_direct_fprop_64_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 64, false>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_pair_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, true>(p.product, blockIdx.x); }
 KERNEL(conv2d_direct_fprop_pair_64_f16, ConvParams, 128) { direct<Form::FPROP, F16, 64, true>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_pair_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, true>(p.product, blockIdx.x); }
 KERNEL(conv2d_direct_fprop_pair_64_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 64, true>(p.product, blockIdx.x); }
 KERNEL(conv2d_direct_backward_32_f16, ConvBackwardParams, 128) { direct_backward<F16, 32, false>(p); }
 KERNEL(conv2d_direct_backward_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64, false>(p); }
@@ -360,3 +357,11 @@ KERNEL(conv2d_direct_backward_pair_32_f16, ConvBackwardParams, 128) { direct_bac
 KERNEL(conv2d_direct_backward_pair_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64, true>(p); }
 KERNEL(conv2d_direct_backward_pair_32_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 32, true>(p); }
 KERNEL(conv2d_direct_backward_pair_64_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 64, true>(p); }
+
+// Where a tile has 32 columns and a block makes nothing else, there are registers for a fourth.
+#undef KERNEL_BLOCKS
+#define KERNEL_BLOCKS 4
+KERNEL(conv2d_direct_fprop_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, false>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, true>(p.product, blockIdx.x); }
