@@ -53,7 +53,7 @@ struct Weights {
     Source from;
     uint32_t at[HELD];  // of tap (0, 0), or NO_ROW
 
-    // Turns to the weights of a slice.
+    // Turns to the weights of a slice; a tap's begin `filter` elements later.
     DEVICE void begin(const ConvProduct& p, const Source& w, uint32_t column, uint32_t slice) {
         from = w;
         for (int i = 0; i < HELD; ++i) {
@@ -74,12 +74,12 @@ struct Weights {
         static_assert(DIRECT_THREADS * 16 % (8 * LINE) == 0);
         return shared_at(to + swizzled<LINE>(threadIdx.x * 16) + i * DIRECT_THREADS * 16);
     }
-    DEVICE void copy(const ConvProduct& p, uint32_t filter_pixel, uint32_t to, int i) const {
+    DEVICE void copy(uint32_t filter, uint32_t to, int i) const {
         const bool there = at[i] != NO_ROW;
-        copy_async(place(to, i), from.place(at[i] + filter_pixel * channels(p), there), there);
+        copy_async(place(to, i), from.place(at[i] + filter, there), there);
     }
-    DEVICE Chunk load(const ConvProduct& p, uint32_t filter_pixel, int i) const {
-        return at[i] != NO_ROW ? from.load<Operand>(at[i] + filter_pixel * channels(p)) : Chunk{};
+    DEVICE Chunk load(uint32_t filter, int i) const {
+        return at[i] != NO_ROW ? from.load<Operand>(at[i] + filter) : Chunk{};
     }
     static DEVICE void store(uint32_t to, int i, const Chunk& wide) {
         store_operand(place(to, i), chunk_round<Operand>(wide, false, true));
@@ -133,30 +133,6 @@ DEVICE Slice<FORM, Operand, PAIRS> slice_of(const ConvProduct& p, uint32_t branc
             {term.matrix, step.branch * term.matrix_branch, term.matrix_half}, step.inner_tile * SLICE};
 }
 
-// The present place in a walk over the taps of a patch.
-struct Tap {
-    int32_t down, across;
-
-    DEVICE void next(const Patch& patch) {
-        if (++across == patch.taps_across) {
-            across = 0;
-            ++down;
-        }
-    }
-    template <Form FORM>
-    DEVICE uint32_t filter_pixel(const ConvProduct& p, const Patch& patch) const {
-        const int32_t step = FORM == Form::DGRAD ? p.stride : 1;
-        return uint32_t((patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step);
-    }
-    // Bytes of the halo from tap (0, 0) of a pixel to this: in dgrad taps go up and left.
-    template <Form FORM>
-    DEVICE uint32_t offset(const ConvProduct& p, const Patch& patch) const {
-        const int32_t h = FORM == Form::DGRAD ? patch.taps_down - 1 - down : down;
-        const int32_t w = FORM == Form::DGRAD ? patch.taps_across - 1 - across : across;
-        return uint32_t(h * p.halo_width + w) * PIXEL;
-    }
-};
-
 template <Form FORM, class Operand, int WIDTH, bool PAIRS>
 DEVICE void direct(const ConvProduct& p, uint32_t block) {
     using Matrix = Weights<FORM, Operand, WIDTH>;
@@ -174,10 +150,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     const int32_t channel = int32_t(threadIdx.x % CHUNKS) * 8;
     const uint32_t column = place.column_tile * WIDTH;
 
-    // Of the tile's rows this thread's own, which is all that is known of the patch's place in the result when the product is done.
-    static_assert(PATCH == DIRECT_THREADS);
-    const uint32_t own_row = row_of(p, patch, pixel_of(p, int(threadIdx.x)));
-    tables.describe(p, patch.pixel_step);
+    tables.describe_places(p, patch.pixel_step);
+    tables.describe_taps<FORM>(p, patch, Matrix::channels(p));
     for (uint32_t i = 0; i < 2 && i < count; ++i) {
         const auto slice = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + i);
         tables.describe_image<FORM, PAIRS>(p, slice.image.made, slice.image.branch, slice.first, i);
@@ -222,15 +196,14 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
     // The weights that are asked for next: of a tap of a slice.
     Matrix matrix = {};
     uint32_t ahead = 0;
-    Tap tap_ahead = {0, 0};
+    int32_t tap_ahead = 0;
     const auto begin_weights = [&] {
         const auto slice = slice_of<FORM, Operand, PAIRS>(p, place.branch, first + ahead);
         matrix.begin(p, slice.matrix, column, slice.first);
     };
     const auto next_weights = [&] {
-        tap_ahead.next(patch);
-        if (tap_ahead.down == patch.taps_down) {
-            tap_ahead = {0, 0};
+        if (++tap_ahead == taps) {
+            tap_ahead = 0;
             if (++ahead < count) begin_weights();
         }
     };
@@ -247,12 +220,12 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         for (int stage = 0; stage < STAGES - 1; ++stage) {
             const bool there = ahead < count;
             loads[stage] = there && !matrix.from.half;
-            const uint32_t filter_pixel = tap_ahead.filter_pixel<FORM>(p, patch);
+            const uint32_t filter = tables.taps.filter[tap_ahead];
             for (int i = 0; i < Matrix::HELD; ++i) {
                 if (loads[stage]) {
-                    wide[stage][i] = matrix.load(p, filter_pixel, i);
+                    wide[stage][i] = matrix.load(filter, i);
                 } else if (there) {
-                    matrix.copy(p, filter_pixel, WEIGHTS + stage * Matrix::BYTES, i);
+                    matrix.copy(filter, WEIGHTS + stage * Matrix::BYTES, i);
                 }
             }
             copies_commit();
@@ -267,8 +240,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         }
         copies_pending<STAGES - 2>();
     }
-    // This lane's rows of matrices: read before the barrier, since what follows the product may write over the table.
-    uint32_t image_rows[2];
+    // This lane's rows of matrices, and the next tap: read before the barrier, since what follows the product may write over the tables.
+    uint32_t image_rows[2], tap_at = tables.taps.halo[0];
     for (int m = 0; m < 2; ++m) image_rows[m] = HALOS + tables.places[32 * warp + 16 * m + lane % 16] + lane / 16 * 16;
     sync_threads();
 
@@ -289,14 +262,13 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
         halo.begin(p);
         const bool copies = more && next.image.plain(), rounds = more && !copies;
         const int32_t last = rounds ? taps - 1 : -1;  // the tap that rounds all that is left
-        Tap tap = {0, 0};
         for (int32_t t = 0; t < taps; ++t) {
-            const uint32_t offset = tap.offset<FORM>(p, patch) + slot * slot_bytes;
-            tap.next(patch);
+            const uint32_t at = tap_at + slot * slot_bytes;
+            const uint32_t rows[2] = {swizzled<PIXEL>(image_rows[0] + at), swizzled<PIXEL>(image_rows[1] + at)};
             const bool asks = ahead < count, loads_weights = asks && !matrix.from.half;
-            const uint32_t filter_pixel = tap_ahead.filter_pixel<FORM>(p, patch);
+            const uint32_t filter = tables.taps.filter[tap_ahead];
             if (asks && matrix.from.half) {
-                for (int part = 0; part < Matrix::HELD; ++part) matrix.copy(p, filter_pixel, free_stage, part);
+                for (int part = 0; part < Matrix::HELD; ++part) matrix.copy(filter, free_stage, part);
             }
             // From the last tap whose copies are waited for before the next slice, all that is left.
             while (copies && halo.more()) {
@@ -307,11 +279,10 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             const bool loads = rounds && halo.more();
             decltype(load(halo, next, slot)) loaded;
             if (loads) loaded = load(halo, next, 1 - slot);
-            const uint32_t rows[2] = {swizzled<PIXEL>(image_rows[0] + offset), swizzled<PIXEL>(image_rows[1] + offset)};
             for (int k = 0; k < SLICE / 16; ++k) {
                 const bool part = k < Matrix::HELD && loads_weights;
                 Chunk wide;
-                if (part) wide = matrix.load(p, filter_pixel, k);
+                if (part) wide = matrix.load(filter, k);
                 direct_add<FORM, Operand, WIDTH>(tile, rows, stage + weight_row, k);
                 if (part) Matrix::store(free_stage, k, wide);
             }
@@ -325,14 +296,17 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             } else {
                 copies_pending<STAGES - 2>();
             }
+            tap_at = tables.taps.halo[t + 1 < taps ? t + 1 : 0];
             free_stage = stage;
             stage = stage + Matrix::BYTES == HALOS ? WEIGHTS : stage + Matrix::BYTES;
             sync_threads();
         }
     }
-    const auto row = [&](int) { return own_row; };
-    const auto column_of = [&](int c) { return column + c; };
-    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, conv_place(p, again(block)), tile, row, column_of);
+    // Made again: no register has kept them.
+    const ConvPlace finished = conv_place(p, again(block));
+    const auto row = [&](int r) { return row_of(p, patch_of<FORM>(p, finished.row_tile), pixel_of(p, r)); };
+    const auto column_of = [&](int c) { return finished.column_tile * WIDTH + c; };
+    conv_finish<Operand, DirectTile<Operand, WIDTH>, FORM>(p, finished, tile, row, column_of);
 }
 
 template <class Operand, int WIDTH, bool PAIRS>

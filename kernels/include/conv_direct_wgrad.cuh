@@ -61,14 +61,16 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, c, slot);
         if constexpr (PAIRS) tables.describe_matrix(p, branch, k, slot);
     };
-    tables.describe(p, patch_of<Form::WGRAD>(p, 0).pixel_step);
+    tables.describe_places(p, patch_of<Form::WGRAD>(p, 0).pixel_step);
+    tables.describe_pixels(p);
     for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i, i);
     sync_threads();
 
-    // What an iteration reads: the halo of x, then the pixels of dy.
+    // What an iteration reads: the pixels of dy, then the halo of x.
+    constexpr uint32_t HALOS = SLOTS + PATCH * PIXEL;
     Halo halo;
     halo.begin(p);
-    const uint32_t halo_bytes = halo.bytes(), slot_bytes = halo_bytes + PATCH * PIXEL;
+    const uint32_t slot_bytes = PATCH * PIXEL + halo.bytes();
     Patch patch = {};
     Prologue<Operand, Pair::TANGENT, PAIRS> x = {};
     Prologue<Operand, Pair::DELTA, PAIRS> dy = {};
@@ -84,11 +86,11 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const auto load_x = [&](const Halo& from, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, c + channel, offset);
-        uint16_t* place = from.place(SLOTS + slot * slot_bytes);
+        uint16_t* place = from.place(HALOS + slot * slot_bytes);
         return x.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
     const auto store_x = [&](uint32_t slot, const auto& loaded) {
-        const uint32_t to = SLOTS + slot * slot_bytes;
+        const uint32_t to = HALOS + slot * slot_bytes;
         halo.put(to, x.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
@@ -102,16 +104,16 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         return PAIRS && p.matrix.kept && place.column_tile == 0 && (p.matrix.kept_branch != 0 || dy.branch == 0);
     };
     const auto dy_place = [&](uint32_t at, uint32_t slot) {
-        return shared_at(swizzled<PIXEL>(SLOTS + slot * slot_bytes + halo_bytes + at * PIXEL + 2 * channel));
+        return shared_at(swizzled<PIXEL>(SLOTS + slot * slot_bytes + at * PIXEL + 2 * channel));
     };
     const auto load_dy = [&](uint32_t at, uint32_t slot) {
         uint32_t offset;
         const bool inside = dy_inside(at, offset);
-        return dy.load(p.matrix, keeps(), offset, inside, tables.matrix[slot], channel, dy_place(at, slot));
+        return dy.load(p.matrix, keeps(), offset, inside, tables.wgrad.matrix[slot], channel, dy_place(at, slot));
     };
     const auto store_dy = [&](uint32_t slot, const auto& loaded) {
         uint16_t* to = dy_place(dy_at, slot);
-        const uint4 coded = dy.round(p.matrix, keeps(), loaded, tables.matrix[slot], channel, to);
+        const uint4 coded = dy.round(p.matrix, keeps(), loaded, tables.wgrad.matrix[slot], channel, to);
         store_operand(to, coded);
         if (keeps() && p.matrix.kept_half) {
             uint32_t offset;
@@ -122,7 +124,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     };
     // Begins to copy what needs nothing done to it.
     const auto copy = [&](uint32_t slot) {
-        const uint32_t to = SLOTS + slot * slot_bytes;
+        const uint32_t to = HALOS + slot * slot_bytes;
         uint32_t offset;
         if (x.plain()) {
             for (; halo.more(); halo.next(p)) {
@@ -185,16 +187,16 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         }
         // Its slot served this iteration's halo, which is loaded.
         if (i + 2 < count) describe(i + 2, slot);
-        const uint32_t halo_slot = SLOTS + slot * slot_bytes, dy_slot = halo_slot + halo_bytes + dy_row;
+        const uint32_t slot_at = slot * slot_bytes;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
             decltype(load_x(halo, slot)) of_x = {};
             decltype(load_dy(dy_at, slot)) of_dy = {};
             if (loads_x) of_x = load_x(halo, 1 - slot);
             if (loads_dy) of_dy = load_dy(dy_at, 1 - slot);
-            const uint32_t x_row = halo_slot + tables.places[pixel + lane % 16];
+            const uint32_t x_row = HALOS + slot_at + tables.places[pixel + lane % 16];
             uint32_t a[2][4];
-            for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], shared_at((dy_slot + pixel * PIXEL) ^ m * 32));
+            for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], shared_at((SLOTS + slot_at + dy_row + pixel * PIXEL) ^ m * 32));
             for (int pair = 0; pair < (MOST_TAPS + 1) / 2; ++pair) {
                 if (2 * pair >= taps) continue;
                 uint32_t b[4];

@@ -167,22 +167,48 @@ struct Halo {
     }
 };
 
+constexpr int MOST_PATCH_TAPS = DIRECT_THREADS;  // of fprop and dgrad
+
 // The beginning of a block's shared memory.
 struct DirectTables {
-    uint32_t places[PATCH];        // `place_of`
-    uint32_t pixels[PATCH];        // coordinates in the patch, or NO_ROW
-    FactorTable<SLICE> image[2];   // of the present iteration and the next
-    FactorTable<SLICE> matrix[2];  // wgrad's
+    uint32_t places[PATCH];       // `place_of`
+    FactorTable<SLICE> image[2];  // of the present iteration and the next
+    union {
+        struct {
+            uint32_t pixels[PATCH];        // coordinates in the patch, or NO_ROW
+            FactorTable<SLICE> matrix[2];  // as `image`
+        } wgrad;
+        struct {
+            uint32_t halo[MOST_PATCH_TAPS];    // bytes of the halo from tap (0, 0) of a pixel to this
+            uint32_t filter[MOST_PATCH_TAPS];  // elements of a filter before the tap's
+        } taps;
+    };
 
-    // `pixels` packs images and lines of at most PATCH each.
-    DEVICE void describe(const ConvProduct& p, int32_t pixel_step) {
+    DEVICE void describe_places(const ConvProduct& p, int32_t pixel_step) {
+        places[threadIdx.x] = place_of(p, pixel_of(p, int(threadIdx.x)), pixel_step);
+    }
+    // Packs images and lines of at most PATCH each.
+    DEVICE void describe_pixels(const ConvProduct& p) {
         const Pixel pixel = pixel_of(p, int(threadIdx.x));
-        places[threadIdx.x] = place_of(p, pixel, pixel_step);
-        pixels[threadIdx.x] =
+        wgrad.pixels[threadIdx.x] =
             pixel.image < 0 ? NO_ROW : uint32_t(pixel.image) << 16 | uint32_t(pixel.down) << 8 | uint32_t(pixel.across);
     }
+    // The taps of a patch; `channels`: C.
+    template <Form FORM>
+    DEVICE void describe_taps(const ConvProduct& p, const Patch& patch, uint32_t channels) {
+        const int32_t tap = int32_t(threadIdx.x);
+        if (tap >= patch.taps_down * patch.taps_across) return;
+        const int32_t down = tap / patch.taps_across, across = tap - down * patch.taps_across;
+        // In dgrad taps go up and left, in steps of the stride.
+        const int32_t h = FORM == Form::DGRAD ? patch.taps_down - 1 - down : down;
+        const int32_t w = FORM == Form::DGRAD ? patch.taps_across - 1 - across : across;
+        const int32_t step = FORM == Form::DGRAD ? p.stride : 1;
+        const int32_t r = patch.phase_down + down * step, s = patch.phase_across + across * step;
+        taps.halo[tap] = uint32_t(h * p.halo_width + w) * PIXEL;
+        taps.filter[tap] = uint32_t(r * p.kernel_width + s) * channels;
+    }
     DEVICE Pixel pixel(int i) const {
-        const uint32_t packed = pixels[i];
+        const uint32_t packed = wgrad.pixels[i];
         if (packed == NO_ROW) return {-1, 0, 0};
         return {int32_t(packed >> 16), int32_t(packed >> 8 & 0xff), int32_t(packed & 0xff)};
     }
@@ -204,7 +230,7 @@ struct DirectTables {
         if (!p.matrix.at || threadIdx.x < SLICE || threadIdx.x >= 2 * SLICE) return;
         const int i = int(threadIdx.x) - SLICE;
         const uint32_t channel = first + uint32_t(i);
-        matrix[slot].put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
+        wgrad.matrix[slot].put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
     }
 };
 static_assert(sizeof(DirectTables) == 3072);

@@ -13,6 +13,8 @@ const PATCH: usize = 128;
 pub(super) const SLICE: usize = 32;
 /// `MOST_TAPS`: taps of a tile of a weight gradient.
 const MOST_TAPS: usize = 9;
+/// `MOST_PATCH_TAPS`: taps of fprop and dgrad on patches.
+const MOST_PATCH_TAPS: usize = 128;
 /// Bytes of `DirectTables`.
 const TABLES: usize = 3072;
 /// Bytes of a pixel of a halo, of a pixel of dy in a weight gradient, and of a column's weights of a tap.
@@ -70,6 +72,9 @@ impl Tiling {
     /// `segments`: those of the sum that the result is.
     pub fn direct(kind: ConvKind, g: &ConvGeom, segments: usize) -> Option<Self> {
         if !g.c.is_multiple_of(8) || !g.k.is_multiple_of(8) || g.pad.max(g.r).max(g.s).max(g.stride) > MOST_PADDING {
+            return None;
+        }
+        if kind != ConvKind::Wgrad && g.r * g.s > MOST_PATCH_TAPS {
             return None;
         }
         let width = Self::width(kind, g);
