@@ -260,8 +260,8 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             tables.describe_image<FORM, PAIRS>(p, after.image.made, after.image.branch, after.first, slot);
         }
         halo.begin(p);
-        const bool copies = more && next.image.plain(), rounds = more && !copies;
-        const int32_t last = rounds ? taps - 1 : -1;  // the tap that rounds all that is left
+        if (!more) halo.pixels = 0;
+        const bool copies = next.image.plain();
         for (int32_t t = 0; t < taps; ++t) {
             const uint32_t at = tap_at + slot * slot_bytes;
             const uint32_t rows[2] = {swizzled<PIXEL>(image_rows[0] + at), swizzled<PIXEL>(image_rows[1] + at)};
@@ -276,7 +276,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
                 if (t + STAGES - 1 < taps) break;
             }
             copies_commit();
-            const bool loads = rounds && halo.more();
+            const bool loads = !copies && halo.more();
             decltype(load(halo, next, slot)) loaded;
             if (loads) loaded = load(halo, next, 1 - slot);
             for (int k = 0; k < SLICE / 16; ++k) {
@@ -288,7 +288,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
             }
             if (asks) next_weights();
             if (loads) store(next, 1 - slot, loaded);
-            if (t == last) {
+            if (!copies && t + 1 == taps) {
                 while (halo.more()) store(next, 1 - slot, load(halo, next, 1 - slot));
             }
             if (taps < STAGES - 1) {
