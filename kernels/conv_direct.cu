@@ -4,9 +4,9 @@
 //
 // What a tap reads comes in stages. Its weights have one of STAGES places in shared memory and are asked for STAGES - 1 taps ahead:
 // those of 16 bits by copies that are waited for when their turn comes, others, which are rounded, through registers. Of halos
-// there are two, the slice's and the next, of which a piece is asked for at each tap; tensor cores take 1,152 clocks at least for the products of
-// nine taps (144 for each warp, 8 clocks on sm_80, and as many more as there are blocks), a load from memory 479, so that a third
-// place would wait for nothing. The same holds for a weight gradient's patches. There is one barrier per tap.
+// there are two, that of the slice and the next, of which each tap asks for a piece. Nine taps are at least 1,152 clocks of products
+// (144 for each warp, 8 clocks each on sm_80, times the blocks beside it), a load from memory takes 479: a third place would wait for
+// nothing. The same holds for a weight gradient's patches. There is one barrier per tap.
 
 // Twelve warps hide each other's loads.
 #define KERNEL_BLOCKS 3
@@ -292,6 +292,7 @@ DEVICE void direct(const ConvProduct& p, uint32_t block) {
                 while (halo.more()) store(next, 1 - slot, load(halo, next, 1 - slot));
             }
             if (taps < STAGES - 1) {
+                // The halo's copies are no older than a slice.
                 copies_done();
             } else {
                 copies_pending<STAGES - 2>();

@@ -254,6 +254,19 @@ fn copies_ahead_are_exact_in_every_shape() {
         .flatten()
         .collect();
     check(&cases, |_, [matrices, ..]| matrices.phases == 0);
+    // So many blocks that each has all slices of channels, one behind the other.
+    let many = [
+        ([264, 72, 8, 8, 40, 1, 1, 1, 0], FPROP),
+        ([264, 40, 8, 8, 72, 1, 2, 1, 0], DGRAD),
+        ([264, 72, 6, 8, 8, 2, 1, 1, 1], FPROP),
+        ([66, 16, 16, 16, 72, 3, 3, 2, 1], DGRAD),
+        ([132, 72, 9, 9, 8, 2, 2, 1, 0], FPROP),
+        ([264, 72, 8, 8, 8, 3, 3, 1, 1], FPROP),
+        ([264, 8, 8, 8, 104, 3, 3, 1, 1], DGRAD),
+    ];
+    let cases: Vec<Case> =
+        many.iter().flat_map(|(size, form)| [true, false].map(|half| (*size, *form, half))).collect();
+    check(&cases, |_, [matrices, ..]| matrices.phases == 0);
     // More taps than a patch may have: gathered, without matrices.
     let large = [1, 8, 13, 12, 8, 12, 11, 1, 5];
     check(&[(large, FPROP, true), (large, Form::Both, true)], |_, [matrices, ..]| matrices.phases > 0);
