@@ -71,6 +71,21 @@ DEVICE float4 four_of(uint32_t low, uint32_t high) {
     return {a.x, a.y, b.x, b.y};
 }
 
+// Of eight elements of 16 bits those from `first` on, 0 or 4; and the same with others in their place, zeros if they are not inside.
+template <class Operand>
+DEVICE float4 four_in(const uint4& eight, int first) {
+    return first == 0 ? four_of<Operand>(eight.x, eight.y) : four_of<Operand>(eight.z, eight.w);
+}
+template <class Operand>
+DEVICE void four_into(uint4& eight, int first, const float4& v, bool inside) {
+    const uint32_t low = inside ? Operand::encode(v.x, v.y) : 0, high = inside ? Operand::encode(v.z, v.w) : 0;
+    if (first == 0) {
+        eight.x = low, eight.y = high;
+    } else {
+        eight.z = low, eight.w = high;
+    }
+}
+
 // Rounds eight elements to the operand type.
 template <class Operand>
 DEVICE uint4 chunk_encode(const float (&v)[8]) {

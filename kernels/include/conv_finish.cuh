@@ -33,13 +33,13 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
     }
 }
 
-// All threads take part, behind a barrier: shared memory gets another meaning. `row_of` and `column_of` say where in the
-// result a row and a run of columns of the tile lie, NO_ROW: nowhere.
+// All threads take part, behind a barrier: `shared` gets another meaning, and with several splits or anything to be found the first word
+// of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile lie, NO_ROW: nowhere.
 template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
-DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of, ColumnOf column_of) {
-    auto& shared = *shared_memory<ConvFinish<Tile>>();
+DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
+                        ColumnOf column_of) {
     constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
-    const int thread = int(again(threadIdx.x));
+    const int thread = int(thread_again());
     if (p.splits > 1) {
         const uint32_t tile = place.tile(p);
         float* partial = p.partial + int64_t(tile) * p.splits * ELEMENTS + thread;
@@ -70,4 +70,10 @@ DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& prod
     if constexpr (FORM != Form::WGRAD) {
         if (sums) conv_sums<Operand, Tile, FORM == Form::FPROP>(p, place, shared, column_of);
     }
+}
+
+// The same at the beginning of shared memory.
+template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
+DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of, ColumnOf column_of) {
+    conv_finish<Operand, Tile, FORM>(*shared_memory<ConvFinish<Tile>>(), p, place, product, row_of, column_of);
 }

@@ -85,6 +85,15 @@ DEVICE Pixel pixel_of(const ConvProduct& p, int i) {
     return {image, line - image * p.patch_height, i - line * p.patch_width};
 }
 
+// The same as one number; images and lines are below 256.
+DEVICE uint32_t packed(const Pixel& pixel) {
+    return pixel.image < 0 ? NO_ROW : uint32_t(pixel.image) << 16 | uint32_t(pixel.down) << 8 | uint32_t(pixel.across);
+}
+DEVICE Pixel unpacked(uint32_t pixel) {
+    if (pixel == NO_ROW) return {-1, 0, 0};
+    return {int32_t(pixel >> 16), int32_t(pixel >> 8 & 0xff), int32_t(pixel & 0xff)};
+}
+
 // The row of the result, or of dy in wgrad, that is a patch's pixel.
 DEVICE uint32_t row_of(const ConvProduct& p, const Patch& patch, const Pixel& pixel) {
     const int32_t image = patch.image + pixel.image;
@@ -152,41 +161,25 @@ struct Halo {
 // The beginning of a block's shared memory.
 struct DirectTables {
     uint32_t places[PATCH];        // `place_of`
-    uint32_t pixels[PATCH];        // coordinates in the patch, or NO_ROW
+    uint32_t pixels[PATCH];        // `packed`
     FactorTable<SLICE> image[2];   // of the present iteration and the next
     FactorTable<SLICE> matrix[2];  // wgrad's
 
-    // `pixels` packs images and lines of at most PATCH each.
     DEVICE void describe(const ConvProduct& p, int32_t pixel_step) {
         const Pixel pixel = pixel_of(p, int(threadIdx.x));
         places[threadIdx.x] = place_of(p, pixel, pixel_step);
-        pixels[threadIdx.x] =
-            pixel.image < 0 ? NO_ROW : uint32_t(pixel.image) << 16 | uint32_t(pixel.down) << 8 | uint32_t(pixel.across);
+        pixels[threadIdx.x] = packed(pixel);
     }
-    DEVICE Pixel pixel(int i) const {
-        const uint32_t packed = pixels[i];
-        if (packed == NO_ROW) return {-1, 0, 0};
-        return {int32_t(packed >> 16), int32_t(packed >> 8 & 0xff), int32_t(packed & 0xff)};
-    }
+    DEVICE Pixel pixel(int i) const { return unpacked(pixels[i]); }
     // The factors of channels from `first` on in a branch, for what the image is made of.
     template <Form FORM, bool PAIRS>
     DEVICE void describe_image(const ConvProduct& p, Made made, int64_t branch, uint32_t first, uint32_t slot) {
-        if (made == Made::PLAIN || threadIdx.x >= SLICE) return;
-        uint32_t channel = first + threadIdx.x;
-        if (channel >= uint32_t(p.image_channels)) channel = 0;
-        if (made == Made::NORM) image[slot].put(int(threadIdx.x), p.norm.of(branch, channel));
-        if constexpr (PAIRS) {
-            if (made == Made::PAIR) {
-                image[slot].put(int(threadIdx.x), pair_factors<IMAGE_PAIR<FORM>>(p.image, branch, channel));
-            }
-        }
+        if (threadIdx.x < SLICE) put_image<FORM, PAIRS>(p, made, branch, first, image[slot], int(threadIdx.x));
     }
     // The same for wgrad's matrix, by another warp.
     DEVICE void describe_matrix(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
-        if (!p.matrix.at || threadIdx.x < SLICE || threadIdx.x >= 2 * SLICE) return;
-        const int i = int(threadIdx.x) - SLICE;
-        const uint32_t channel = first + uint32_t(i);
-        matrix[slot].put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
+        if (threadIdx.x < SLICE || threadIdx.x >= 2 * SLICE) return;
+        put_matrix(p, branch, first, matrix[slot], int(threadIdx.x) - SLICE);
     }
 };
 static_assert(sizeof(DirectTables) == 3072);

@@ -24,7 +24,11 @@ const PAIRS: usize = 6;
 /// Columns of such a tile.
 const PAIRS_COLUMNS: usize = PAIRS * 2 * SLICE;
 /// Bytes of `CellTables`.
-const TABLES: usize = 3136;
+const TABLES: usize = 5216;
+/// Bytes of a `HaloPixel`.
+const PLACE: usize = 8;
+/// Bytes of shared memory with which two blocks fit a multiprocessor: each takes 1 KiB more for the system.
+const OF_TWO: usize = (228 << 10) / 2 - (1 << 10);
 /// Blocks that a card of this kind can run at a time, so that the blocks of a product end at about the same time.
 const BLOCKS: usize = 264;
 
@@ -32,16 +36,18 @@ const BLOCKS: usize = 264;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub(super) struct CellTiling {
+    places: i32,
     halos: i32,
-    halo_bytes: i32,
+    halo_step: i32,
     halo_pitch: i32,
     matrices: i32,
     matrix_bytes: i32,
-    matrix_slots: i32,
+    finish: i32,
+    finish_step: i32,
     run: i32,
     keeps: i32,
 }
-const _: () = assert!(size_of::<CellTiling>() == 32);
+const _: () = assert!(size_of::<CellTiling>() == 40);
 
 /// Twin of `CellParams`.
 #[repr(C)]
@@ -50,7 +56,7 @@ pub(super) struct CellParams {
     pub product: ConvProduct,
     pub tiling: CellTiling,
 }
-const _: () = assert!(size_of::<CellParams>() == size_of::<ConvParams>() + 32);
+const _: () = assert!(size_of::<CellParams>() == size_of::<ConvParams>() + 40);
 
 /// Twin of `CellBackwardParams`.
 #[repr(C)]
@@ -60,7 +66,7 @@ pub(super) struct CellBackwardParams {
     pub dgrad: CellTiling,
     pub wgrad: CellTiling,
 }
-const _: () = assert!(size_of::<CellBackwardParams>() == size_of::<ConvBackwardParams>() + 64);
+const _: () = assert!(size_of::<CellBackwardParams>() == size_of::<ConvBackwardParams>() + 80);
 
 /// What else decides how a product is divided.
 #[derive(Clone, Copy, Debug)]
@@ -124,43 +130,49 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
     let line = PARTS * halo_pitch * GRANULE;
     let finish = |rows: usize, columns: usize| 4 * rows * (columns + 8) + 16 * THREADS + 4 * rows;
     let lines = patches.images * patches.halo[0];
-    let (tiling, halo_bytes, matrices, matrix_bytes, matrix_slots, run, keeps);
+    let halos = TABLES + (lines * patches.halo[1] * PLACE).next_multiple_of(GRANULE);
+    let (tiling, halo_step, matrices, matrix_bytes, finish_step, run, keeps);
     match kind {
         ConvKind::Wgrad => {
             // The lower taps of the last pair of an odd number of lines are read, for nothing.
-            halo_bytes = (lines + 1) * line;
+            halo_step = (lines + 1) * line;
             matrix_bytes = width / 8 * (PIXELS + if width == 64 { 1 } else { 2 }) * GRANULE;
-            matrices = TABLES + 2 * halo_bytes;
-            (matrix_slots, run, keeps) = (2, 1, false);
-            let shared = (matrices + 2 * matrix_bytes).max(finish(width, PAIRS_COLUMNS));
+            matrices = halos + 2 * halo_step;
+            (finish_step, run, keeps) = (0, 1, false);
+            let shared = (matrices + 2 * matrix_bytes).max(halos + finish(width, PAIRS_COLUMNS));
             let groups = (g.r.div_ceil(2) * g.s).div_ceil(PAIRS);
             let tiles = [g.k.div_ceil(width), slices(g.c) * groups, number];
             tiling = Tiling { patches, tiles, size: [width, PAIRS_COLUMNS], run: 1, least: 2, joint: 16, shared };
         }
         ConvKind::Fprop | ConvKind::Dgrad => {
-            halo_bytes = lines * line;
-            let (inner, columns, tap) = match kind {
-                ConvKind::Fprop => (g.c, g.k, PARTS * (width + 2)),
-                _ => (g.k, g.c, width / 8 * (SLICE + if width == 64 { 1 } else { 2 })),
+            let halo_bytes = lines * line;
+            let (inner, columns, tap, phases) = match kind {
+                ConvKind::Fprop => (g.c, g.k, PARTS * (width + 2), 1),
+                _ => (g.k, g.c, width / 8 * (SLICE + if width == 64 { 1 } else { 2 }), g.stride * g.stride),
             };
             matrix_bytes = taps[0] * taps[1] * tap * GRANULE;
             let column_tiles = columns.div_ceil(width);
             let stages = slices(inner) * segments;
-            run = (number * column_tiles * branches).div_ceil(BLOCKS).min(number);
-            let halos = TABLES + stages.min(2) * halo_bytes;
             // Of 64 columns a patch makes two tiles.
             let halves = width / 32;
             let finish = finish(PIXELS / halves, width);
-            // A block that works on several patches keeps the weights, if they fit beside all that comes and goes.
-            let kept = finish.max(halos) + stages * matrix_bytes;
+            // A block that goes on to another patch has its halo while it finishes the present one, in the other slot and the room
+            // between both, and keeps the weights if they fit as well.
+            let wanted = (number * column_tiles * branches).div_ceil(BLOCKS).min(number);
+            let step = halo_bytes.max(finish);
+            let behind = halos + step + halo_bytes;
+            let room = if width == 32 { OF_TWO } else { limit };
+            let kept = behind + stages.max(phases.min(2)) * matrix_bytes;
+            let passing = behind + 2 * matrix_bytes;
             let shared;
-            keeps = run > 1 && kept <= limit;
-            if keeps {
-                (matrices, matrix_slots, shared) = (finish.max(halos), stages, kept);
+            (halo_step, finish_step, matrices, run, keeps, shared) = if wanted > 1 && kept.min(passing) <= room {
+                let keeps = kept <= room;
+                (step, halo_bytes, behind, wanted, keeps, if keeps { kept } else { passing })
             } else {
-                (matrices, matrix_slots) = (halos, stages.min(2));
-                shared = finish.max(halos + matrix_slots * matrix_bytes);
-            }
+                let (slots, finish) = (stages.min(2), halos + finish);
+                let matrices = halos + slots * halo_bytes;
+                (halo_bytes, 0, matrices, 1, false, finish.max(matrices + slots * matrix_bytes))
+            };
             let tiles = [halves * number, column_tiles, slices(inner)];
             let size = [PIXELS / halves, width];
             tiling = Tiling { patches, tiles, size, run: halves * run, least: 1, joint: usize::MAX, shared };
@@ -171,12 +183,14 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
         return None;
     }
     let cells = CellTiling {
-        halos: TABLES as i32,
-        halo_bytes: halo_bytes as i32,
+        places: TABLES as i32,
+        halos: halos as i32,
+        halo_step: halo_step as i32,
         halo_pitch: halo_pitch as i32,
         matrices: matrices as i32,
         matrix_bytes: matrix_bytes as i32,
-        matrix_slots: matrix_slots as i32,
+        finish: halos as i32,
+        finish_step: finish_step as i32,
         run: i32::try_from(run).ok()?,
         keeps: keeps.into(),
     };
