@@ -194,10 +194,9 @@ struct Prologue {
     DEVICE Waiting fetch(const ConvPair&, uint32_t offset, bool inside, uint16_t*) const {
         return {inside ? of.template load<Operand>(offset).low : uint4{}, inside};
     }
-    // What waits becomes what is made of it; `place(i)` is that of chunk i in shared memory.
+    // What waits, and is not `plain`, becomes what is made of it; zeros stay for what is not inside. `place(i)` is that of chunk i in shared memory.
     template <int FLIGHT, bool HELD, class Place>
     DEVICE void round_all(const ConvPair&, Waiting (&flight)[FLIGHT], const EightFactors<false, HELD>& factors, Place) const {
-        if (made == Made::PLAIN) return;
         UNROLLED
         for (int first = 0; first < 8; first += 4) {
             const FourFactors& four = factors.four(first);
@@ -205,7 +204,7 @@ struct Prologue {
             for (int i = 0; i < FLIGHT; ++i) {
                 float4 v = four_in<Operand>(flight[i].of, first);
                 v = {four.norm(0).relu(v.x), four.norm(1).relu(v.y), four.norm(2).relu(v.z), four.norm(3).relu(v.w)};
-                four_into<Operand>(flight[i].of, first, v, flight[i].inside);
+                four_into<Operand>(flight[i].of, first, v, flight[i].inside ? 0xffffffffu : 0);
             }
         }
     }
@@ -306,11 +305,10 @@ struct Prologue<Operand, PAIR, true> {
         const uint4 mine = of.template load<Operand>(offset).low;
         return {mine, made == Made::PAIR ? with.template load<Operand>(offset).low : uint4{}, true};
     }
-    // What waits becomes what is made of it; `place(i)` is that of chunk i in shared memory.
+    // What waits, and is not `plain`, becomes what is made of it; zeros stay for what is not inside. `place(i)` is that of chunk i in shared memory.
     template <int FLIGHT, bool HELD, class Place>
     DEVICE void round_all(const ConvPair& pair, Waiting (&flight)[FLIGHT], const EightFactors<true, HELD>& factors,
                           Place place) const {
-        if (made == Made::PLAIN) return;
         const bool more = has_residual(pair);
         if (more) copies_done();
         UNROLLED
@@ -330,7 +328,7 @@ struct Prologue<Operand, PAIR, true> {
                     const float4 term = Source(place(i), 0, 1).template load_four<Operand>(uint32_t(first));
                     v = {v.x + term.x, v.y + term.y, v.z + term.z, v.w + term.w};
                 }
-                four_into<Operand>(flight[i].of, first, v, flight[i].inside);
+                four_into<Operand>(flight[i].of, first, v, flight[i].inside ? 0xffffffffu : 0);
             }
         }
     }

@@ -97,8 +97,10 @@ DEVICE void conv(const LabParams& p) {
                 for (int i = 0; i < IN_FLIGHT; ++i) {
                     uint32_t& low = four == 0 ? eights[i].x : eights[i].z;
                     uint32_t& high = four == 0 ? eights[i].y : eights[i].w;
-                    low = there[i] ? normalised(low, norm, 0) : 0;
-                    high = there[i] ? normalised(high, norm, 2) : 0;
+                    // Cheaper than a branch.
+                    const uint32_t mask = there[i] ? 0xffffffffu : 0;
+                    low = normalised(low, norm, 0) & mask;
+                    high = normalised(high, norm, 2) & mask;
                 }
             }
             for (int i = 0; i < IN_FLIGHT; ++i) {
