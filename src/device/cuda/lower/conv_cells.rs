@@ -196,3 +196,93 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
     };
     Some((tiling, cells))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tape::Meta;
+
+    type Size = [usize; 9];
+
+    fn tiled(kind: ConvKind, size: Size, segments: usize, branches: usize) -> (Tiling, CellTiling, usize) {
+        let [n, c, h, w, k, r, s, stride, pad] = size;
+        let geom = ConvGeom::new(&Meta::activation(n, c, h, w), &Meta::weight(k, c, r, s), stride, pad).unwrap();
+        let width = width(kind, &geom);
+        let (tiling, cells) = super::cells(kind, &geom, Scale { segments, branches, width }).unwrap();
+        (tiling, cells, width)
+    }
+
+    /// The shapes of a PreAct ResNet-32 in ten branches: two blocks of 32 columns fit a multiprocessor, all go on from patch to patch, and
+    /// weights stay, but for the tangents of the last stage.
+    #[test]
+    fn blocks_of_the_network_go_on_from_patch_to_patch() {
+        let (first, second, third) =
+            ([128, 32, 32, 32, 32, 3, 3, 1, 1], [128, 64, 16, 16, 64, 3, 3, 1, 1], [128, 128, 8, 8, 128, 3, 3, 1, 1]);
+        let between = [[128, 32, 32, 32, 64, 3, 3, 2, 1], [128, 32, 32, 32, 64, 1, 1, 2, 0]];
+        for kind in [ConvKind::Fprop, ConvKind::Dgrad] {
+            for size in [first, second, third].into_iter().chain(between) {
+                for segments in 1..=if kind == ConvKind::Fprop { 2 } else { 1 } {
+                    let (tiling, cells, width) = tiled(kind, size, segments, 10);
+                    let what = format!("{kind:?} {size:?} {segments}: {tiling:?} {cells:?}");
+                    assert!(tiling.shared <= if width == 32 { OF_TWO } else { 227 << 10 }, "{what}");
+                    assert!(cells.run > 1, "{what}");
+                    assert_eq!(cells.keeps == 1, size != third || segments == 1, "{what}");
+                }
+            }
+        }
+    }
+
+    /// What follows a product touches neither the tables, nor the slot with the next halo, nor the weights.
+    #[test]
+    fn results_lie_beside_the_next_halo() {
+        let sizes =
+            [[71, 40, 16, 16, 24, 3, 3, 1, 1], [71, 40, 32, 32, 72, 3, 3, 2, 1], [299, 72, 7, 8, 136, 1, 1, 1, 0]];
+        for (size, kind) in sizes.into_iter().flat_map(|size| [(size, ConvKind::Fprop), (size, ConvKind::Dgrad)]) {
+            let (tiling, cells, width) = tiled(kind, size, 1, 20);
+            let [places, halos, step, matrices] =
+                [cells.places, cells.halos, cells.halo_step, cells.matrices].map(|v| v as usize);
+            let of_halo = tiling.patches.images * tiling.patches.halo[0] * tiling.patches.halo[1];
+            let slot = tiling.patches.images * tiling.patches.halo[0] * PARTS * cells.halo_pitch as usize * GRANULE;
+            let rows = tiling.size[0];
+            let finish = 4 * rows * (width + 8) + 16 * THREADS + 4 * rows;
+            assert!(
+                cells.run > 1 && places == TABLES && places + of_halo * PLACE <= halos,
+                "{kind:?} {size:?} {cells:?}"
+            );
+            for free in [0, 1] {
+                let from = (cells.finish + free * cells.finish_step) as usize;
+                let next = halos + (1 - free) as usize * step;
+                let beside = from + finish <= next || next + slot <= from;
+                assert!(beside && from >= halos && from + finish <= matrices, "{kind:?} {size:?} {cells:?}");
+                assert!(next + slot <= matrices && matrices < tiling.shared, "{kind:?} {size:?} {cells:?}");
+            }
+        }
+    }
+
+    /// What `tests/simt_patches.rs` says of its sizes.
+    #[test]
+    fn tested_runs_are_what_they_are_said_to_be() {
+        use ConvKind::{Dgrad, Fprop};
+        // Branches; patches of a run and beyond the last full one; whether weights stay.
+        let cases: [(_, Size, usize, usize, [i32; 2], bool); 12] = [
+            (Fprop, [71, 8, 16, 16, 24, 3, 3, 1, 1], 1, 4, [2, 1], true),
+            (Fprop, [71, 40, 14, 16, 24, 1, 3, 1, 1], 1, 4, [2, 1], true),
+            (Fprop, [133, 72, 16, 16, 8, 1, 1, 1, 0], 1, 2, [2, 1], true),
+            (Fprop, [299, 72, 7, 8, 136, 1, 1, 1, 0], 1, 2, [2, 1], true),
+            (Fprop, [271, 8, 16, 16, 8, 1, 1, 1, 0], 2, 1, [2, 1], true),
+            (Fprop, [71, 40, 14, 16, 24, 1, 3, 1, 1], 2, 4, [2, 1], true),
+            (Dgrad, [71, 16, 32, 32, 40, 3, 3, 2, 1], 1, 2, [3, 2], true),
+            (Dgrad, [71, 8, 32, 32, 8, 3, 3, 2, 1], 1, 2, [3, 2], true),
+            (Dgrad, [35, 8, 32, 32, 40, 3, 3, 2, 1], 1, 2, [2, 0], true),
+            (Dgrad, [36, 72, 32, 32, 40, 2, 2, 2, 0], 1, 2, [3, 0], true),
+            (Dgrad, [71, 8, 32, 32, 72, 1, 1, 2, 0], 1, 2, [3, 2], true),
+            (Dgrad, [35, 8, 32, 32, 8, 1, 1, 3, 1], 1, 2, [3, 0], true),
+        ];
+        for (kind, size, segments, branches, [run, rest], keeps) in cases {
+            let (tiling, cells, width) = tiled(kind, size, segments, branches);
+            let patches = (tiling.tiles[0] / (width / 32)) as i32;
+            assert_eq!([cells.run, patches % cells.run], [run, rest], "{kind:?} {size:?} {patches}");
+            assert_eq!(cells.keeps == 1, keeps, "{kind:?} {size:?}");
+        }
+    }
+}
