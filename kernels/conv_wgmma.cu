@@ -89,6 +89,8 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     using Weights = CellWeights<FORM, Operand, WIDTH>;
     // What follows a product takes twice the shared memory of a block of 64 columns than of one of 32: it is done by halves.
     constexpr int HALVES = WIDTH / 32, OF_GROUP = 2 / HALVES;
+    // Whether there are registers for the next patch's first products while a patch is finished.
+    constexpr bool EARLY = FORM == Form::FPROP || !PAIRS || WIDTH == 64;
     const uint32_t patches = uint32_t(p.row_tiles) / HALVES, runs = (patches + tiling.run - 1) / tiling.run;
     ConvPlace place = {};
     place.column_tile = uniform(block % p.column_tiles);
@@ -169,65 +171,82 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     sync_threads();
 
     const auto describe_rows = [&](const Patch& of) { tables.rows[threadIdx.x] = row_of(p, of, tables.pixel(int(threadIdx.x))); };
+    CellTile<Operand, WIDTH, 2> tile;
     uint32_t turn = 0;
-    for (uint32_t number = first_patch; number < last_patch; number = uniform(number + 1)) {
-        const bool has_taps = FORM != Form::DGRAD || number == loaded;
-        if (!has_taps) describe_rows(cell_patch<FORM>(p, number));
-        CellTile<Operand, WIDTH, 2> tile;
-        tile.clear();
-        for (uint32_t i = 0; has_taps && i < all; ++i, ++turn) {
-            uint32_t cell[2];
-            for (int m = 0; m < 2; ++m) cell[m] = uniform(tables.cells[thread_again() / 128 * 2 + m]);
-            uint32_t line = turn % 2 * uint32_t(tiling.halo_step) / GRANULE;
-            uint32_t weights = slot_of_weights(i, turn) / GRANULE;
-            // In dgrad taps go up and left.
-            if (FORM == Form::DGRAD) line += halo.tap(uint32_t(patch.taps_down) - 1, uint32_t(patch.taps_across) - 1);
-            for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
-            wgmma_fence();
-            for (int32_t down = 0; down < patch.taps_down; ++down) {
-                uint32_t at = line, in_pixel = 0;
-                ROLLED
-                for (int32_t across = 0; across < patch.taps_across; ++across) {
-                    for (int k = 0; k < SLICE / 16; ++k) {
-                        for (int m = 0; m < 2; ++m) {
-                            Operand::template wgmma<false, FORM == Form::DGRAD>(
-                                tile.d[m], wgmma_behind(image_matrix, at + cell[m] + k * 2 * halo.pitch),
-                                wgmma_behind(weight_matrix, weights + k * Weights::SECOND));
-                        }
-                    }
-                    weights += Weights::TAP;
-                    if (FORM == Form::DGRAD) {
-                        --at;
-                    } else {
-                        // `CellHalo::column` of the next.
-                        at += halo.sorted;
-                        if (++in_pixel == halo.step) {
-                            at -= halo.step * halo.sorted - 1;
-                            in_pixel = 0;
-                        }
+    // The products of iteration `i` of the patch that is loaded, in turn `turn`.
+    const auto start = [&](uint32_t i) {
+        uint32_t cell[2];
+        for (int m = 0; m < 2; ++m) cell[m] = uniform(tables.cells[thread_again() / 128 * 2 + m]);
+        uint32_t line = turn % 2 * uint32_t(tiling.halo_step) / GRANULE;
+        uint32_t weights = slot_of_weights(i, turn) / GRANULE;
+        // In dgrad taps go up and left.
+        if (FORM == Form::DGRAD) line += halo.tap(uint32_t(patch.taps_down) - 1, uint32_t(patch.taps_across) - 1);
+        for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+        wgmma_fence();
+        for (int32_t down = 0; down < patch.taps_down; ++down) {
+            uint32_t at = line, in_pixel = 0;
+            ROLLED
+            for (int32_t across = 0; across < patch.taps_across; ++across) {
+                for (int k = 0; k < SLICE / 16; ++k) {
+                    for (int m = 0; m < 2; ++m) {
+                        Operand::template wgmma<false, FORM == Form::DGRAD>(
+                            tile.d[m], wgmma_behind(image_matrix, at + cell[m] + k * 2 * halo.pitch),
+                            wgmma_behind(weight_matrix, weights + k * Weights::SECOND));
                     }
                 }
-                line += FORM == Form::DGRAD ? -halo.line() : halo.line();
+                weights += Weights::TAP;
+                if (FORM == Form::DGRAD) {
+                    --at;
+                } else {
+                    // `CellHalo::column` of the next.
+                    at += halo.sorted;
+                    if (++in_pixel == halo.step) {
+                        at -= halo.step * halo.sorted - 1;
+                        in_pixel = 0;
+                    }
+                }
             }
-            wgmma_commit();
-            if (i == 0) describe_rows(patch);
-            // Its slot served this turn's halo, which is loaded.
-            if (all > 2 && (i + 2 < all || number + 1 < last_patch)) describe(i + 2 < all ? i + 2 : i + 2 - all, turn % 2);
-            const bool within = i + 1 < all;
-            if (!within) {
-                ++loaded;
-                find();
-            }
-            if (within || loaded < last_patch) fill(within ? i + 1 : 0, turn + 1);
+            line += FORM == Form::DGRAD ? -halo.line() : halo.line();
+        }
+        wgmma_commit();
+    };
+    bool started = false;  // the first products of this patch, while the one before was finished
+    for (uint32_t number = first_patch; number < last_patch; number = uniform(number + 1)) {
+        const bool has_taps = FORM != Form::DGRAD || number == loaded;
+        if (!started) tile.clear();
+        if (has_taps) {
+            uint32_t i = 0;
+            do {
+                if (!started) start(i);
+                started = false;
+                if (i == 0) describe_rows(patch);
+                // Its slot served this turn's halo, which is loaded.
+                if (all > 2 && (i + 2 < all || number + 1 < last_patch)) describe(i + 2 < all ? i + 2 : i + 2 - all, turn % 2);
+                const bool within = i + 1 < all;
+                if (!within) {
+                    ++loaded;
+                    find();
+                }
+                if (within || loaded < last_patch) fill(within ? i + 1 : 0, turn + 1);
+                wgmma_wait();
+                for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+                sync_threads();
+                ++turn;
+            } while (++i < all);
+        } else {
+            describe_rows(cell_patch<FORM>(p, number));
+            // There are no products under way, which the compiler does not see.
             wgmma_wait();
             for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+            tile.clear();
             sync_threads();
         }
-        if (!has_taps) sync_threads();
         // In the slot that the last turn read, and the next but one will be loaded to.
         unsigned char* finish = shared + tiling.finish + (turn + 1) % 2 * tiling.finish_step;
         ConvPlace place = tables.place;
         const auto column_of = [&](int c) { return place.column_tile * WIDTH + c; };
+        using Part = CellTile<Operand, WIDTH, OF_GROUP>;
+        const CellTile<Operand, WIDTH, 2> made = tile;
         for (int half = 0; half < HALVES; ++half) {
             place.row_tile = HALVES * number + half;
             const auto row = [&](int r) {
@@ -236,12 +255,17 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
                 return tables.rows[of_patch * CELL_PIXELS + r % CELL_PIXELS];
             };
             // One copy of the code that follows, and no array that is indexed at run time.
-            using Part = CellTile<Operand, WIDTH, OF_GROUP>;
             Part part;
             for (int m = 0; m < OF_GROUP; ++m) {
-                for (int i = 0; i < WIDTH / 2; ++i) part.d[m][i] = half == 0 ? tile.d[m][i] : tile.d[1][i];
+                for (int i = 0; i < WIDTH / 2; ++i) part.d[m][i] = half == 0 ? made.d[m][i] : made.d[1][i];
             }
-            conv_finish<Operand, Part, FORM>(*reinterpret_cast<ConvFinish<Part>*>(finish), p, place, part, row, column_of);
+            conv_finish<Operand, Part, FORM>(*reinterpret_cast<ConvFinish<Part>*>(finish), p, place, part, row, column_of, [&] {
+                if (EARLY && half == 0 && number + 1 == loaded && loaded < last_patch) {
+                    tile.clear();
+                    start(0);
+                    started = true;
+                }
+            });
             // It is written to again.
             sync_threads();
         }

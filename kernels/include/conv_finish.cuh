@@ -35,9 +35,10 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
 
 // All threads take part, behind a barrier: `shared` gets another meaning, and with several splits or anything to be found the first word
 // of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile lie, NO_ROW: nowhere.
-template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
+// `meanwhile` is called where the product's registers are not needed any more, if the block has anything to do from there on.
+template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf, class Meanwhile>
 DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
-                        ColumnOf column_of) {
+                        ColumnOf column_of, Meanwhile meanwhile) {
     constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
     const int thread = int(thread_again());
     if (p.splits > 1) {
@@ -55,6 +56,7 @@ DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const Co
     }
     for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
     product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
+    meanwhile();
     sync_threads();
     const bool statistics = FORM == Form::FPROP && p.mean, sums = FORM != Form::WGRAD && p.sums.next;
     for (int i = thread * Tile::RUN; i < ELEMENTS; i += Tile::THREADS * Tile::RUN) {
@@ -75,5 +77,5 @@ DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const Co
 // The same at the beginning of shared memory.
 template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
 DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of, ColumnOf column_of) {
-    conv_finish<Operand, Tile, FORM>(*shared_memory<ConvFinish<Tile>>(), p, place, product, row_of, column_of);
+    conv_finish<Operand, Tile, FORM>(*shared_memory<ConvFinish<Tile>>(), p, place, product, row_of, column_of, [] {});
 }
