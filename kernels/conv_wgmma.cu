@@ -106,7 +106,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     const uint32_t all = uniform(uint32_t(iterations * (place.split + 1) / p.splits) - first);
     const uint32_t column = place.column_tile * WIDTH;
 
-    auto& tables = *shared_memory<CellTables>();
+    auto& tables = *shared_memory<CellRows>();
     unsigned char* shared = shared_memory<unsigned char>();
     HaloPixel* places = reinterpret_cast<HaloPixel*>(shared + tiling.places);
     const Patch any = patch_of<FORM>(p, 0);
@@ -115,8 +115,8 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
                                                halo.step * halo.line() * GRANULE);
     const uint64_t weight_matrix = Weights::matrix(shared_address(shared + tiling.matrices));
 
-    // Iterations are counted over all patches, `turn`, and over those of a patch: what they read of it, and no more of the image than that,
-    // is the same for all patches.
+    // Iterations are counted from the first of each patch on, since all patches have the same channels of the same branches, and over all
+    // patches: that is `turn`.
     const auto step_of = [&](uint32_t i) { return cell_step(p, place.branch, first + i); };
     const auto term_of = [&](const ConvStep& step) -> const ConvTerm& {
         return FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
@@ -154,7 +154,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         const Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image = {
             {term.image, step.branch * term.image_branch, term.image_half}, step.branch, made_of(step)};
         load_halo<HELD_OF<WIDTH>>(p, patch, halo, places, image, int32_t(slice), tables.image[turn % 2],
-                                                                 shared + tiling.halos + turn % 2 * tiling.halo_step);
+                                  shared + tiling.halos + turn % 2 * tiling.halo_step);
         if (loads) {
             const Source matrix = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
             Weights::load(p, patch, matrix, column, slice, shared + tiling.matrices + slot_of_weights(i, turn));
@@ -170,7 +170,6 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     if (loaded < last_patch) fill(0, 0);
     sync_threads();
 
-    const auto describe_rows = [&](const Patch& of) { tables.rows[threadIdx.x] = row_of(p, of, tables.pixel(int(threadIdx.x))); };
     CellTile<Operand, WIDTH, 2> tile;
     uint32_t turn = 0;
     // The products of iteration `i` of the patch that is loaded, in turn `turn`.
@@ -219,7 +218,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
             do {
                 if (!started) start(i);
                 started = false;
-                if (i == 0) describe_rows(patch);
+                if (i == 0) tables.describe_rows(p, patch);
                 // Its slot served this turn's halo, which is loaded.
                 if (all > 2 && (i + 2 < all || number + 1 < last_patch)) describe(i + 2 < all ? i + 2 : i + 2 - all, turn % 2);
                 const bool within = i + 1 < all;
@@ -234,7 +233,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
                 ++turn;
             } while (++i < all);
         } else {
-            describe_rows(cell_patch<FORM>(p, number));
+            tables.describe_rows(p, cell_patch<FORM>(p, number));
             // There are no products under way, which the compiler does not see.
             wgmma_wait();
             for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);

@@ -17,7 +17,9 @@ constexpr int CELL_PIXELS = 64;
 constexpr int GRANULE = 16;  // bytes: eight elements, what descriptors and copies count in
 constexpr int PARTS = SLICE / 8;  // granules of a pixel
 // Chunks that a thread loads at a time, of weights, of a halo and of dy: two blocks of these share the registers of a multiprocessor.
-constexpr int CELL_FLIGHT = 2, HALO_FLIGHT = 3, DY_FLIGHT = 4;
+constexpr int CELL_FLIGHT = 2, HALO_FLIGHT = 3;
+template <int WIDTH, bool PAIRS>
+constexpr int DY_FLIGHT = WIDTH == 32 && PAIRS ? 2 : 4;
 
 // How the blocks of one product use their shared memory, in bytes from its beginning. The tables come first.
 //
@@ -80,15 +82,14 @@ DEVICE ConvStep cell_step(const ConvProduct& p, uint32_t result_branch, uint32_t
     return step;
 }
 
-DEVICE int32_t cells_of(const ConvProduct& p) { return p.patch_images * (p.patch_height / 8) * (p.patch_width / 8); }
-
 // Where the parts of a halo lie in its slot.
 struct CellHalo {
     static constexpr int ABREAST = GROUP_THREADS / PARTS;  // pixels that the threads load at a time, each thread eight channels of one
-    uint32_t pixels, pitch, step, sorted;  // granules of a part; pixels from one of a cell to the next; columns of a remainder
+    uint32_t of_image;             // pixels of each image: ABREAST at least, since it has a cell
+    uint32_t pitch, step, sorted;  // granules of a part; pixels from one of a cell to the next; columns of a remainder
 
     DEVICE CellHalo(const ConvProduct& p, const CellTiling& tiling, int32_t pixel_step) {
-        pixels = uint32_t(p.patch_images) * uint32_t(p.halo_height) * uint32_t(p.halo_width);
+        of_image = uint32_t(p.halo_height) * uint32_t(p.halo_width);
         pitch = uint32_t(tiling.halo_pitch);
         step = uint32_t(pixel_step);
         sorted = (uint32_t(p.halo_width) + step - 1) / step;
@@ -107,19 +108,19 @@ struct CellHalo {
     DEVICE uint32_t tap(uint32_t down, uint32_t across) const { return down * line() + column(across); }
 };
 
-// A pixel of a halo: counted from the halo's first in the image, and the granule of its first part in a slot.
+// A pixel of an image's halo: counted from the halo's first in the image, and the granule of its first part in a slot.
 struct alignas(8) HaloPixel {
-    uint16_t image, down, across, granule;
+    uint16_t down, across;
+    uint32_t granule;
 };
 
-// Of the halo of every patch, [pixels] behind the tables: they are found once, not for each patch and slice.
+// Of the halo of each image of every patch, [of_image] behind the tables: they are found once, not for each patch and slice.
 DEVICE void describe_halo(const ConvProduct& p, const CellHalo& halo, int32_t halo_step, HaloPixel* places) {
     ROLLED
-    for (uint32_t at = threadIdx.x; at < halo.pixels; at += GROUP_THREADS) {
-        const uint32_t line = at / uint32_t(p.halo_width), across = at - line * uint32_t(p.halo_width);
-        const uint32_t image = line / uint32_t(p.halo_height), down = line - image * uint32_t(p.halo_height);
-        places[at] = {uint16_t(image), uint16_t(down * uint32_t(halo_step)), uint16_t(across * uint32_t(halo_step)),
-                      uint16_t(line * halo.line() + halo.column(across))};
+    for (uint32_t at = thread_again(); at < halo.of_image; at += GROUP_THREADS) {
+        const uint32_t down = at / uint32_t(p.halo_width), across = at - down * uint32_t(p.halo_width);
+        places[at] = {uint16_t(down * uint32_t(halo_step)), uint16_t(across * uint32_t(halo_step)),
+                      down * halo.line() + halo.column(across)};
     }
 }
 
@@ -136,34 +137,44 @@ constexpr bool HELD_OF = WIDTH == 64;
 template <bool HELD, class Image>
 DEVICE void load_halo(const ConvProduct& p, const Patch& patch, const CellHalo& halo, const HaloPixel* places, const Image& image,
                       int32_t slice, const FactorTable<SLICE>& factors, unsigned char* slot) {
-    const uint32_t thread = thread_again(), part = thread % PARTS, own = thread / PARTS;
+    const uint32_t thread = thread_again(), part = thread % PARTS;
     const uint32_t channel = uint32_t(slice) + part * 8;
     const bool has = channel < uint32_t(p.image_channels);
     slot += part * halo.pitch * GRANULE;
-    // Of pixel `at`, if the halo has it: whether the image does, its first element, and its granule.
-    const auto inside = [&](uint32_t at, uint32_t& offset, uint32_t& granule) {
-        const bool there = at < halo.pixels;
-        const HaloPixel pixel = places[there ? at : 0];
-        granule = pixel.granule;
-        const int32_t n = patch.image + pixel.image;
+    // The thread's next pixel, and whether there is one. A step goes no further than to the next image, which has a cell at least.
+    uint32_t at = thread / PARTS;
+    int32_t image_of = 0;
+    const auto more = [&] { return image_of < p.patch_images; };
+    // Of that pixel: whether the image has it, its first element, and its granule.
+    const auto inside = [&](uint32_t& offset, uint32_t& granule) {
+        const HaloPixel pixel = places[at];
+        granule = pixel.granule + uint32_t(image_of) * uint32_t(p.halo_height) * halo.line();
+        const int32_t n = patch.image + image_of;
         const uint32_t h = uint32_t(patch.halo_down + pixel.down), w = uint32_t(patch.halo_across + pixel.across);
         offset = ((uint32_t(n) * uint32_t(p.image_height) + h) * uint32_t(p.image_width) + w) * uint32_t(p.image_channels) + channel;
-        return there && has && n < p.images && h < uint32_t(p.image_height) && w < uint32_t(p.image_width);
+        return more() && has && n < p.images && h < uint32_t(p.image_height) && w < uint32_t(p.image_width);
+    };
+    const auto next = [&] {
+        at += CellHalo::ABREAST;
+        if (at >= halo.of_image) {
+            at -= halo.of_image;
+            ++image_of;
+        }
     };
     if (image.plain()) {
         ROLLED
-        for (uint32_t at = own; at < halo.pixels; at += CellHalo::ABREAST) {
+        for (; more(); next()) {
             uint32_t offset, granule;
-            const bool there = inside(at, offset, granule);
+            const bool there = inside(offset, granule);
             copy_async(operand_place(slot, granule), image.of.place(offset, there), there);
         }
         return;
     }
     if (!image.waits(p.image, false)) {
         ROLLED
-        for (uint32_t at = own; at < halo.pixels; at += CellHalo::ABREAST) {
+        for (; more(); next()) {
             uint32_t offset, granule;
-            const bool there = inside(at, offset, granule);
+            const bool there = inside(offset, granule);
             uint16_t* place = operand_place(slot, granule);
             const auto loaded = image.load(p.image, false, offset, there, factors, int(part * 8), place);
             store_operand(place, image.round(p.image, false, loaded, factors, int(part * 8), place));
@@ -172,54 +183,74 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, const CellHalo& 
     }
     const EightFactors<Image::PAIRED, HELD> eight = {factors, int(part * 8)};
     ROLLED
-    for (uint32_t first = 0; first < halo.pixels; first += HALO_FLIGHT * CellHalo::ABREAST) {
+    while (more()) {
         typename Image::Waiting flight[HALO_FLIGHT];
         uint32_t granules[HALO_FLIGHT] = {};
+        bool stored[HALO_FLIGHT] = {};
         const auto place = [&](int i) { return operand_place(slot, granules[i]); };
         UNROLLED
         for (int i = 0; i < HALO_FLIGHT; ++i) {
             uint32_t offset;
-            const bool there = inside(first + i * CellHalo::ABREAST + own, offset, granules[i]);
+            stored[i] = more();
+            const bool there = inside(offset, granules[i]);
             flight[i] = image.fetch(p.image, offset, there, place(i));
+            next();
         }
         image.round_all(p.image, flight, eight, place);
         UNROLLED
         for (int i = 0; i < HALO_FLIGHT; ++i) {
-            if (first + i * CellHalo::ABREAST + own < halo.pixels) store_operand(place(i), flight[i].of);
+            if (stored[i]) store_operand(place(i), flight[i].of);
         }
     }
 }
 
 // The beginning of a block's shared memory.
 struct CellTables {
-    uint32_t arrived[4];              // `last_to_arrive`
-    ConvPlace place;                  // the block's: there are no registers for what only the end needs
-    FactorTable<SLICE> image[2];      // of the present iteration and the next
-    FactorTable<SLICE> matrix[2][2];  // wgrad's, of two slices
+    uint32_t arrived[4];                   // `last_to_arrive`
+    ConvPlace place;                       // the block's: there are no registers for what only the end needs
+    FactorTable<SLICE> image[2];           // of the present iteration and the next
     uint32_t pixels[CELLS * CELL_PIXELS];  // `packed`
-    uint32_t rows[CELLS * CELL_PIXELS];    // of the result, that are the present patch's pixels
-    uint32_t cells[CELLS];            // `CellHalo::cell`
-    uint32_t taps[9];                 // of wgrad's pairs: `CellHalo::tap`
-    uint32_t first_k, first_c, first_pair;  // wgrad's, of the block
+    uint32_t cells[CELLS];                 // `CellHalo::cell`
 
     // What is the same of all patches.
     DEVICE void describe(const ConvProduct& p, const CellHalo& halo, const ConvPlace& of_block) {
-        if (threadIdx.x == 0) place = of_block;
-        pixels[threadIdx.x] = packed(cell_pixel(p, int(threadIdx.x)));
-        if (threadIdx.x < CELLS) cells[threadIdx.x] = halo.cell(p, int(threadIdx.x));
+        const uint32_t thread = thread_again();
+        if (thread == 0) place = of_block;
+        pixels[thread] = packed(cell_pixel(p, int(thread)));
+        if (thread < CELLS) cells[thread] = halo.cell(p, int(thread));
     }
     DEVICE Pixel pixel(int i) const { return unpacked(pixels[i]); }
     // The factors of channels from `first` on in a branch, for what the image is made of.
     template <Form FORM, bool PAIRS>
     DEVICE void describe_image(const ConvProduct& p, Made made, int64_t branch, uint32_t first, uint32_t slot) {
-        if (threadIdx.x < SLICE) put_image<FORM, PAIRS>(p, made, branch, first, image[slot], int(threadIdx.x));
+        const uint32_t thread = thread_again();
+        if (thread < SLICE) put_image<FORM, PAIRS>(p, made, branch, first, image[slot], int(thread));
     }
-    // The same for wgrad's matrix, by other warps.
+};
+
+// Of fprop and dgrad.
+struct CellRows : CellTables {
+    uint32_t rows[CELLS * CELL_PIXELS];  // of the result, that are the present patch's pixels
+
+    DEVICE void describe_rows(const ConvProduct& p, const Patch& patch) {
+        const uint32_t thread = thread_again();
+        rows[thread] = row_of(p, patch, pixel(int(thread)));
+    }
+};
+static_assert(sizeof(CellRows) == 3120);
+
+// Of wgrad.
+struct CellPairs : CellTables {
+    FactorTable<SLICE> matrix[2][2];        // of two slices
+    uint32_t taps[8];                              // of its pairs: `CellHalo::tap`
+    uint32_t first, first_k, first_c, first_pair;  // of the block: iteration, channels, pair of taps
+
+    // As `describe_image`, of the matrix and by other warps.
     template <int WIDTH>
     DEVICE void describe_matrix(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
-        if (threadIdx.x < SLICE || threadIdx.x >= SLICE + WIDTH) return;
-        const uint32_t i = threadIdx.x - SLICE;
+        const uint32_t i = thread_again() - SLICE;
+        if (i >= WIDTH) return;
         put_matrix(p, branch, first + i / SLICE * SLICE, matrix[slot][i / SLICE], int(i % SLICE));
     }
 };
-static_assert(sizeof(CellTables) == 5216);
+static_assert(sizeof(CellPairs) == 4192);

@@ -50,11 +50,11 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     const int32_t pairs = (p.kernel_height + 1) / 2 * p.kernel_width;
     const int32_t first_pair = int32_t(place.column_tile / slices) * TAP_PAIRS;
 
-    auto& tables = *shared_memory<CellTables>();
+    auto& tables = *shared_memory<CellPairs>();
     unsigned char* shared = shared_memory<unsigned char>();
     const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
     const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
-    const auto step_of = [&](uint32_t i) { return cell_step(p, place.branch, first + i); };
+    const auto step_of = [&](uint32_t i) { return cell_step(p, tables.place.branch, tables.first + i); };
     const CellHalo halo(p, tiling, patch_of<Form::WGRAD>(p, 0).pixel_step);
     static_assert(TAP_PAIRS <= sizeof(tables.taps) / 4);
     const auto describe = [&](uint32_t i) {
@@ -62,11 +62,12 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, tables.first_c, i % 2);
         if constexpr (PAIRS) tables.describe_matrix<WIDTH>(p, branch, tables.first_k, i % 2);
     };
-    if (threadIdx.x < TAP_PAIRS) {
-        const int32_t pair = first_pair + int32_t(threadIdx.x), lines = pair / p.kernel_width;
-        tables.taps[threadIdx.x] = pair < pairs ? halo.tap(2 * uint32_t(lines), uint32_t(pair - lines * p.kernel_width)) : 0;
+    if (const uint32_t thread = thread_again(); thread < TAP_PAIRS) {
+        const int32_t pair = first_pair + int32_t(thread), lines = pair / p.kernel_width;
+        tables.taps[thread] = pair < pairs ? halo.tap(2 * uint32_t(lines), uint32_t(pair - lines * p.kernel_width)) : 0;
     }
     if (threadIdx.x == 0) {
+        tables.first = first;
         tables.first_k = place.row_tile * WIDTH;
         tables.first_c = place.column_tile % slices * SLICE;
         tables.first_pair = uint32_t(first_pair);
@@ -81,7 +82,7 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     // dy: for each eight output channels all pixels, a granule each. Stores of eight threads meet no bank twice.
     using Dy = Prologue<Operand, Pair::DELTA, PAIRS>;
     constexpr int DY_PARTS = WIDTH / 8, DY_PITCH = CELLS * CELL_PIXELS + (WIDTH == 64 ? 1 : 2);
-    constexpr int DY_ABREAST = GROUP_THREADS / DY_PARTS;
+    constexpr int DY_ABREAST = GROUP_THREADS / DY_PARTS, FLIGHT = DY_FLIGHT<WIDTH, PAIRS>;
     // A block of those that read the same stores delta. Of a delta that is the same in all branches the first.
     const auto load_dy = [&](const Patch& patch, const Dy& dy, uint32_t slot) {
         const bool keeps =
@@ -121,18 +122,18 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         }
         const EightFactors<PAIRS, HELD_OF<WIDTH>> factors = {table, part % PARTS * 8};
         ROLLED
-        for (; pixel < CELLS * CELL_PIXELS; pixel += DY_FLIGHT * DY_ABREAST) {
-            static_assert(CELLS * CELL_PIXELS % (DY_FLIGHT * DY_ABREAST) == 0);
-            typename Dy::Waiting flight[DY_FLIGHT];
+        for (; pixel < CELLS * CELL_PIXELS; pixel += FLIGHT * DY_ABREAST) {
+            static_assert(CELLS * CELL_PIXELS % (FLIGHT * DY_ABREAST) == 0);
+            typename Dy::Waiting flight[FLIGHT];
             const auto place = [&](int i) { return operand_place(to, uint32_t(pixel + i * DY_ABREAST)); };
             UNROLLED
-            for (int i = 0; i < DY_FLIGHT; ++i) {
+            for (int i = 0; i < FLIGHT; ++i) {
                 const bool there = inside(pixel + i * DY_ABREAST, offset);
                 flight[i] = dy.fetch(p.matrix, offset, there, place(i));
             }
             dy.round_all(p.matrix, flight, factors, place);
             UNROLLED
-            for (int i = 0; i < DY_FLIGHT; ++i) {
+            for (int i = 0; i < FLIGHT; ++i) {
                 store_operand(place(i), flight[i].of);
                 // Where it is from is found again: few blocks need it.
                 if (keeps && p.matrix.kept_half) {

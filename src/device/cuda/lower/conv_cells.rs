@@ -23,8 +23,10 @@ const PARTS: usize = SLICE / 8;
 const PAIRS: usize = 6;
 /// Columns of such a tile.
 const PAIRS_COLUMNS: usize = PAIRS * 2 * SLICE;
-/// Bytes of `CellTables`.
-const TABLES: usize = 5216;
+/// Bytes of `CellRows`, the tables of a product of the other forms.
+const ROWS_TABLES: usize = 3120;
+/// Bytes of `CellPairs`, those of a weight gradient.
+const PAIRS_TABLES: usize = 4192;
 /// Bytes of a `HaloPixel`.
 const PLACE: usize = 8;
 /// Bytes of shared memory with which two blocks fit a multiprocessor: each takes 1 KiB more for the system.
@@ -130,7 +132,8 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
     let line = PARTS * halo_pitch * GRANULE;
     let finish = |rows: usize, columns: usize| 4 * rows * (columns + 8) + 16 * THREADS + 4 * rows;
     let lines = patches.images * patches.halo[0];
-    let halos = TABLES + (lines * patches.halo[1] * PLACE).next_multiple_of(GRANULE);
+    let places = if kind == ConvKind::Wgrad { PAIRS_TABLES } else { ROWS_TABLES };
+    let halos = places + (patches.halo[0] * patches.halo[1] * PLACE).next_multiple_of(GRANULE);
     let (tiling, halo_step, matrices, matrix_bytes, finish_step, run, keeps);
     match kind {
         ConvKind::Wgrad => {
@@ -183,7 +186,7 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
         return None;
     }
     let cells = CellTiling {
-        places: TABLES as i32,
+        places: places as i32,
         halos: halos as i32,
         halo_step: halo_step as i32,
         halo_pitch: halo_pitch as i32,
@@ -241,12 +244,12 @@ mod tests {
             let (tiling, cells, width) = tiled(kind, size, 1, 20);
             let [places, halos, step, matrices] =
                 [cells.places, cells.halos, cells.halo_step, cells.matrices].map(|v| v as usize);
-            let of_halo = tiling.patches.images * tiling.patches.halo[0] * tiling.patches.halo[1];
+            let of_halo = tiling.patches.halo[0] * tiling.patches.halo[1];
             let slot = tiling.patches.images * tiling.patches.halo[0] * PARTS * cells.halo_pitch as usize * GRANULE;
             let rows = tiling.size[0];
             let finish = 4 * rows * (width + 8) + 16 * THREADS + 4 * rows;
             assert!(
-                cells.run > 1 && places == TABLES && places + of_halo * PLACE <= halos,
+                cells.run > 1 && places == ROWS_TABLES && places + of_halo * PLACE <= halos,
                 "{kind:?} {size:?} {cells:?}"
             );
             for free in [0, 1] {
