@@ -99,6 +99,15 @@ DEVICE Pixel pixel_of(const ConvProduct& p, int i) {
     return {image, line - image * p.patch_height, i - line * p.patch_width};
 }
 
+// The same as one number; images and lines are below 256.
+DEVICE uint32_t packed(const Pixel& pixel) {
+    return pixel.image < 0 ? NO_ROW : uint32_t(pixel.image) << 16 | uint32_t(pixel.down) << 8 | uint32_t(pixel.across);
+}
+DEVICE Pixel unpacked(uint32_t pixel) {
+    if (pixel == NO_ROW) return {-1, 0, 0};
+    return {int32_t(pixel >> 16), int32_t(pixel >> 8 & 0xff), int32_t(pixel & 0xff)};
+}
+
 // The row of the result, or of dy in wgrad, that is a patch's pixel.
 DEVICE uint32_t row_of(const ConvProduct& p, const Patch& patch, const Pixel& pixel) {
     const int32_t image = patch.image + pixel.image;
@@ -189,9 +198,7 @@ struct DirectTables {
     }
     // Packs images and lines of at most PATCH each.
     DEVICE void describe_pixels(const ConvProduct& p) {
-        const Pixel pixel = pixel_of(p, int(threadIdx.x));
-        wgrad.pixels[threadIdx.x] =
-            pixel.image < 0 ? NO_ROW : uint32_t(pixel.image) << 16 | uint32_t(pixel.down) << 8 | uint32_t(pixel.across);
+        wgrad.pixels[threadIdx.x] = packed(pixel_of(p, int(threadIdx.x)));
     }
     // The taps of a patch; `channels`: C.
     template <Form FORM>
@@ -207,30 +214,16 @@ struct DirectTables {
         taps.halo[tap] = uint32_t(h * p.halo_width + w) * PIXEL;
         taps.filter[tap] = uint32_t(r * p.kernel_width + s) * channels;
     }
-    DEVICE Pixel pixel(int i) const {
-        const uint32_t packed = wgrad.pixels[i];
-        if (packed == NO_ROW) return {-1, 0, 0};
-        return {int32_t(packed >> 16), int32_t(packed >> 8 & 0xff), int32_t(packed & 0xff)};
-    }
+    DEVICE Pixel pixel(int i) const { return unpacked(wgrad.pixels[i]); }
     // The factors of channels from `first` on in a branch, for what the image is made of.
     template <Form FORM, bool PAIRS>
     DEVICE void describe_image(const ConvProduct& p, Made made, int64_t branch, uint32_t first, uint32_t slot) {
-        if (made == Made::PLAIN || threadIdx.x >= SLICE) return;
-        uint32_t channel = first + threadIdx.x;
-        if (channel >= uint32_t(p.image_channels)) channel = 0;
-        if (made == Made::NORM) image[slot].put(int(threadIdx.x), p.norm.of(branch, channel));
-        if constexpr (PAIRS) {
-            if (made == Made::PAIR) {
-                image[slot].put(int(threadIdx.x), pair_factors<IMAGE_PAIR<FORM>>(p.image, branch, channel));
-            }
-        }
+        if (threadIdx.x < SLICE) put_image<FORM, PAIRS>(p, made, branch, first, image[slot], int(threadIdx.x));
     }
     // The same for wgrad's matrix, by another warp.
     DEVICE void describe_matrix(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
-        if (!p.matrix.at || threadIdx.x < SLICE || threadIdx.x >= 2 * SLICE) return;
-        const int i = int(threadIdx.x) - SLICE;
-        const uint32_t channel = first + uint32_t(i);
-        wgrad.matrix[slot].put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
+        if (threadIdx.x < SLICE || threadIdx.x >= 2 * SLICE) return;
+        put_matrix(p, branch, first, wgrad.matrix[slot], int(threadIdx.x) - SLICE);
     }
 };
 static_assert(sizeof(DirectTables) == 3072);

@@ -39,6 +39,13 @@ DEVICE uint32_t kept(uint32_t value) {
     return value;
 }
 
+// threadIdx.x, asked for again: no register keeps it, or what is made of it, meanwhile.
+DEVICE uint32_t thread_again() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // Defines a kernel: `p` is its parameter struct, `threads` the most threads a block may have.
 #define KERNEL(name, Params, threads) \
     extern "C" __global__ void __launch_bounds__(threads, KERNEL_BLOCKS) name(const __grid_constant__ Params p)
@@ -62,6 +69,7 @@ DEVICE T* shared_memory() {
 
 DEVICE uint32_t again(uint32_t value) { return value; }
 DEVICE uint32_t kept(uint32_t value) { return value; }
+DEVICE uint32_t thread_again() { return threadIdx.x; }
 
 #define KERNEL(name, Params, threads)                                                                             \
     static void name##_body(const Params& p);                                                                     \
