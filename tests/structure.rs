@@ -31,10 +31,11 @@ fn rules_of(document: &str) -> Vec<Rule> {
 
 /// The tests that need `unsafe`, and the items of each that may have it, by how they begin: allocators that count,
 /// and the loading of kernels that a test has compiled.
-const UNSAFE_TESTS: [(&str, &[&str]); 3] = [
+const UNSAFE_TESTS: [(&str, &[&str]); 4] = [
     ("tests/allocation.rs", &["unsafe impl GlobalAlloc for"]),
     ("tests/loader_fuzz.rs", &["unsafe impl GlobalAlloc for"]),
     ("tests/simt/machine.rs", &["pub fn load(", "pub fn machine_of("]),
+    ("tests/simt_banks.rs", &["fn load("]),
 ];
 
 /// Where `unsafe` may stand: launchers and drivers, the memory map of data files, and parts of some tests.
