@@ -332,11 +332,11 @@ KERNEL(conv2d_direct_backward_pair_32_f16, ConvBackwardParams, 128) { direct_bac
 KERNEL(conv2d_direct_backward_pair_64_f16, ConvBackwardParams, 128) { direct_backward<F16, 64, true>(p); }
 KERNEL(conv2d_direct_backward_pair_32_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 32, true>(p); }
 KERNEL(conv2d_direct_backward_pair_64_bf16, ConvBackwardParams, 128) { direct_backward<Bf16, 64, true>(p); }
+KERNEL(conv2d_direct_fprop_pair_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, true>(p.product, blockIdx.x); }
+KERNEL(conv2d_direct_fprop_pair_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, true>(p.product, blockIdx.x); }
 
-// Where a tile has 32 columns and a block makes nothing else, there are registers for a fourth.
+// Where a tile has 32 columns and a block makes nothing else from one tensor, there are registers for a fourth.
 #undef KERNEL_BLOCKS
 #define KERNEL_BLOCKS 4
 KERNEL(conv2d_direct_fprop_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, false>(p.product, blockIdx.x); }
 KERNEL(conv2d_direct_fprop_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, false>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_pair_32_f16, ConvParams, 128) { direct<Form::FPROP, F16, 32, true>(p.product, blockIdx.x); }
-KERNEL(conv2d_direct_fprop_pair_32_bf16, ConvParams, 128) { direct<Form::FPROP, Bf16, 32, true>(p.product, blockIdx.x); }
