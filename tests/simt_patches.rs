@@ -4,30 +4,30 @@
 //! Unit tests of the lowering (`src/device/cuda/lower/conv_cells.rs`) hold these sizes to what is claimed of them here.
 
 mod common;
-mod fused_conv;
 
-use common::{deviation, on_two_threads};
-use fused_conv::case::{Case, geom};
-use fused_conv::plan::fused;
+use common::on_two_threads;
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::Generation;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
-use mlnt::ops::{Conv, ConvForm, ConvKind, Delta, Epilogue, FusedConv};
+use mlnt::ops::{Conv, ConvGeom, ConvKind};
 use mlnt::plan::{Plan, PlanOptions};
 use mlnt::rng::{Purpose, below, stream};
 use mlnt::tape::{Meta, Tape};
 
-/// The outputs of a plan whose inputs have these names; what is not given is a unit matrix.
+/// `[n, c, h, w, k, r, s, stride, pad]`
+fn geom([n, c, h, w, k, r, s, stride, pad]: [usize; 9]) -> ConvGeom {
+    ConvGeom::new(&Meta::activation(n, c, h, w), &Meta::weight(k, c, r, s), stride, pad).unwrap()
+}
+
+/// The outputs of a plan whose inputs have these names.
 fn run(device: &mut dyn Device, plan: Plan, values: &[(String, Vec<f64>)]) -> Vec<Vec<f64>> {
     let (inputs, outputs) = (plan.inputs.clone(), plan.outputs.clone());
     let id = device.load(plan).unwrap();
     for port in inputs {
-        let unit = |c: usize| (0..c * c).map(|i| if i / c == i % c { 1.0 } else { 0.0 }).collect();
-        let given = values.iter().find(|(name, _)| *name == port.name);
-        let given = given.map_or_else(|| unit(port.meta.dims[0]), |(_, given)| given.clone());
-        device.write_input(id, &port.name, HostVec::F64(given).as_slice()).unwrap();
+        let (_, given) = values.iter().find(|(name, _)| *name == port.name).unwrap();
+        device.write_input(id, &port.name, HostVec::F64(given.clone()).as_slice()).unwrap();
     }
     device.run(id, &[]).unwrap();
     outputs.iter().map(|port| device.read_output(id, &port.name).unwrap().to_f64()).collect()
@@ -96,62 +96,6 @@ fn runs_of_patches_are_exact() {
         let want = on_cpu(unfused(&tape), &values);
         let wrong = |seed: u64| by_groups(seed, unfused(&tape), &values) != want;
         (wrong(1) || wrong(2)).then(|| format!("{kind:?} {size:?}")).into_iter().collect()
-    });
-    assert!(failures.is_empty(), "{}", failures.join("\n"));
-}
-
-/// The same of products of two terms and of what is made of operands as they are loaded, with what is found of the result.
-#[test]
-fn runs_of_patches_of_fused_convolutions_are_right() {
-    let plain = |form, size| FusedConv::plain(form, geom(size));
-    let norm = |form, size| FusedConv { norm: true, ..plain(form, size) };
-    let (one, two) = ([71, 8, 16, 16, 24, 1, 3, 1, 1], [71, 40, 14, 16, 24, 1, 3, 1, 1]);
-    let wide = [299, 40, 7, 8, 136, 1, 1, 1, 0];
-    let tangent = |size| FusedConv { tangent: true, epilogue: Epilogue::TangentSums, ..norm(ConvForm::Tangent, size) };
-    let delta = Delta::Backward { residual: true, kept: true };
-    let back =
-        |size| FusedConv { delta, start: true, epilogue: Epilogue::BackwardSums, ..norm(ConvForm::Backward, size) };
-    // Form, branches, which operands are per-branch, and widths.
-    let cases = [
-        (FusedConv { epilogue: Epilogue::Stats, ..norm(ConvForm::Fprop, one) }, 4, 1, 0x2f),
-        (FusedConv { epilogue: Epilogue::Stats, start: true, ..norm(ConvForm::Fprop, wide) }, 2, 3, 0x2f),
-        (tangent(one), 4, 9, 0x2ff),
-        (tangent(two), 4, 9, 0x2ff),
-        (tangent(wide), 2, 9, 0x2ff),
-        (FusedConv { start: true, ..norm(ConvForm::Tangent, two) }, 4, 9, 0x2cf),
-        // Tensors of 32 bits, which are not loaded in flights.
-        (tangent(one), 4, 9, 0),
-        (back([71, 24, 16, 16, 8, 3, 1, 1, 1]), 4, 7, 0x7ff),
-        (back([36, 8, 32, 32, 40, 3, 3, 2, 1]), 2, 7, 0x7ff),
-        (back([71, 8, 32, 32, 72, 1, 1, 2, 0]), 2, 7, 0x7ff),
-    ];
-    let failures = on_two_threads(&cases, |(op, branches, branched, half)| {
-        let case =
-            Case { op: *op, branches: *branches, branched: *branched, others: 0, summed: [false; 2], half: *half };
-        let operands = case.operands(Operands::F16);
-        let values: Vec<_> = operands.iter().map(|o| (o.name.clone(), o.values.clone())).collect();
-        let want = on_cpu(unfused(&case.composed()), &values);
-        let have = by_groups(1, fused(&case, &operands), &values);
-        let mut wrong: Vec<String> = Vec::new();
-        for (i, want) in want.iter().enumerate() {
-            let by = deviation(&have[i], want);
-            if by > 1.5e-3 {
-                wrong.push(format!("{case:?}: result {i}: {by:.1e}"));
-            }
-        }
-        // Of the result as later operations read it, relative to the size of the terms.
-        for (i, (what, [found, size])) in case.found(&operands, &have[0]).into_iter().enumerate() {
-            let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
-            let off = norm(&mut have[want.len() + i].iter().zip(&found).map(|(have, want)| have - want));
-            let by = off / norm(&mut size.iter().copied());
-            if by > 3e-7 || by.is_nan() {
-                wrong.push(format!("{case:?}: {what}: {by:.1e}"));
-            }
-        }
-        if have != by_groups(2, fused(&case, &operands), &values) {
-            wrong.push(format!("{case:?}: depends on the order of threads"));
-        }
-        wrong
     });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
