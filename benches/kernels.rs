@@ -10,7 +10,6 @@ mod common;
 use clap::Parser;
 use common::args::Common;
 use common::results::{Results, Samples};
-use common::roof::Roof;
 use common::step::{Loaded, Network, plan, spec};
 use mlnt::ops::Operation;
 use mlnt::plan::{Launch, Plan};
@@ -59,13 +58,13 @@ fn main() {
         let spec = spec(args.network.model(), [args.batch, args.branches], args.recipe, false, precision);
         let planned = plan(&spec, &*device);
         if args.profile {
-            let kernels = Loaded::new(&mut *device, spec.clone(), planned.clone()).time_launches(&mut *device);
+            let kernels = Loaded::new(&mut *device, spec.clone(), planned.clone()).profiled(&mut *device);
             let launches = planned.launches.iter().zip(&kernels);
             let launches: Vec<Value> = launches.map(|(launch, (n, _))| expected(&planned, launch, *n)).collect();
             results.finish(json!({ "step": step, "launches": launches }));
             return;
         }
-        let roof = Roof::measure(args.common.device, &mut *device);
+        let roof = args.common.roof(precision);
         results.begin(device.describe(), precision.to_string(), roof);
         let mut loaded = Loaded::new(&mut *device, spec.clone(), planned.clone());
         // Rows in order of first appearance: name, launches, cost of one, times.

@@ -10,7 +10,6 @@ mod common;
 use clap::Parser;
 use common::args::Common;
 use common::results::{Results, Samples};
-use common::roof::Roof;
 use criterion::{Criterion, Throughput};
 use mlnt::cases::{Planned, every};
 use mlnt::device::{Device, PlanId};
@@ -67,7 +66,7 @@ fn main() {
     let mut results = Results::new("ops", &args);
     for (i, precision) in args.precisions().into_iter().enumerate() {
         let mut device = args.open(precision);
-        let roof = Roof::measure(args.device, &mut *device);
+        let roof = args.roof(precision);
         results.begin(device.describe(), precision.to_string(), roof);
         let half = matches!(precision, Precision::F16 | Precision::Bf16);
         let kernels = matches!(args.device, DeviceKind::Cuda(_) | DeviceKind::Simt);

@@ -11,7 +11,6 @@ mod common;
 use clap::Parser;
 use common::args::Common;
 use common::results::{Results, Samples};
-use common::roof::Roof;
 use common::step::{Loaded, Network, plan, spec};
 use criterion::{Criterion, SamplingMode, Throughput};
 use mlnt::train::choice::Recipe;
@@ -53,8 +52,8 @@ fn main() {
     }
     let mut results = Results::new("step", &args.common);
     for precision in args.common.precisions() {
-        let mut device = args.common.open(precision);
-        let roof = Roof::measure(args.common.device, &mut *device);
+        let device = args.common.open(precision);
+        let roof = args.common.roof(precision);
         results.begin(device.describe(), precision.to_string(), roof);
         let mut group = criterion.benchmark_group("step");
         group.sampling_mode(SamplingMode::Flat);

@@ -10,11 +10,12 @@ Neither cargo nor network is needed. Parts, in this order; each has a limit of i
 there stops no other:
 
     check     scripts/gpu_check.py: every operation, golden steps, training twice
+    roof      what PyTorch's matrix product and copy reach: the roof that the benchmarks below take percentages of
     step      the whole step by M, k, recipe, order and precision
     kernels   every launch of the step at M = 10
-    roof      what PyTorch's matrix product and copy reach
-    compare   benches/baseline/compare.py: the peers in turn
+    compare   benches/baseline/compare.py: all peers in turn, in the exact order
     ops       all operation cases
+    first     the comparison in first order, in what is left of --budget: not run when that is less than 2 minutes; 8 at most
     lab       scripts/lab.py, with --lab only: the versions of kernels/lab; needs nvcc
     profile   scripts/gpu_profile.py, with --profile only: ncu and nsys
     roofline  scripts/roofline.py: what the kernels took beside what they must take
@@ -34,13 +35,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["check", "step", "kernels", "roof", "compare", "ops", "lab", "profile", "roofline"]
+PARTS = ["check", "roof", "step", "kernels", "compare", "ops", "first", "lab", "profile", "roofline"]
 ON_DEMAND = ["lab", "profile"]
 # The longest each part may take, seconds.
 LIMITS = {"check": 300, "step": 200, "kernels": 60, "roof": 60, "compare": 720, "ops": 400, "profile": 240}
-LIMITS |= {"lab": 120, "roofline": 10}
+LIMITS |= {"first": 480, "lab": 120, "roofline": 10}
+TO_END = 70  # seconds that a comparison has to come to its end, of its limit
+LEAST = 120  # seconds that one in first order is begun for
 # What each part writes, beside its log.
 WRITTEN = {
+    "first": ["compare-first.json"],
     "step": ["step.json", "step-batch.json"],
     "profile": ["profile-ncu.json", "profile-nsys.csv"],
     "roofline": ["roofline.md"],
@@ -54,7 +58,7 @@ SIZES = {
         "more steps": "--network resnet32 --precision f16 --branches 10 --batch 64,128,256 --recipe paper --seconds 0.5",
         "kernels": "--network resnet32 --precision f16,tf32 --branches 10",
         "ops": "--precision f16",
-        "compare": "--recipe released --rounds 3 --warmup 5 --steps 20 --peer-steps 5 --orders exact --budget 650",
+        "compare": "--recipe released --rounds 4 --warmup 5 --steps 20 --peer-steps 5",
         "roof": "",
     },
     "cpu": {
@@ -62,7 +66,7 @@ SIZES = {
         "more steps": "--branches 2 --batch 8 --recipe released --seconds 0.05",
         "kernels": "--branches 2 --batch 16 --steps 3",
         "ops": "relu",
-        "compare": "--recipe released --rounds 2 --steps 2 --peer-steps 1 --warmup 1 --orders exact "
+        "compare": "--recipe released --rounds 2 --steps 2 --peer-steps 1 --warmup 1 "
         "--batch 8 --branches 2 --widths 4,8 --blocks 1,1 --size 8x8",
         "roof": "--size 128",
     },
@@ -146,7 +150,7 @@ class Measure:
     def criterion(self, part, size, name):
         command = [self.bench(part), "--device", self.args.device, *self.sized(size)]
         # Criterion keeps its own files in a folder target/ of the working folder.
-        self.run(part, [*command, "--out", self.file(f"{name}.json")])
+        self.run(part, [*command, "--roofs", self.out, "--out", self.file(f"{name}.json")])
 
     # The parts.
     def check(self):
@@ -175,14 +179,24 @@ class Measure:
         self.file("roof.json").write_text(log.read_text().splitlines()[-1] + "\n")
 
     def compare(self):
+        self.compared("compare", "exact", "compare")
+
+    def first(self):
+        if self.deadline - time.monotonic() < LEAST:
+            raise NotRun("the time for everything is nearly over: the peers were compared in the exact order alone")
+        self.compared("first", "first", "compare-first")
+
+    def compared(self, part, order, name):
         script = ROOT / "benches" / "baseline" / "compare.py"
         command = [sys.executable, script, "--device", self.args.device, *self.sized("compare")]
         command += ["--mlnt", self.args.mlnt, "--python", self.args.python, "--golden", self.args.golden]
+        limit = min(LIMITS[part], self.deadline - time.monotonic())
+        command += ["--orders", order, "--budget", max(limit - TO_END, 1)]
         if self.args.libtorch:
             command += ["--libtorch", self.args.libtorch]
         if self.args.programs:
             command += ["--programs", self.args.programs]
-        self.run("compare", [*command, "--out", self.file("compare.json")])
+        self.run(part, [*command, "--out", self.file(f"{name}.json")])
 
     def profile(self):
         if self.args.device == "cpu":
@@ -218,7 +232,12 @@ class Measure:
         for name in ("step", "step-batch"):
             lines += self.step_lines(self.read(name))
         lines += self.kernel_lines(self.read("kernels"), self.read("roof"))
-        compared = self.read("compare")
+        for name in ("compare", "compare-first"):
+            lines += self.peer_lines(self.read(name))
+        return lines
+
+    def peer_lines(self, compared):
+        lines = []
         for order, records in (compared or {"orders": {}})["orders"].items():
             lines += ["", f"peers, {order} order, M = {compared['shape']['branches']}: ms per step, times mlnt"]
             for label, r in records.items():
@@ -238,10 +257,11 @@ class Measure:
         return lines
 
     def kernel_lines(self, found, library):
-        """The longest launches, with the percentage of the engine's own roof and of a library's."""
+        """The longest launches, with the percentage of the roof that the benchmark took and of a library's."""
         if not found:
             return []
-        lines = ["", "longest launches of a step: ms in all, launches, TFLOP/s, GB/s, % of own roof, % of the library's"]
+        lines = ["", "longest launches of a step: ms in all, launches, TFLOP/s, GB/s, % of the benchmark's roof, % of the library's"]
+        lines += [f"  {r['precision']}: {'a library' if r['library'] else 'our own best'}, {r['best']}" for r in found["roofs"]]
         for r in found["rows"][:ROWS]:
             share = "-"
             if library and r["precision"] in library["flop_per_second"]:

@@ -198,6 +198,21 @@ fn a_benchmark_tells_its_precision() {
 }
 
 #[test]
+fn a_benchmark_times_steps_that_are_taken() {
+    let step = "bench-step --json --batch 4 --branches 1 --widths 2,4 --blocks 1,1 --steps 2 --warmup 1 --device";
+    let object = |flags: &str| object(&format!("{step} {flags}"));
+    let plain = object("cpu");
+    assert_eq!((&plain["taken"], &plain["scales"]), (&2.into(), &serde_json::json!([1.0, 1.0, 1.0])));
+    if mlnt::device::cuda::embedded::has_simt() {
+        // Found from the data: a first-order step has no second-order pass.
+        let (exact, first) = (object("simt --precision f16"), object("simt --precision f16 --first-order"));
+        assert_eq!((&exact["taken"], &first["taken"]), (&2.into(), &2.into()));
+        assert!(exact["scales"].as_array().unwrap().iter().all(|scale| scale.as_f64() > Some(1.0)), "{exact}");
+        assert_eq!(first["scales"][2], 1.0, "{first}");
+    }
+}
+
+#[test]
 fn info_says_what_a_device_computes_in() {
     let text = mlnt("info").stdout;
     assert!(text.contains("threads; f32 unless asked for f64"), "{text}");

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common.bounds import BOUNDS
 from common.turns import Engine, Served, take_turns
 
 HERE = Path(__file__).resolve().parent
@@ -39,10 +40,18 @@ PEERS = {
     "jax": ["jax_jit.py", "--style", "scan"],
     "jax-vmap": ["jax_jit.py", "--style", "vmap"],
 }
+# What is compared by default: the engine and every peer, each in a precision that fits the device. A peer that is not
+# installed, or cannot do it there, is listed with its reason.
+ENGINE = {"cpu": ["mlnt:f32"], "cuda": ["mlnt:f16", "mlnt:tf32"]}
+IN_PRECISION = {"cpu": {}, "cuda": {"eager": "tf32", "eager-shared": "tf32", "libtorch": "tf32"}}
+OTHERS = {"cpu": "f32", "cuda": "f16"}
 PROGRAMS = {
-    "cpu": "mlnt:f32,eager:f32,eager-shared:f32,libtorch:f32,jax:f32,compile:f32",
-    "cuda": "mlnt:f16,mlnt:tf32,eager:tf32,libtorch:tf32,graph:f16,jax:f16,compile:f16",
+    device: [*ENGINE[device], *(f"{name}:{IN_PRECISION[device].get(name, OTHERS[device])}" for name in PEERS)]
+    for device in ENGINE
 }
+# Version of the result's fields: a file of another one is not read as if it were of this.
+SCHEMA = 2
+ORDER_OF_TURNS = "as listed in the 1st, 3rd, … round, backwards in the 2nd, 4th, …"
 # The network of the comparison: on the CPU a small one, on a card PreAct ResNet-32 with CIFAR's images.
 SHAPES = {
     "cpu": {"widths": "8,16,32", "blocks": "1,1,1", "in_channels": 1, "size": "28x28", "branches": 4},
@@ -137,6 +146,9 @@ def summary(about, rounds):
         "device_seconds_per_step": statistics.median(r["device_seconds_per_step"] for r in rounds),
         "device_min": min(r["device_min"] for r in rounds),
         "device_max": max(r["device_max"] for r in rounds),
+        # Of the engine: all of them, or it would have been left out; and attempts that overflowed, which have no time.
+        "taken": sum(r["taken"] for r in rounds) if all("taken" in r for r in rounds) else None,
+        "overflows": sum(r["overflows"] for r in rounds) if all("overflows" in r for r in rounds) else None,
         "round_medians": [r["device_seconds_per_step"] for r in rounds],
         "peak_rss_bytes": most("peak_rss_bytes"),
         "rss_before_bytes": most("rss_before_bytes"),
@@ -201,6 +213,27 @@ def result_path(args, found):
     return ROOT / "benches" / "results" / f"{name}.json"
 
 
+def read_result(path):
+    """A result that this script wrote; ValueError for one of other fields, which could be read wrongly."""
+    found = json.loads(path.read_text())
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: a result of schema {schema}, not {SCHEMA}: measure again")
+    return found
+
+
+def show(path):
+    """Prints the table of a result; the exit status."""
+    try:
+        found = read_result(path)
+    except (OSError, ValueError) as why:
+        print(f"compare: {why}", file=sys.stderr)
+        return 1
+    print(f"{found.get('card') or found['cpu']}, mlnt {found['mlnt_commit']}, {found['date']}")
+    print(table(found["orders"], found["not_run"]))
+    return 0
+
+
 def arguments():
     def labels(text):
         for label in text.split(","):
@@ -220,7 +253,7 @@ def arguments():
     parser.add_argument("--libtorch", type=Path, help="the libtorch baseline's program [default: as it builds it]")
     parser.add_argument("--golden", type=Path, default=ROOT / "golden", help="folder of golden steps")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--programs", type=labels, metavar="NAME:PRECISION,…", help=f"[default: {PROGRAMS}]")
+    parser.add_argument("--programs", type=labels, metavar="NAME:PRECISION,…", help=f"[default: {'; '.join(','.join(p) for p in PROGRAMS.values())} by device]")
     parser.add_argument("--orders", type=orders, default=["exact", "first"], help="of exact,first")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=900.0, help="most seconds for a start or a round of a program")
@@ -237,12 +270,13 @@ def arguments():
     parser.add_argument("--peer-steps", type=int, default=5, help="timed steps of a peer per round")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--out", type=Path, help="the JSON file [default: in benches/results/, named by card or CPU]")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the table of a result")
     parser.add_argument("--self-test", action="store_true", help="try this script with stand-ins for all programs")
     args = parser.parse_args()
     for name, value in SHAPES[args.device].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.programs = args.programs or PROGRAMS[args.device].split(",")
+    args.programs = args.programs or PROGRAMS[args.device]
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     return args
@@ -252,6 +286,8 @@ def main():
     args = arguments()
     if args.self_test:
         return self_test()
+    if args.show:
+        return show(args.show)
     found = machine(args)
     print(f"{found.get('card') or found['cpu']}, mlnt {found['mlnt_commit']}", flush=True)
     orders, left_out = {}, {}
@@ -262,12 +298,14 @@ def main():
     warn_where_unsteady(orders)
     names = ("widths", "blocks", "in_channels", "size", "classes", "batch", "branches")
     result = found | {
+        "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": args.device,
         "shape": {name: getattr(args, name) for name in names},
         "recipe": args.recipe,
         "threads": args.threads,
         "rounds": args.rounds,
+        "order_of_turns": ORDER_OF_TURNS,
         "steps_per_round": {"mlnt": args.steps, "peers": args.peer_steps},
         "orders": orders,
         "not_run": left_out,
@@ -292,9 +330,9 @@ if name == "silent":
     time.sleep(600)
 times = {key: 0.002 for key in ("seconds_per_step", "min", "max", "device_min", "device_max")}
 times["device_seconds_per_step"] = {"verify": 0.001, "bench": 0.001}.get(name, 0.003)
-if name in ("verify", "bench"):
+if name in ("verify", "bench", "overflowed", "old"):
     open(log, "a").write(name + " ")
-    tell(times)
+    tell(times | {"steps": 4, "overflows": 1, "taken": {"overflowed": 3, "old": True}.get(name, 4)})
     sys.exit()
 tell({"check": []})
 for count, _ in enumerate(sys.stdin):
@@ -320,7 +358,22 @@ def self_test():
         programs["missing"] = Served([f"{folder}/nothing", "x"], 1.0)
         records, left_out = compare(programs, 3)
         turns = log.read_text().split()
-    expected = ["verify", "bench", "right", "short", "bench", "right", "short", "bench", "right"]
+        untaken = {f"mlnt:{name}": Engine(command("verify"), command(name), 60.0) for name in ("overflowed", "old")}
+        untaken_records, untaken_why = compare(untaken, 1)
+        result = Path(folder) / "result.json"
+
+        def refused(fields):
+            result.write_text(json.dumps(fields))
+            try:
+                read_result(result)
+            except ValueError:
+                return True
+            return False
+
+        schemas = [refused({"orders": {}}), refused({"schema": SCHEMA - 1}), refused([]), not refused({"schema": SCHEMA})]
+    expected = ["verify", "bench", "right", "short", "short", "right", "bench", "bench", "right"]
+    readme = (HERE / "README.md").read_text()
+    bounds = {row[1]: float(row[2]) for row in re.finditer(r"^\| (\w+) \| ([\d.e-]+) \|", readme, re.M)}
     reasons = {
         "refused": "meta_grad is off by",
         "short": "out of memory",
@@ -329,9 +382,14 @@ def self_test():
     }
     text = table({"exact": records}, {"exact": left_out})
     checks = {
-        "programs take turns": turns == expected,
+        "programs take turns, forwards and backwards": turns == expected,
         "those that are right are timed": list(records) == ["mlnt:f32", "right"],
         "the others are left out with the reason": all(why in left_out[name] for name, why in reasons.items()),
+        "every peer is a default": all({p.split(":")[0] for p in ps} == {"mlnt", *PEERS} for ps in PROGRAMS.values()),
+        "steps that were not taken are no result": not untaken_records and all("taken" in w for w in untaken_why.values()),
+        "steps taken are counted": (records["mlnt:f32"]["taken"], records["mlnt:f32"]["overflows"]) == (12, 3),
+        "results of other fields are refused": all(schemas),
+        "the README's bounds are the check's": bounds == BOUNDS,
         "ratio": abs(records["right"]["times_mlnt"] - 3.0) < 1e-12,
         "rounds are counted": len(records["right"]["round_medians"]) == 3,
         "the table says all": all(name in text for name in (*programs, "a note")),

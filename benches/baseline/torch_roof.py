@@ -2,7 +2,8 @@
 """The roof of a machine as a library reaches it: the best product of large matrices and the largest copy in PyTorch.
 
 Prints one JSON object: operations per second by precision, bytes per second read and written by a copy. On a card times
-are those of its events. It is what `percent of the roof` is measured against beside the engine's own kernels.
+are those of its events. Left in benches/results as NAME-roof.json, it is what our benchmarks' `percent of the roof` is of on
+this card; without it that is the best that the engine's own convolutions reach.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main():
     size = args.size or (8192 if card else 1024)
     precisions = list(TYPES) if card else ["f32"]
     found = {
+        "card": torch.cuda.get_device_name() if card else None,
         "torch": torch.__version__,
         "size": size,
         "flop_per_second": {precision: flops(args.device, precision, size) for precision in precisions},

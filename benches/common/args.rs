@@ -1,5 +1,6 @@
 //! The command line of the benchmarks.
 
+use super::roof::Roof;
 use mlnt::device::Device;
 use mlnt::train::choice::{DeviceKind, Precision, PrecisionChoice};
 use mlnt::train::open_device::open_device;
@@ -22,6 +23,9 @@ pub struct Common {
     /// Write all results to this JSON file.
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Where `baseline/torch_roof.py` has left a library's roof of this card, a file *roof.json.
+    #[arg(long, value_name = "FOLDER", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/results"))]
+    pub roofs: PathBuf,
     /// Passed by cargo bench.
     #[arg(long, hide = true)]
     pub bench: bool,
@@ -34,6 +38,11 @@ impl Common {
             [] => vec![PrecisionChoice::Auto.on(self.device)],
             ref named => named.to_vec(),
         }
+    }
+
+    /// What percentages are of, measured on a device of its own, which gives its memory back.
+    pub fn roof(&self, precision: Precision) -> Roof {
+        Roof::find(&self.roofs, self.device, &precision.to_string(), &mut *self.open(precision))
     }
 
     /// The device, or the end of the program with the reason why there is none.

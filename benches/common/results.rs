@@ -52,7 +52,8 @@ pub struct Row {
     pub bytes: u64,
     pub tflop_per_second: f64,
     pub gb_per_second: f64,
-    /// Time at the lower of the two measured roofs over the time taken, per cent.
+    /// Time at the lower of the two roofs over the time taken, per cent; more than 100 where a cache spares memory, or a library's
+    /// product was slower.
     pub percent_of_roof: f64,
 }
 
@@ -73,11 +74,7 @@ impl Results {
     /// From here on rows are of this device in this precision.
     pub fn begin(&mut self, device: String, precision: String, roof: Roof) {
         println!("{device}");
-        println!(
-            "measured roof: {:.3} TFLOP/s (a convolution), {:.1} GB/s (a copy)\n",
-            roof.flops / 1e12,
-            roof.bytes / 1e9
-        );
+        println!("{}\n", roof.text());
         self.device = device;
         self.roofs.push((precision, roof));
     }
@@ -85,8 +82,8 @@ impl Results {
     /// Adds what was timed, if it was.
     pub fn add(&mut self, name: String, count: usize, (flops, bytes): (u64, u64), samples: &Samples) {
         let Some([first_quartile, seconds, third_quartile]) = samples.quartiles() else { return };
-        let Some((precision, roof)) = self.roofs.last() else { return };
-        let at_roof = (flops as f64 / roof.flops).max(bytes as f64 / roof.bytes);
+        let Some((precision, roof)) = self.roofs.last_mut() else { return };
+        roof.raise(flops as f64 / seconds, || name.clone());
         self.rows.push(Row {
             name,
             precision: precision.clone(),
@@ -98,7 +95,7 @@ impl Results {
             bytes,
             tflop_per_second: flops as f64 / seconds / 1e12,
             gb_per_second: bytes as f64 / seconds / 1e9,
-            percent_of_roof: 100.0 * at_roof / seconds,
+            percent_of_roof: f64::NAN, // when all that can raise the roof is known
         });
     }
 
@@ -108,8 +105,18 @@ impl Results {
     }
 
     /// Writes the file that was asked for, with `more` beside the rows, and prints the table.
-    pub fn finish(&self, more: Value) {
+    pub fn finish(&mut self, more: Value) {
+        for row in &mut self.rows {
+            let Some((_, roof)) = self.roofs.iter().find(|(precision, _)| *precision == row.precision) else {
+                continue;
+            };
+            let at_roof = (row.flops as f64 / roof.flops).max(row.bytes as f64 / roof.bytes);
+            row.percent_of_roof = 100.0 * at_roof / row.seconds;
+        }
         self.write(more);
+        for (precision, roof) in &self.roofs {
+            println!("\n{precision}: {}", roof.text());
+        }
         let columns = ["ms", "quartiles", "TFLOP/s", "GB/s", "% of roof"];
         let [ms, quartiles, tflops, gbps, roof] = columns;
         println!("\n{ms:>10} {quartiles:>21} {tflops:>9} {gbps:>9} {roof:>9}  count  what");
@@ -130,7 +137,10 @@ impl Results {
 
     fn write(&self, more: Value) {
         let Some(out) = &self.common.out else { return };
-        let roof = |(precision, roof): &(String, Roof)| json!({ "precision": precision, "flop_per_second": roof.flops, "bytes_per_second": roof.bytes });
+        let roof = |(precision, roof): &(String, Roof)| {
+            json!({ "precision": precision, "flop_per_second": roof.flops, "bytes_per_second": roof.bytes,
+            "library": roof.library, "best": roof.best })
+        };
         let mut report = json!({
             "bench": self.bench,
             "device": self.device,

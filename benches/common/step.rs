@@ -1,6 +1,7 @@
 //! A training step on a device, with fresh random data for every run.
 
 use mlnt::device::{Device, HostSlice, PlanId};
+use mlnt::error::Result;
 use mlnt::mlnt::{
     KlScale, Recipe, Report, Scales, StateKind, StepScalars, StepSpec, Synthetic, record_step, state_name,
 };
@@ -9,6 +10,7 @@ use mlnt::plan::Plan;
 use mlnt::rng::{Purpose, below, normal, stream};
 use mlnt::train::choice;
 use mlnt::train::group::Group;
+use mlnt::train::timed_step::TimedStep;
 
 /// Which network a step is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -59,20 +61,18 @@ pub fn plan(spec: &StepSpec, device: &dyn Device) -> Plan {
 /// A step, loaded.
 pub struct Loaded {
     spec: StepSpec,
-    id: PlanId,
-    scalars: Vec<f64>,
+    step: TimedStep,
+    scales_found: bool,
     batches: u64,
 }
 
 impl Loaded {
     /// Loads `plan`, the plan of `spec`, and fills its states: random parameters, a teacher like the student.
     pub fn new(device: &mut dyn Device, spec: StepSpec, plan: Plan) -> Self {
-        // Scales of cotangents such as a first step finds.
-        let scales = Scales { inner: 4096.0, outer: 4096.0, second: 1_048_576.0, apply: true };
-        let (lr, momentum, weight_decay) = (0.02, 0.9, 1e-4);
+        let (lr, momentum, weight_decay, scales) = (0.02, 0.9, 1e-4, Scales::NONE);
         let scalars = StepScalars { lr, momentum, weight_decay, eta: 0.4, gamma: 0.999, lambda: 1.0, scales };
-        let scalars = scalars.in_order(&plan.scalars).collect();
-        let id = device.load(plan).unwrap();
+        let step = TimedStep::load(device, plan, spec.first_order, scalars).unwrap();
+        let id = step.plan();
         for owner in ["", "teacher."] {
             for (p, values) in spec.model.params().iter().zip(he_init(&spec.model, 1, 0)) {
                 let name = state_name(owner, StateKind::Param, &p.name);
@@ -81,7 +81,7 @@ impl Loaded {
         }
         let weights = vec![1.0 / spec.batch as f32; spec.batch];
         device.write_input(id, "class_weight", HostSlice::F32(&weights)).unwrap();
-        Loaded { spec, id, scalars, batches: 0 }
+        Loaded { spec, step, scales_found: false, batches: 0 }
     }
 
     /// Writes the next batch.
@@ -91,22 +91,46 @@ impl Loaded {
         self.batches += 1;
         let pixels = batch * model.in_channels * model.size[0] * model.size[1];
         let x: Vec<f32> = (0..pixels).map(|_| normal(&mut rng) as f32).collect();
-        device.write_input(self.id, "x", HostSlice::F32(&x)).unwrap();
+        device.write_input(self.step.plan(), "x", HostSlice::F32(&x)).unwrap();
         for (name, count) in [("y", *batch), ("y_syn", batch * branches)] {
             let labels: Vec<i32> = (0..count).map(|_| below(model.classes as u64, &mut rng) as i32).collect();
-            device.write_input(self.id, name, HostSlice::I32(&labels)).unwrap();
+            device.write_input(self.step.plan(), name, HostSlice::I32(&labels)).unwrap();
+        }
+    }
+
+    /// One step that is taken, by `run`, on a fresh batch. What overflowed is tried again and has no time; where no scales help, the
+    /// program ends.
+    fn taken<T>(&mut self, device: &mut dyn Device, run: impl Fn(&mut dyn Device, PlanId, &[f64]) -> Result<T>) -> T {
+        self.next_batch(device);
+        if !self.scales_found {
+            self.step.find_scales(device).unwrap();
+            self.scales_found = true;
+        }
+        loop {
+            match self.step.attempt(device, &run) {
+                Ok(Some(found)) => return found,
+                Ok(None) => {}
+                Err(error) => {
+                    eprintln!("error: {error}");
+                    std::process::exit(1);
+                }
+            }
         }
     }
 
     /// One step on a fresh batch; its seconds, without the copy of the batch.
     pub fn run(&mut self, device: &mut dyn Device) -> f64 {
-        self.next_batch(device);
-        device.run_timed(self.id, &self.scalars).unwrap()
+        self.taken(device, |device, id, scalars| device.run_timed(id, scalars))
     }
 
     /// One step, launch by launch.
     pub fn time_launches(&mut self, device: &mut dyn Device) -> Vec<(usize, f64)> {
+        self.taken(device, |device, id, scalars| device.time_launches(id, scalars))
+    }
+
+    /// The launches of one run, for a profiler: no run before it, so that nothing is scaled and the step may not be taken.
+    pub fn profiled(&mut self, device: &mut dyn Device) -> Vec<(usize, f64)> {
         self.next_batch(device);
-        device.time_launches(self.id, &self.scalars).unwrap()
+        device.time_launches(self.step.plan(), &self.step.scalars()).unwrap()
     }
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::console::say;
 use super::plan::PlanArgs;
-use crate::device::HostSlice;
+use crate::device::{Device, HostSlice};
 use crate::error::Result;
 use crate::mlnt::{Report, Scales, StateKind, StepScalars, record_step, state_name};
 use crate::model::he_init;
@@ -15,6 +15,7 @@ use crate::ops::Operation;
 use crate::rng::{Purpose, below, normal, stream};
 use crate::train::engine::step_spec;
 use crate::train::open_device::open_device_with;
+use crate::train::timed_step::TimedStep;
 
 /// The arguments of `mlnt bench-step`: those of `plan`, and how often to run.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
@@ -64,7 +65,7 @@ fn by_operation(launches: &[&'static str], times: &[(usize, f64)]) -> Vec<(&'sta
 /// Runs `mlnt bench-step`.
 ///
 /// # Errors
-/// For settings that are no step.
+/// For settings that are no step, and when a step cannot be taken: a time would mean nothing.
 pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let before = peak_rss();
     let mut config = args.plan.config()?;
@@ -74,14 +75,12 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     let (mut device, why) = (opened.device, opened.text);
     let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
     let plan = config.group.plan(&tape, &device.plan_options(), device.machine())?;
-    // Scales of cotangents such as a first step finds.
-    let scales = Scales { inner: 4096.0, outer: 4096.0, second: 1_048_576.0, apply: true };
-    let scalars =
-        StepScalars { lr: 0.05, momentum: 0.9, weight_decay: 1e-4, eta: 0.4, gamma: 0.99, lambda: 1.0, scales };
-    let scalars: Vec<f64> = scalars.in_order(&plan.scalars).collect();
+    let (lr, momentum, weight_decay, scales) = (0.05, 0.9, 1e-4, Scales::NONE);
+    let scalars = StepScalars { lr, momentum, weight_decay, eta: 0.4, gamma: 0.99, lambda: 1.0, scales };
     let memory = device.plan_bytes(&plan)?;
     let launches: Vec<&'static str> = plan.launches.iter().map(|l| l.op.name()).collect();
-    let id = device.load(plan)?;
+    let mut timed = TimedStep::load(&mut *device, plan, config.is_first_order(), scalars)?;
+    let id = timed.plan();
     for owner in ["", "teacher."] {
         for (p, values) in model.params().iter().zip(he_init(&model, 1, 0)) {
             device.write_state(&state_name(owner, StateKind::Param, &p.name), HostSlice::F32(&values))?;
@@ -89,7 +88,6 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
     }
     let k = config.batch;
     let weights = vec![1.0 / k as f32; k];
-    let (mut loss, mut finite) = (Vec::new(), vec![1.0]);
     let (mut seconds, mut own_seconds) = (Vec::with_capacity(args.steps), Vec::with_capacity(args.steps));
     for step in 0..args.warmup + args.steps.max(1) {
         let mut rng = stream(1, Purpose::Test, step as u64, 0);
@@ -98,32 +96,42 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<u8> {
         let mut labels =
             |n: usize| -> Vec<i32> { (0..n).map(|_| below(input.classes as u64, &mut rng) as i32).collect() };
         let (y, y_syn) = (labels(k), labels(k * config.branches));
-        let start = Instant::now();
-        device.write_input(id, "x", HostSlice::F32(&x))?;
-        device.write_input(id, "y", HostSlice::I32(&y))?;
-        device.write_input(id, "y_syn", HostSlice::I32(&y_syn))?;
-        device.write_input(id, "class_weight", HostSlice::F32(&weights))?;
-        let own = device.run_timed(id, &scalars)?;
-        let of_scales = config.scaled().then_some(("finite", &mut finite));
-        device.read_outputs_into(id, &mut std::iter::once(("class_loss", &mut loss)).chain(of_scales))?;
+        let write = |device: &mut dyn Device| -> Result<()> {
+            device.write_input(id, "x", HostSlice::F32(&x))?;
+            device.write_input(id, "y", HostSlice::I32(&y))?;
+            device.write_input(id, "y_syn", HostSlice::I32(&y_syn))?;
+            device.write_input(id, "class_weight", HostSlice::F32(&weights)).map(drop)
+        };
+        if step == 0 {
+            write(&mut *device)?;
+            timed.find_scales(&mut *device)?;
+        }
+        // What overflowed was no step and is no time of one.
+        let (start, own) = loop {
+            let start = Instant::now();
+            write(&mut *device)?;
+            let run = |device: &mut dyn Device, id, scalars: &[f64]| device.run_timed(id, scalars);
+            if let Some(own) = timed.attempt(&mut *device, run)? {
+                break (start, own);
+            }
+        };
         if step >= args.warmup {
             seconds.push(start.elapsed().as_secs_f64());
             own_seconds.push(own);
         }
     }
     if args.by_operation {
-        for (name, (kernels, time)) in by_operation(&launches, &device.time_launches(id, &scalars)?) {
+        for (name, (kernels, time)) in by_operation(&launches, &device.time_launches(id, &timed.scalars())?) {
             say(format_args!("{:>10.3} ms {kernels:>5} x {name}", 1e3 * time))?;
         }
     }
-    if finite != [1.0] && !args.plan.json {
-        say("note: the last step overflowed f16 and was not taken; its time is that of a step all the same")?;
-    }
+    let scales = timed.scales();
     let ([median, min, max], [own, own_min, own_max]) = (spread(&mut seconds), spread(&mut own_seconds));
     match args.plan.json {
         true => say(json!({ "seconds_per_step": median, "min": min, "max": max, "steps": seconds.len(),
                     "device_seconds_per_step": own, "device_min": own_min, "device_max": own_max, "peak_device_bytes": memory,
-                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "taken": finite == [1.0], "device": device.describe(),
+                    "peak_rss_bytes": peak_rss(), "rss_before_bytes": before, "taken": seconds.len(),
+                    "overflows": timed.overflows(), "scales": [scales.inner, scales.outer, scales.second], "device": device.describe(),
                     "precision": opened.precision.to_string() }))?,
         false => {
             let memory = peak_rss().map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6));

@@ -34,6 +34,13 @@ pub enum Passes {
     Exact,
 }
 
+impl Passes {
+    /// Those of an MLNT step.
+    pub fn of_mlnt(first_order: bool) -> Self {
+        if first_order { Passes::FirstOrder } else { Passes::Exact }
+    }
+}
+
 /// The largest of `from, from − STRIDE, …` that `finite` accepts, or about LOWEST where it accepts none.
 fn largest(from: i32, mut finite: impl FnMut(i32) -> Result<bool>) -> Result<i32> {
     let mut exponent = from;

@@ -150,8 +150,7 @@ impl Phase {
     /// The backward passes of its steps that have a scale of their own.
     pub(super) fn passes(self, config: &Config) -> Passes {
         match self {
-            Phase::Mlnt if config.is_first_order() => Passes::FirstOrder,
-            Phase::Mlnt => Passes::Exact,
+            Phase::Mlnt => Passes::of_mlnt(config.is_first_order()),
             _ => Passes::Inner,
         }
     }

@@ -1,7 +1,7 @@
 //! Training: what a run is asked to do ([`config`]), the data it reads ([`prepare`]), the networks on their device
 //! ([`engine`], [`evaluation`]), what a method does ([`method`], [`by_logits`]) and remembers ([`memory`]), the loop ([`run`]), what iterations hand on ([`filter`],
 //! [`snapshot`]), what it leaves behind ([`run_dir`], [`checkpoint`], [`metrics`], [`event_file`]) and how it is summed
-//! up ([`summary`], [`table`]); and several runs side by side ([`compare`]).
+//! up ([`summary`], [`table`]); and several runs side by side ([`compare`]). Benchmarks time a step outside a run ([`timed_step`]).
 
 pub mod by_logits;
 pub mod checkpoint;
@@ -30,5 +30,6 @@ pub mod snapshot;
 pub mod summary;
 pub mod table;
 mod tensor_file;
+pub mod timed_step;
 mod toml_file;
 mod validate;

@@ -11,11 +11,6 @@ from .spec import STATES, Network, Step
 FOLDER = Path(__file__).resolve().parents[3] / "golden"
 DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "U8": np.uint8}
 
-# Largest relative error of a group. In single precision and below a ReLU's operand may be rounded over zero, and from
-# there on another function is computed: only the error in double precision says that the program is right, the others
-# that nothing is wrong with the precision. They are those of `mlnt verify` against the file.
-BOUNDS = {"f64": 1e-10, "f32": 0.1, "tf32": 0.3, "f16": 0.3, "bf16": 0.5}
-
 GROUPS = ("target", "inner_loss", "consistency", "meta_grad", "class_loss", *STATES)
 
 

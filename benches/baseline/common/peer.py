@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .golden import BOUNDS, FOLDER, Golden
+from .bounds import BOUNDS
+from .golden import FOLDER, Golden
 from .spec import Network, fresh_state, random_batch, recipe_step
 
 REFUSED = 3  # exit status of a peer that cannot do what is asked, or does it wrong
@@ -128,13 +129,13 @@ def self_test(peer_type, args):
     failed = False
     for golden in fitting(peer_type, args):
         right = golden.step(args.first_order)
-        # Low precision cannot tell the smaller faults from rounding: that is what double precision is for.
+        # Below f32 the smaller faults cannot be told from rounding: that is what double precision is for.
         faults = {"none": {}, "sign of α": {"alpha": -right.alpha}}
         fine = {"sign of γ": {"gamma": -right.gamma}, "sign of the momentum": {"momentum": -right.momentum}}
         fine |= {"sign of η": {"eta": -right.eta}, "no second order": {"first_order": True}}
         timed = [args.precision] if golden.config["arch"] == "preact_resnet" else []
         for precision in dict.fromkeys(("f64", *timed)):
-            more = fine if precision == "f64" and not args.first_order else {}
+            more = fine if precision in ("f64", "f32") and not args.first_order else {}
             for fault, change in (faults | more).items():
                 wrong = dataclasses.replace(right, **change)
                 worst = max(golden_errors(peer_type, golden, wrong, precision, args).values())

@@ -45,6 +45,10 @@ class Engine:
         found = first_object(reversed(self.output(self.bench).splitlines()))
         if found is None:
             raise NotRun("printed no JSON object")
+        taken, steps = found.get("taken"), found.get("steps")
+        # `True == 1`: an older program said so of its last step alone.
+        if isinstance(taken, bool) or not isinstance(taken, int) or taken != steps:
+            raise NotRun(f"not every timed step is said to be taken (taken: {taken}, steps: {steps}): the times mean nothing")
         return found
 
     def output(self, command):
@@ -153,7 +157,8 @@ START_SHARE = 0.75  # of all the time, for starts; the rest is for rounds
 
 
 def take_turns(programs, rounds, say, budget=float("inf")):
-    """Starts all programs, runs `rounds` rounds of each in turn and ends them.
+    """Starts all programs, runs `rounds` rounds of each in turn and ends them. Every other round goes backwards, so that
+    no program always stands behind the same one.
 
     programs: {label: Engine or Served}. After `budget` seconds no further round is begun. Returns ({label: (what it said
     at the start, its rounds)}, {label: why not}).
@@ -184,7 +189,7 @@ def take_turns(programs, rounds, say, budget=float("inf")):
             if round_ > 0 and time.monotonic() - begin > budget:
                 say(f"only {round_} rounds: the time is over")
                 break
-            for label in list(done):
+            for label in list(done) if round_ % 2 == 0 else list(reversed(done)):
                 found = attempt(label, programs[label].round)
                 if found is not None:
                     done[label][1].append(found)
