@@ -33,7 +33,7 @@ struct CellTile {
 
     template <class F>
     DEVICE void each(F f) {
-        const uint32_t thread = again(threadIdx.x);
+        const uint32_t thread = thread_again();
         const int lane = int(thread % 32), column = lane % 4 * 2;
         const int row = int(thread / 128) * OF_GROUP * CELL_PIXELS + int(thread % 128 / 32) * 16 + lane / 4;
         for (int m = 0; m < OF_GROUP; ++m) {
@@ -60,7 +60,7 @@ struct CellWeights {
     }
     static DEVICE void load(const ConvProduct& p, const Patch& patch, const Source& w, uint32_t column, uint32_t slice,
                             unsigned char* slot) {
-        const uint32_t number = threadIdx.x % NUMBER, line = number / LINE, along = number % LINE;
+        const uint32_t thread = thread_again(), number = thread % NUMBER, line = number / LINE, along = number % LINE;
         const uint32_t k = FPROP ? column + line : slice + line, c = (FPROP ? slice : column) + along * 8;
         const uint32_t channels = uint32_t(FPROP ? p.image_channels : p.columns);
         const bool there = c < channels && k < uint32_t(FPROP ? p.columns : p.image_channels);
@@ -68,7 +68,7 @@ struct CellWeights {
         const int32_t step = FPROP ? 1 : p.stride, taps = patch.taps_down * patch.taps_across;
         slot += (along * PITCH + line) * GRANULE;
         ROLLED
-        for (int32_t tap = int32_t(threadIdx.x) / NUMBER; tap < taps; tap += CELL_FLIGHT * ABREAST) {
+        for (int32_t tap = int32_t(thread) / NUMBER; tap < taps; tap += CELL_FLIGHT * ABREAST) {
             Chunk chunks[CELL_FLIGHT];
             UNROLLED
             for (int i = 0; i < CELL_FLIGHT; ++i) {
@@ -89,121 +89,184 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     using Weights = CellWeights<FORM, Operand, WIDTH>;
     // What follows a product takes twice the shared memory of a block of 64 columns than of one of 32: it is done by halves.
     constexpr int HALVES = WIDTH / 32, OF_GROUP = 2 / HALVES;
+    // Whether there are registers for the next patch's first products while a patch is finished.
+    constexpr bool EARLY = FORM == Form::FPROP || !PAIRS || WIDTH == 64;
     const uint32_t patches = uint32_t(p.row_tiles) / HALVES, runs = (patches + tiling.run - 1) / tiling.run;
-    ConvPlace place;
+    ConvPlace place = {};
     place.column_tile = uniform(block % p.column_tiles);
     block /= p.column_tiles;
     const uint32_t run = uniform(block % runs);
     block /= runs;
     place.split = uniform(block % p.splits);
     place.branch = uniform(block / p.splits);
-    const uint32_t first_patch = run * tiling.run;
-    const uint32_t last_patch = patches - first_patch < uint32_t(tiling.run) ? patches : first_patch + tiling.run;
+    const uint32_t first_patch = uniform(run * tiling.run);
+    const uint32_t last_patch = uniform(patches - first_patch < uint32_t(tiling.run) ? patches : first_patch + tiling.run);
     const uint64_t iterations = uint64_t(p.inner_tiles) * uint32_t(p.segments);
     const uint32_t first = uniform(uint32_t(iterations * place.split / p.splits));
     const uint32_t all = uniform(uint32_t(iterations * (place.split + 1) / p.splits) - first);
     const uint32_t column = place.column_tile * WIDTH;
 
-    auto& tables = *shared_memory<CellTables>();
+    auto& tables = *shared_memory<CellRows>();
     unsigned char* shared = shared_memory<unsigned char>();
-    const CellHalo halo(p, tiling, patch_of<FORM>(p, 0).pixel_step);
+    HaloPixel* places = reinterpret_cast<HaloPixel*>(shared + tiling.places);
+    const Patch any = patch_of<FORM>(p, 0);
+    const CellHalo halo(p, tiling, any.pixel_step);
     const uint64_t image_matrix = wgmma_matrix(shared_address(shared + tiling.halos), uint32_t(tiling.halo_pitch) * GRANULE,
                                                halo.step * halo.line() * GRANULE);
     const uint64_t weight_matrix = Weights::matrix(shared_address(shared + tiling.matrices));
+
+    // Iterations are counted from the first of each patch on, since all patches have the same channels of the same branches, and over all
+    // patches: that is `turn`.
+    const auto step_of = [&](uint32_t i) { return cell_step(p, place.branch, first + i); };
+    const auto term_of = [&](const ConvStep& step) -> const ConvTerm& {
+        return FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
+    };
+    const auto made_of = [&](const ConvStep& step) {
+        if (PAIRS && p.image.at && !(FORM == Form::FPROP && step.second)) return Made::PAIR;
+        return FORM == Form::FPROP && term_of(step).norm ? Made::NORM : Made::PLAIN;
+    };
+    const auto describe = [&](uint32_t i, uint32_t slot) {
+        const ConvStep step = step_of(i);
+        tables.describe_image<FORM, PAIRS>(p, made_of(step), step.branch, step.inner_tile * SLICE, slot);
+    };
+    // The patch that is loaded, or was loaded last, and its number; those without taps are passed over.
+    Patch patch = any;
+    uint32_t loaded = first_patch;
+    // With a slot for each iteration weights are loaded where the phase changes; the products of the iteration before must not read the same
+    // slot then.
+    const bool keeps = tiling.keeps && (FORM != Form::DGRAD || p.stride == 1 || all > 1);
+    bool loads = true;
     int32_t held = -1;  // the phase whose weights were loaded last
-    for (uint32_t number = first_patch; number < last_patch; ++number) {
-        const Patch patch = cell_patch<FORM>(p, number);
-        const int32_t taps = patch.taps_down * patch.taps_across;
-        const uint32_t count = taps == 0 ? 0 : all;
+    const auto find = [&] {
+        for (; loaded < last_patch; ++loaded) {
+            patch = cell_patch<FORM>(p, loaded);
+            if (FORM != Form::DGRAD || patch.taps_down * patch.taps_across > 0) break;
+        }
         const int32_t phase = FORM == Form::DGRAD ? patch.phase_down * p.stride + patch.phase_across : 0;
-        const bool loads = !tiling.keeps || held != phase;
+        loads = !keeps || held != phase;
         held = phase;
+    };
+    const auto slot_of_weights = [&](uint32_t i, uint32_t turn) { return (keeps ? i : turn % 2) * uint32_t(tiling.matrix_bytes); };
+    const auto fill = [&](uint32_t i, uint32_t turn) {
+        const ConvStep step = step_of(i);
+        const ConvTerm& term = term_of(step);
+        const uint32_t slice = step.inner_tile * SLICE;
+        const Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image = {
+            {term.image, step.branch * term.image_branch, term.image_half}, step.branch, made_of(step)};
+        load_halo<HELD_OF<WIDTH>>(p, patch, halo, places, image, int32_t(slice), tables.image[turn % 2],
+                                  shared + tiling.halos + turn % 2 * tiling.halo_step);
+        if (loads) {
+            const Source matrix = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
+            Weights::load(p, patch, matrix, column, slice, shared + tiling.matrices + slot_of_weights(i, turn));
+        }
+        copies_done();
+        fence_operands();
+    };
+    tables.describe(p, halo, place);
+    describe_halo(p, halo, any.halo_step, places);
+    for (uint32_t i = 0; i < 2; ++i) describe(i % all, i);
+    find();
+    sync_threads();
+    if (loaded < last_patch) fill(0, 0);
+    sync_threads();
 
-        const auto step_of = [&](uint32_t i) { return cell_step(p, place.branch, first + i); };
-        const auto term_of = [&](const ConvStep& step) -> const ConvTerm& {
-            return FORM == Form::FPROP && step.second ? p.terms[1] : p.terms[0];
-        };
-        const auto made_of = [&](const ConvStep& step) {
-            if (PAIRS && p.image.at && !(FORM == Form::FPROP && step.second)) return Made::PAIR;
-            return FORM == Form::FPROP && term_of(step).norm ? Made::NORM : Made::PLAIN;
-        };
-        const auto describe = [&](uint32_t i) {
-            const ConvStep step = step_of(i);
-            tables.describe_image<FORM, PAIRS>(p, made_of(step), step.branch, step.inner_tile * SLICE, i % 2);
-        };
-        const auto fill = [&](uint32_t i) {
-            const ConvStep step = step_of(i);
-            const ConvTerm& term = term_of(step);
-            const uint32_t slice = step.inner_tile * SLICE;
-            const Prologue<Operand, IMAGE_PAIR<FORM>, PAIRS> image = {
-                {term.image, step.branch * term.image_branch, term.image_half}, step.branch, made_of(step)};
-            load_halo<FLIGHT_OF<FORM, WIDTH, PAIRS>>(p, patch, halo, image, int32_t(slice), tables.image[i % 2],
-                                                     shared + tiling.halos + i % 2 * tiling.halo_bytes);
-            if (loads) {
-                const Source matrix = {term.matrix, step.branch * term.matrix_branch, term.matrix_half};
-                Weights::load(p, patch, matrix, column, slice,
-                              shared + tiling.matrices + i % tiling.matrix_slots * tiling.matrix_bytes);
-            }
-            copies_done();
-            fence_operands();
-        };
-        // What follows a product uses this memory too.
-        if (number > first_patch) sync_threads();
-        if (threadIdx.x < CELLS) tables.cells[threadIdx.x] = halo.cell(p, int(threadIdx.x));
-        for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i);
-        sync_threads();
-        if (count > 0) fill(0);
-        sync_threads();
-
-        CellTile<Operand, WIDTH, 2> tile;
-        tile.clear();
-        for (uint32_t i = 0; i < count; ++i) {
-            const uint32_t image = i % 2 * uint32_t(tiling.halo_bytes) / GRANULE;
-            uint32_t cell[2];
-            for (int m = 0; m < 2; ++m) cell[m] = tables.cells[int(threadIdx.x) / 128 * 2 + m];
-            uint32_t weights = i % tiling.matrix_slots * uint32_t(tiling.matrix_bytes) / GRANULE;
-            for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
-            wgmma_fence();
-            for (int32_t down = 0; down < patch.taps_down; ++down) {
-                ROLLED
-                for (int32_t across = 0; across < patch.taps_across; ++across) {
-                    // In dgrad taps go up and left.
-                    const int32_t h = FORM == Form::DGRAD ? patch.taps_down - 1 - down : down;
-                    const int32_t w = FORM == Form::DGRAD ? patch.taps_across - 1 - across : across;
-                    const uint32_t at = image + halo.tap(uint32_t(h), uint32_t(w));
-                    for (int k = 0; k < SLICE / 16; ++k) {
-                        for (int m = 0; m < 2; ++m) {
-                            Operand::template wgmma<false, FORM == Form::DGRAD>(
-                                tile.d[m], wgmma_behind(image_matrix, at + cell[m] + k * 2 * halo.pitch),
-                                wgmma_behind(weight_matrix, weights + k * Weights::SECOND));
-                        }
+    CellTile<Operand, WIDTH, 2> tile;
+    uint32_t turn = 0;
+    // The products of iteration `i` of the patch that is loaded, in turn `turn`.
+    const auto start = [&](uint32_t i) {
+        uint32_t cell[2];
+        for (int m = 0; m < 2; ++m) cell[m] = uniform(tables.cells[thread_again() / 128 * 2 + m]);
+        uint32_t line = turn % 2 * uint32_t(tiling.halo_step) / GRANULE;
+        uint32_t weights = slot_of_weights(i, turn) / GRANULE;
+        // In dgrad taps go up and left.
+        if (FORM == Form::DGRAD) line += halo.tap(uint32_t(patch.taps_down) - 1, uint32_t(patch.taps_across) - 1);
+        for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+        wgmma_fence();
+        for (int32_t down = 0; down < patch.taps_down; ++down) {
+            uint32_t at = line, in_pixel = 0;
+            ROLLED
+            for (int32_t across = 0; across < patch.taps_across; ++across) {
+                for (int k = 0; k < SLICE / 16; ++k) {
+                    for (int m = 0; m < 2; ++m) {
+                        Operand::template wgmma<false, FORM == Form::DGRAD>(
+                            tile.d[m], wgmma_behind(image_matrix, at + cell[m] + k * 2 * halo.pitch),
+                            wgmma_behind(weight_matrix, weights + k * Weights::SECOND));
                     }
-                    weights += Weights::TAP;
+                }
+                weights += Weights::TAP;
+                if (FORM == Form::DGRAD) {
+                    --at;
+                } else {
+                    // `CellHalo::column` of the next.
+                    at += halo.sorted;
+                    if (++in_pixel == halo.step) {
+                        at -= halo.step * halo.sorted - 1;
+                        in_pixel = 0;
+                    }
                 }
             }
-            wgmma_commit();
-            // Its slot served this iteration's halo, which is loaded.
-            if (i + 2 < count) describe(i + 2);
-            if (i + 1 < count) fill(i + 1);
+            line += FORM == Form::DGRAD ? -halo.line() : halo.line();
+        }
+        wgmma_commit();
+    };
+    bool started = false;  // the first products of this patch, while the one before was finished
+    for (uint32_t number = first_patch; number < last_patch; number = uniform(number + 1)) {
+        const bool has_taps = FORM != Form::DGRAD || number == loaded;
+        if (!started) tile.clear();
+        if (has_taps) {
+            uint32_t i = 0;
+            do {
+                if (!started) start(i);
+                started = false;
+                if (i == 0) tables.describe_rows(p, patch);
+                // Its slot served this turn's halo, which is loaded.
+                if (all > 2 && (i + 2 < all || number + 1 < last_patch)) describe(i + 2 < all ? i + 2 : i + 2 - all, turn % 2);
+                const bool within = i + 1 < all;
+                if (!within) {
+                    ++loaded;
+                    find();
+                }
+                if (within || loaded < last_patch) fill(within ? i + 1 : 0, turn + 1);
+                wgmma_wait();
+                for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+                sync_threads();
+                ++turn;
+            } while (++i < all);
+        } else {
+            tables.describe_rows(p, cell_patch<FORM>(p, number));
+            // There are no products under way, which the compiler does not see.
             wgmma_wait();
             for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+            tile.clear();
             sync_threads();
         }
-        const auto column_of = [&](int c) { return column + c; };
+        // In the slot that the last turn read, and the next but one will be loaded to.
+        unsigned char* finish = shared + tiling.finish + (turn + 1) % 2 * tiling.finish_step;
+        ConvPlace place = tables.place;
+        const auto column_of = [&](int c) { return place.column_tile * WIDTH + c; };
+        using Part = CellTile<Operand, WIDTH, OF_GROUP>;
+        const CellTile<Operand, WIDTH, 2> made = tile;
         for (int half = 0; half < HALVES; ++half) {
             place.row_tile = HALVES * number + half;
             const auto row = [&](int r) {
                 const int cell = r / CELL_PIXELS;
                 const int of_patch = HALVES == 1 ? cell : 2 * cell + half;
-                return row_of(p, patch, cell_pixel(p, of_patch * CELL_PIXELS + r % CELL_PIXELS));
+                return tables.rows[of_patch * CELL_PIXELS + r % CELL_PIXELS];
             };
             // One copy of the code that follows, and no array that is indexed at run time.
-            CellTile<Operand, WIDTH, OF_GROUP> part;
+            Part part;
             for (int m = 0; m < OF_GROUP; ++m) {
-                for (int i = 0; i < WIDTH / 2; ++i) part.d[m][i] = half == 0 ? tile.d[m][i] : tile.d[1][i];
+                for (int i = 0; i < WIDTH / 2; ++i) part.d[m][i] = half == 0 ? made.d[m][i] : made.d[1][i];
             }
-            if (half > 0) sync_threads();
-            conv_finish<Operand, CellTile<Operand, WIDTH, OF_GROUP>, FORM>(p, place, part, row, column_of);
+            conv_finish<Operand, Part, FORM>(*reinterpret_cast<ConvFinish<Part>*>(finish), p, place, part, row, column_of, [&] {
+                if (EARLY && half == 0 && number + 1 == loaded && loaded < last_patch) {
+                    tile.clear();
+                    start(0);
+                    started = true;
+                }
+            });
+            // It is written to again.
+            sync_threads();
         }
     }
 }

@@ -48,7 +48,7 @@ WARPGROUPS = "conv2d_wgmma_"
 # The line by which a source says that it is for one architecture alone.
 ONLY_90A = "#define KERNEL_SM_90A"
 
-Kernel = namedtuple("Kernel", "registers stack local shared local_accesses tensor instructions loop")
+Kernel = namedtuple("Kernel", "registers stack local shared local_accesses tensor instructions loops")
 Fault = namedtuple("Fault", "kernel arch what")
 
 
@@ -67,44 +67,45 @@ def parse_resources(text):
     return functions
 
 
-def operands(instruction):
-    """The type of a tensor-core instruction's operands, None for other instructions. HFMA2.MMA is not one."""
+def operands(instruction, arguments=""):
+    """The type of a tensor-core instruction's operands, None for other instructions. HFMA2.MMA is not one, nor an HGMMA on no
+    descriptor and to no register, which is how ptxas waits."""
     parts = instruction.split(".")
-    if parts[0] not in ("HMMA", "HGMMA"):
+    if parts[0] not in ("HMMA", "HGMMA") or "gdesc[URZ]" in arguments:
         return None
     return "bf16" if "BF16" in parts else "tf32" if "TF32" in parts else "f16"
 
 
 def parse_sass(text):
     """`cuobjdump -sass`: for each function the number of LDL and STL, of tensor-core instructions by operand type and by name, and
-    its densest loop."""
+    its loops over them."""
     functions, current = {}, None
     for line in text.splitlines():
         if found := re.match(r"\s*Function : (\S+)$", line):
             current = functions.setdefault(found[1], [])
         elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
             target = re.search(r"0x([0-9a-f]+)\s*$", found[3]) if found[2].startswith("BRA") else None
-            current.append((int(found[1], 16), found[2], int(target[1], 16) if target else None))
+            current.append((int(found[1], 16), found[2], int(target[1], 16) if target else None, operands(found[2], found[3])))
     result = {}
     for name, code in functions.items():
-        local = Counter(op.split(".")[0] for _, op, _ in code if op.split(".")[0] in ("LDL", "STL"))
-        tensor = Counter(kind for _, op, _ in code if (kind := operands(op)))
-        instructions = Counter(op.split(".")[0] for _, op, _ in code if operands(op))
-        result[name] = local, tensor, instructions, densest_loop(code)
+        local = Counter(op.split(".")[0] for _, op, _, _ in code if op.split(".")[0] in ("LDL", "STL"))
+        tensor = Counter(kind for *_, kind in code if kind)
+        instructions = Counter(op.split(".")[0] for _, op, _, kind in code if kind)
+        result[name] = local, tensor, instructions, product_loops(code)
     return result
 
 
-def densest_loop(code):
-    """Tensor-core and all instructions of the loop with the largest part of the first, (0, 0) where no loop has any.
-    `code` lists address, instruction and, of a branch, target."""
-    best = 0, 0
-    for end, _, start in code:
+def product_loops(code):
+    """Tensor-core and other instructions of every loop that has some of the first, and no such loop within, by address.
+    `code` lists address, instruction, of a branch its target, and the type of a tensor-core instruction's operands."""
+    loops = {}
+    for end, _, start, _ in code:
         if start is not None and start <= end:
-            body = [op for at, op, _ in code if start <= at <= end]
-            count = sum(1 for op in body if operands(op))
-            if count * best[1] > best[0] * len(body) or (count and not best[1]):
-                best = count, len(body)
-    return best
+            body = [kind for at, _, _, kind in code if start <= at <= end]
+            if count := sum(1 for kind in body if kind):
+                loops[start, end] = count, len(body) - count
+    inner = lambda a, b: a != b and b[0] <= a[0] and a[1] <= b[1]
+    return tuple(loops[loop] for loop in sorted(loops) if not any(inner(other, loop) for other in loops))
 
 
 def inspect(cubin, arch, cuobjdump):
@@ -115,10 +116,10 @@ def inspect(cubin, arch, cuobjdump):
         raise Failure(f"{cubin}: resources of {sorted(resources)}, but instructions of {sorted(sass)}")
     kernels = {}
     for name, use in resources.items():
-        local, tensor, instructions, loop = sass[name]
+        local, tensor, instructions, loops = sass[name]
         # For sm_90 the figure includes the system's share, where there is shared memory at all.
         shared = max(0, use["SHARED"] - (SYSTEM_SHARED if arch == "sm_90a" else 0))
-        kernels[name] = Kernel(use["REG"], use["STACK"], use["LOCAL"], shared, local.total(), tensor, instructions, loop)
+        kernels[name] = Kernel(use["REG"], use["STACK"], use["LOCAL"], shared, local.total(), tensor, instructions, loops)
     return kernels
 
 
@@ -259,19 +260,20 @@ def render(version, threads, tables, steps):
         "- *shared*: bytes of shared memory that a block may ask for at its launch without making the warps fewer.",
         "- *local*: bytes of stack and local memory / number of LDL and STL instructions; must be 0 / 0.",
         "- *tensor*: HMMA and HGMMA instructions in the code (not: executed), by the type of their operands.",
-        "- *loop*: those and all instructions of the loop that has the largest part of them, with branches that are seldom taken.",
+        "- *loops*: the ratio of those to all other instructions in each innermost loop over them, with branches that are seldom taken. A kernel",
+        "  of both gradients has a loop of each, one of a tangent a loop of each kind of operand.",
         "",
     ]
     for arch, kernels in tables.items():
         lines += [f"## {arch}", ""]
-        lines += ["| kernel | threads | registers | warps | shared | static shared | local | tensor | loop |"]
+        lines += ["| kernel | threads | registers | warps | shared | static shared | local | tensor | loops |"]
         lines += ["|---|--:|--:|--:|--:|--:|--:|---|--:|"]
         for name, kernel in kernels.items():
             warps, room = occupancy(arch, threads[name], kernel.registers, kernel.shared)
             share = round(100 * warps / ARCHITECTURES[arch].warps)
             tensor = ", ".join(f"{count} {kind}" for kind, count in sorted(kernel.tensor.items())) or "–"
             local = f"{kernel.stack + kernel.local} / {kernel.local_accesses}"
-            loop = f"{kernel.loop[0]} / {kernel.loop[1]}" if kernel.loop[0] else "–"
+            loop = ", ".join(f"{products} : {others}" for products, others in kernel.loops) or "–"
             cells = [f"`{name}`", threads[name], kernel.registers, f"{warps} ({share} %)", room, kernel.shared, local, tensor]
             cells.append(loop)
             lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -379,16 +381,26 @@ def self_test():
     }.items():
         if occupancy(*arguments) != expected:
             wrong.append(f"occupancy{arguments}: {occupancy(*arguments)}, expected {expected}")
-    kernel = Kernel(128, 0, 0, 0, 0, {}, {}, (0, 0))
+    kernel = Kernel(128, 0, 0, 0, 0, {}, {}, ())
     use = {"launches": 3, "threads": 128, "blocks": [1, 2], "shared": [0, 100 * 1024]}
     row = in_step({"a": use}, {"sm_80": {"a": kernel}, "sm_90a": {"a": kernel}}, True)[2]
     if row != "| `a` | 3 | 1 to 2 | 128 | 0 to 102400 | 4 to 16 (6 %) |":
         wrong.append(f"a kernel in a step: {row}")
     if operands("HFMA2.MMA") or operands("HGMMA.64x64x16.F32.BF16") != "bf16":
         wrong.append("HFMA2.MMA is not a tensor-core instruction, HGMMA is")
-    code = [(0, "MOV", None), (16, "HMMA.F16", None), (32, "FADD", None), (48, "BRA", 16), (64, "BRA", 0), (80, "BRA", 96)]
-    if densest_loop(code) != (1, 3) or densest_loop(code[2:3]) != (0, 0):
-        wrong.append("the loop with the largest part of tensor-core instructions was not found")
+    if operands("HGMMA.64x8x16.F16", " RZ, gdesc[URZ], RZ, !UPT, gsb0"):
+        wrong.append("an HGMMA that only waits counts as a product")
+    text = """Function : f
+        /*0000*/ MOV R1, R2 ;
+        /*0010*/ HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0020*/ FADD R1, R1, R2 ;
+        /*0030*/ @P0 BRA 0x10 ;
+        /*0040*/ HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0050*/ BRA 0x40 ;
+        /*0060*/ BRA 0x0 ;
+        /*0070*/ BRA 0x80 ;"""
+    if (loops := parse_sass(text)["f"][3]) != ((1, 2), (1, 1)):
+        wrong.append(f"loops over tensor-core instructions: {loops}")
     _, nvcc, cuobjdump = compiler(newest_build())
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "planted.cu"

@@ -61,17 +61,17 @@ def fetching(plan):
 
 
 def halves(plan):
-    """Of version 6: how often a thread goes for three pieces of a halo, of 64 pixels each."""
+    """Of versions 6 and 7: how often a thread goes for three pieces of a halo, of 64 pixels each."""
     return math.ceil(math.ceil(plan["halo"] / 64) / 3)
 
 
 def filters_of(plan):
-    """Of version 6: eighths of weights that a thread fetches for a slice."""
+    """Of versions 6 and 7: eighths of weights that a thread fetches for a slice."""
     return 9 * (64 if plan["filters"] > 32 else 32) * 4 // plan["threads"]
 
 
 def again(plan):
-    """Of version 6: turns of four such weights for a slice that comes later; where there is one slice they stay."""
+    """Of versions 6 and 7: turns of four such weights for a slice that comes later; where there is one slice they stay."""
     return filters_of(plan) // 4 if slices(plan) > 1 else 0
 
 
@@ -93,6 +93,10 @@ VERSIONS = {
     ),
     "v6_wgmma": Version(
         lambda p: [filters_of(p) % 4, filters_of(p) // 4, halves(p), p["run"], slices(p), again(p), halves(p)],
+        lambda p: L2 + (1 + slices(p) * p["run"]) * halves(p) * DRAM,
+    ),
+    "v7_wgmma_once": Version(
+        lambda p: [math.ceil(p["halo"] / 256), filters_of(p) % 4, filters_of(p) // 4, halves(p), p["run"], slices(p), again(p), halves(p)],
         lambda p: L2 + (1 + slices(p) * p["run"]) * halves(p) * DRAM,
     ),
     "v4_norm alone": Version(lambda p: [], lambda p: DRAM),

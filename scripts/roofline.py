@@ -151,13 +151,13 @@ def by_grouping(plans):
         "default goes by: each launch the longer of its work and of those bytes, and 2 µs more (an assumption; `src/plan/machine.rs`). The default",
         "takes fewer branches at a time within a stage only where that time is less for it.",
         "",
-        "| branches at a time: by stage | kernels | GB moved | GB to and from memory | arena, GB | compared, ms |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| branches at a time: by stage | kernels | GB moved | GB to and from memory | partial sums, GB | arena, GB | compared, ms |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for group, plan in plans.items():
         by_stage = f": {plan['stage_groups']}" if plan["stage_groups"] else ""
         name = f"{plan['group']}{by_stage}{', the default' if group == 'auto' else ''}"
-        gigabytes = [f"{plan[key] / 1e9:.2f}" for key in ("bytes_moved", "memory_bytes", "arena_bytes")]
+        gigabytes = [f"{plan[key] / 1e9:.2f}" for key in ("bytes_moved", "memory_bytes", "partial_bytes", "arena_bytes")]
         cells = [name, str(plan["kernel_launches"]), *gigabytes, f"{1e3 * plan['seconds_compared']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines + [""]
@@ -177,9 +177,9 @@ def render(plans, compared, results):
         f"{ORDINARY / 1e12:.0f} TFLOP/s (all else), and its bytes, every operand once, at {BANDWIDTH / 1e12:.1f} TB/s. *Roof* is the one that binds, with its part of the row's time where the",
         "row's launches differ. The sum takes launches one after the other and nothing between them.",
         "",
-        "What no row knows: a batch norm's backward and second order read their operands once in each of two kernels, partial",
-        "sums of split products pass through memory, an activation that is still in the L2 cache costs less than is counted,",
-        "and no kernel reaches its roof.",
+        "What no row knows: partial sums of split products, which are written and read again (below, by grouping); operands that",
+        "blocks of one launch read several times, and an activation that is still in the L2 cache; products of a tile beyond its result, such as a",
+        "quarter of those of a 3 × 3 weight gradient on `wgmma`; and that no kernel reaches its roof.",
         "Predictions of the main convolution that know its instructions: [kernels/lab](../kernels/lab/README.md).",
         "",
     ]
@@ -263,10 +263,10 @@ def self_test():
     row = rows["conv2d_fused_fprop", "conv2d_f16", "1–2", True]
     csv_text = "note\nTime (%),Total Time (ns),Instances,Name\n1,3000,2,a\n"
     near = lambda a, b: abs(a - b) < 1e-9
-    compared = {"kernel_launches": 3, "bytes_moved": 2e9, "memory_bytes": 1e9, "arena_bytes": 5e8, "cache_bytes": 5e7}
+    compared = {"kernel_launches": 3, "bytes_moved": 2e9, "memory_bytes": 1e9, "arena_bytes": 5e8, "cache_bytes": 5e7, "partial_bytes": 3e9}
     compared |= {"group": 5, "stage_groups": "2,3", "seconds_compared": 0.012}
     checks = {
-        "groupings": by_grouping({"auto": compared})[-2] == "| 5: 2,3, the default | 3 | 2.00 | 1.00 | 0.50 | 12.00 |",
+        "groupings": by_grouping({"auto": compared})[-2] == "| 5: 2,3, the default | 3 | 2.00 | 1.00 | 3.00 | 0.50 | 12.00 |",
         "stages": stages_of(listing) == stages,
         "a rate for all convolutions": near(times(launch, TENSOR)[0], 0.63e-3) and times(sums, TENSOR) == times(sums),
         "time at the roof": near(max(times(launch)), 1e-3) and near(times(other)[0], 0.63e-3) and near(times(narrow)[0], 0.9e-3),

@@ -155,6 +155,42 @@ fn check_groups(operands: Operands, of: impl Fn(&FusedConv) -> bool) {
     assert!(failures.is_empty(), "{}:\n{}", failures.len(), failures.join("\n"));
 }
 
+/// Blocks of warpgroups that work on several patches (see `simt_patches.rs`): products of two terms, and what is made of operands as they
+/// are loaded, with what is found of the result.
+#[test]
+fn runs_of_patches_of_fused_convolutions_are_right() {
+    let plain = |form, size| FusedConv::plain(form, geom(size));
+    let norm = |form, size| FusedConv { norm: true, ..plain(form, size) };
+    let (one, two) = ([71, 8, 16, 16, 24, 1, 3, 1, 1], [71, 40, 14, 16, 24, 1, 3, 1, 1]);
+    let wide = [299, 40, 7, 8, 136, 1, 1, 1, 0];
+    let tangent = |size| FusedConv { tangent: true, epilogue: Epilogue::TangentSums, ..norm(ConvForm::Tangent, size) };
+    let delta = Delta::Backward { residual: true, kept: true };
+    let back =
+        |size| FusedConv { delta, start: true, epilogue: Epilogue::BackwardSums, ..norm(ConvForm::Backward, size) };
+    // Form, branches, which operands are per-branch, and widths.
+    let cases = [
+        (FusedConv { epilogue: Epilogue::Stats, ..norm(ConvForm::Fprop, one) }, 4, 1, 0x2f),
+        (FusedConv { epilogue: Epilogue::Stats, start: true, ..norm(ConvForm::Fprop, wide) }, 2, 3, 0x2f),
+        (tangent(one), 4, 9, 0x2ff),
+        (tangent(two), 4, 9, 0x2ff),
+        (tangent(wide), 2, 9, 0x2ff),
+        (FusedConv { start: true, ..norm(ConvForm::Tangent, two) }, 4, 9, 0x2cf),
+        // Tensors of 32 bits, which are not loaded in flights.
+        (tangent(one), 4, 9, 0),
+        (back([71, 24, 16, 16, 8, 3, 1, 1, 1]), 4, 7, 0x7ff),
+        (back([36, 8, 32, 32, 40, 3, 3, 2, 1]), 2, 7, 0x7ff),
+        (back([71, 8, 32, 32, 72, 1, 1, 2, 0]), 2, 7, 0x7ff),
+    ];
+    let cases: Vec<Planned> = cases
+        .into_iter()
+        .map(|(op, branches, branched, half)| {
+            Planned::convolution(op, Mixture { branches, branched, others: 0, summed: [false; 2], half })
+        })
+        .collect();
+    let failures = on_two_threads(&cases, |case| like(Generation::Hopper, || faults(case, Operands::F16)));
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
 #[test]
 fn fused_convolutions_of_warpgroups_f16() {
     check_groups(Operands::F16, |op| !pairs(op));

@@ -9,13 +9,20 @@ use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::mlnt::golden::{Golden, Groups};
 use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
 use mlnt::model::{Arch, ModelSpec};
-use mlnt::plan::{Plan, PlanOptions, StageGroups};
+use mlnt::plan::{Fusions, Plan, PlanOptions, StageGroups};
 use mlnt::train::choice::Precision;
 use std::path::Path;
 
 const FILES: [&str; 4] = ["step_sequential", "step_joint", "step_mentor", "step_bottleneck"];
-const HALF: PlanOptions =
-    PlanOptions { fuse: true, kernels: false, half: true, recompute: false, group: None, stages: StageGroups::WHOLE };
+const HALF: PlanOptions = PlanOptions {
+    fuse: true,
+    kernels: false,
+    fusions: Fusions::ALL,
+    half: true,
+    recompute: false,
+    group: None,
+    stages: StageGroups::WHOLE,
+};
 
 fn golden(name: &str) -> Golden {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(format!("{name}.safetensors"));

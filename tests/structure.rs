@@ -1,5 +1,7 @@
-//! Rules of the house that the compiler does not check: where `unsafe` may stand, and which layer may know which.
+//! Rules of the house that the compiler does not check: where `unsafe` may stand, which layer may know which, and that every pass of the planner
+//! has a name by which it is tested.
 
+use mlnt::plan::Fusion;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -29,10 +31,11 @@ fn rules_of(document: &str) -> Vec<Rule> {
 
 /// The tests that need `unsafe`, and the items of each that may have it, by how they begin: allocators that count,
 /// and the loading of kernels that a test has compiled.
-const UNSAFE_TESTS: [(&str, &[&str]); 3] = [
+const UNSAFE_TESTS: [(&str, &[&str]); 4] = [
     ("tests/allocation.rs", &["unsafe impl GlobalAlloc for"]),
     ("tests/loader_fuzz.rs", &["unsafe impl GlobalAlloc for"]),
     ("tests/simt/machine.rs", &["pub fn load(", "pub fn machine_of("]),
+    ("tests/simt_banks.rs", &["fn load("]),
 ];
 
 /// Where `unsafe` may stand: launchers and drivers, the memory map of data files, and parts of some tests.
@@ -312,6 +315,46 @@ fn every_layer_has_its_rule() {
         assert!(there(layer) && allowed.iter().all(there), "{layer}: {allowed:?}");
         assert!(rules[..i].iter().all(|(other, _)| other != layer), "{layer} has two rows");
     }
+}
+
+/// The fusions and the passes they are, by file and function, as the planner's table has them: `Fusion::Name => file::function`.
+fn passes(source: &str) -> Vec<(String, [String; 2])> {
+    let text: Vec<String> = tokens(&code_only(source)).into_iter().map(|(_, token)| token).collect();
+    let arm = |w: &[String]| match w {
+        [of, _, _, name, eq, more, file, ..] if [of, eq, more] == ["Fusion", "=", ">"] && w[7] == ":" => {
+            Some((name.clone(), [file.clone(), w[9].clone()]))
+        }
+        _ => None,
+    };
+    text.windows(10).filter_map(arm).collect()
+}
+
+/// The functions of a file that rewrite a graph and nothing else, and that others may call.
+fn rewriters(source: &str) -> Vec<String> {
+    let text: Vec<String> = tokens(&code_only(source)).into_iter().map(|(_, token)| token).collect();
+    let head = ["pub", "(", "super", ")", "fn"];
+    let tail = ["(", "graph", ":", "&", "mut", "Graph", ")", "{"];
+    let is = |w: &&[String]| w[..5] == head && w[6..] == tail;
+    text.windows(14).filter(is).map(|w| w[5].clone()).collect()
+}
+
+/// Each is tested by its name, so that one without a name would go untested.
+#[test]
+fn every_pass_of_the_planner_is_a_fusion_with_a_name() {
+    let folder = "src/plan/fuse/";
+    let (mut found, mut table) = (BTreeSet::new(), Vec::new());
+    for (path, source) in sources() {
+        let Some(file) = path.strip_prefix(folder).and_then(|file| file.strip_suffix(".rs")) else { continue };
+        if file == "mod" {
+            table = passes(&source);
+        }
+        found.extend(rewriters(&source).into_iter().map(|function| [file.to_string(), function]));
+    }
+    let names: Vec<&String> = table.iter().map(|(name, _)| name).collect();
+    assert_eq!(names, Fusion::ALL.map(|fusion| format!("{fusion:?}")).each_ref());
+    let named: BTreeSet<[String; 2]> = table.iter().map(|(_, pass)| pass.clone()).collect();
+    assert_eq!(named.len(), table.len(), "two names for one pass");
+    assert_eq!(named, found);
 }
 
 #[test]

@@ -16,21 +16,29 @@ constexpr int CELLS = 4;            // of a patch, two for each warpgroup
 constexpr int CELL_PIXELS = 64;
 constexpr int GRANULE = 16;  // bytes: eight elements, what descriptors and copies count in
 constexpr int PARTS = SLICE / 8;  // granules of a pixel
-constexpr int CELL_FLIGHT = 2;    // chunks that a thread loads at a time: two blocks of these share the registers of a multiprocessor
+// Chunks that a thread loads at a time, of weights, of a halo and of dy: two blocks of these share the registers of a multiprocessor.
+constexpr int CELL_FLIGHT = 2, HALO_FLIGHT = 3;
+template <int WIDTH, bool PAIRS>
+constexpr int DY_FLIGHT = WIDTH == 32 && PAIRS ? 2 : 4;
 
 // How the blocks of one product use their shared memory, in bytes from its beginning. The tables come first.
+//
+// Where a block goes on to another patch, what follows a product lies where its last halo was and in the room between both slots: the other
+// slot has the next patch's first halo by then. Else there is nothing any more that it could spoil.
 struct CellTiling {
+    int32_t places;      // `HaloPixel`s
     int32_t halos;       // two slots
-    int32_t halo_bytes;  // of a slot
+    int32_t halo_step;   // from the first to the second
     int32_t halo_pitch;  // granules from one part of a line of the halo to the next
     // Of the matrix: slots of the weights of a slice, or dy of two patches.
     int32_t matrices;
     int32_t matrix_bytes;
-    int32_t matrix_slots;
-    int32_t run;    // patches that a block works on one after the other
-    int32_t keeps;  // the weights: they have a slot for each iteration, which nothing else is written over
+    int32_t finish;       // `ConvFinish`, if the first slot is free for it
+    int32_t finish_step;  // and how much further on if the second is
+    int32_t run;          // patches that a block works on one after the other
+    int32_t keeps;        // the weights: they have a slot for each iteration, and two at least where the phase may change
 };
-static_assert(sizeof(CellTiling) == 32);
+static_assert(sizeof(CellTiling) == 40);
 
 // `conv2d_wgmma_fprop_*`
 struct CellParams {
@@ -74,33 +82,23 @@ DEVICE ConvStep cell_step(const ConvProduct& p, uint32_t result_branch, uint32_t
     return step;
 }
 
-DEVICE int32_t cells_of(const ConvProduct& p) { return p.patch_images * (p.patch_height / 8) * (p.patch_width / 8); }
-
-// What the threads load of the image, and where its parts lie.
-struct CellHalo : Halo {
-    static constexpr int ABREAST = GROUP_THREADS / PARTS;
-    uint32_t pitch, step, sorted;  // granules; pixels from one of a cell to the next; columns of a remainder
+// Where the parts of a halo lie in its slot.
+struct CellHalo {
+    static constexpr int ABREAST = GROUP_THREADS / PARTS;  // pixels that the threads load at a time, each thread eight channels of one
+    uint32_t of_image;             // pixels of each image: ABREAST at least, since it has a cell
+    uint32_t pitch, step, sorted;  // granules of a part; pixels from one of a cell to the next; columns of a remainder
 
     DEVICE CellHalo(const ConvProduct& p, const CellTiling& tiling, int32_t pixel_step) {
-        begin(p);
+        of_image = uint32_t(p.halo_height) * uint32_t(p.halo_width);
         pitch = uint32_t(tiling.halo_pitch);
         step = uint32_t(pixel_step);
         sorted = (uint32_t(p.halo_width) + step - 1) / step;
-    }
-    DEVICE void next(const ConvProduct& p) {
-        at += ABREAST;
-        across += ABREAST;
-        settle(p);
     }
     // Granules from the first part of a line of a slot to the same of the next line.
     DEVICE uint32_t line() const { return PARTS * pitch; }
     // Where a line has column `at`.
     DEVICE uint32_t column(uint32_t at) const { return step == 1 ? at : at % step * sorted + at / step; }
-    // The granule of the next pixel that is this thread's.
-    DEVICE uint32_t granule(const ConvProduct& p) const {
-        return uint32_t(image * p.halo_height + down) * line() + threadIdx.x % PARTS * pitch + column(uint32_t(across));
-    }
-    // That of the first pixel of a cell with tap (0, 0).
+    // The granule of the first pixel of a cell with tap (0, 0).
     DEVICE uint32_t cell(const ConvProduct& p, int number) const {
         const Pixel first = cell_pixel(p, number * CELL_PIXELS);
         if (first.image < 0) return 0;
@@ -110,78 +108,149 @@ struct CellHalo : Halo {
     DEVICE uint32_t tap(uint32_t down, uint32_t across) const { return down * line() + column(across); }
 };
 
+// A pixel of an image's halo: counted from the halo's first in the image, and the granule of its first part in a slot.
+struct alignas(8) HaloPixel {
+    uint16_t down, across;
+    uint32_t granule;
+};
+
+// Of the halo of each image of every patch, [of_image] behind the tables: they are found once, not for each patch and slice.
+DEVICE void describe_halo(const ConvProduct& p, const CellHalo& halo, int32_t halo_step, HaloPixel* places) {
+    ROLLED
+    for (uint32_t at = thread_again(); at < halo.of_image; at += GROUP_THREADS) {
+        const uint32_t down = at / uint32_t(p.halo_width), across = at - down * uint32_t(p.halo_width);
+        places[at] = {uint16_t(down * uint32_t(halo_step)), uint16_t(across * uint32_t(halo_step)),
+                      down * halo.line() + halo.column(across)};
+    }
+}
+
 // A granule of a slot.
 DEVICE uint16_t* operand_place(unsigned char* slot, uint32_t granule) {
     return reinterpret_cast<uint16_t*>(slot + granule * GRANULE);
 }
 
-// Chunks of a product that a thread loads at a time. Where both gradients have pairs, two blocks have registers for no more than one.
-template <Form FORM, int WIDTH, bool PAIRS>
-constexpr int FLIGHT_OF = FORM != Form::FPROP && PAIRS && WIDTH == 32 ? 1 : CELL_FLIGHT;
+// Whether a thread holds the factors of its channels in registers over a slice: where one block has all of a multiprocessor.
+template <int WIDTH>
+constexpr bool HELD_OF = WIDTH == 64;
 
 // Loads the halo of a slice of channels from `slice` on into a slot.
-template <int FLIGHT, class Image>
-DEVICE void load_halo(const ConvProduct& p, const Patch& patch, CellHalo halo, const Image& image, int32_t slice,
-                      const FactorTable<SLICE>& factors, unsigned char* slot) {
-    const int32_t part = int32_t(threadIdx.x) % PARTS * 8;
-    uint32_t offset;
+template <bool HELD, class Image>
+DEVICE void load_halo(const ConvProduct& p, const Patch& patch, const CellHalo& halo, const HaloPixel* places, const Image& image,
+                      int32_t slice, const FactorTable<SLICE>& factors, unsigned char* slot) {
+    const uint32_t thread = thread_again(), part = thread % PARTS;
+    const uint32_t channel = uint32_t(slice) + part * 8;
+    const bool has = channel < uint32_t(p.image_channels);
+    slot += part * halo.pitch * GRANULE;
+    // The thread's next pixel, and whether there is one. A step goes no further than to the next image, which has a cell at least.
+    uint32_t at = thread / PARTS;
+    int32_t image_of = 0;
+    const auto more = [&] { return image_of < p.patch_images; };
+    // Of that pixel: whether the image has it, its first element, and its granule.
+    const auto inside = [&](uint32_t& offset, uint32_t& granule) {
+        const HaloPixel pixel = places[at];
+        granule = pixel.granule + uint32_t(image_of) * uint32_t(p.halo_height) * halo.line();
+        const int32_t n = patch.image + image_of;
+        const uint32_t h = uint32_t(patch.halo_down + pixel.down), w = uint32_t(patch.halo_across + pixel.across);
+        offset = ((uint32_t(n) * uint32_t(p.image_height) + h) * uint32_t(p.image_width) + w) * uint32_t(p.image_channels) + channel;
+        return more() && has && n < p.images && h < uint32_t(p.image_height) && w < uint32_t(p.image_width);
+    };
+    const auto next = [&] {
+        at += CellHalo::ABREAST;
+        if (at >= halo.of_image) {
+            at -= halo.of_image;
+            ++image_of;
+        }
+    };
     if (image.plain()) {
-        for (; halo.more(); halo.next(p)) {
-            const bool inside = halo.inside(p, patch, slice + part, offset);
-            if (halo.at >= halo.pixels) continue;
-            copy_async(slot + halo.granule(p) * GRANULE, image.of.place(offset, inside), inside);
+        ROLLED
+        for (; more(); next()) {
+            uint32_t offset, granule;
+            const bool there = inside(offset, granule);
+            copy_async(operand_place(slot, granule), image.of.place(offset, there), there);
         }
         return;
     }
-    ROLLED
-    while (halo.more()) {
-        typename Image::Loaded loaded[FLIGHT];
-        uint32_t places[FLIGHT];
-        UNROLLED
-        for (int i = 0; i < FLIGHT; ++i) {
-            const bool inside = halo.inside(p, patch, slice + part, offset);
-            places[i] = halo.at < halo.pixels ? halo.granule(p) : NO_ROW;
-            uint16_t* place = operand_place(slot, inside ? places[i] : 0);
-            loaded[i] = image.load(p.image, false, offset, inside, factors, part, place);
-            halo.next(p);
+    if (!image.waits(p.image, false)) {
+        ROLLED
+        for (; more(); next()) {
+            uint32_t offset, granule;
+            const bool there = inside(offset, granule);
+            uint16_t* place = operand_place(slot, granule);
+            const auto loaded = image.load(p.image, false, offset, there, factors, int(part * 8), place);
+            store_operand(place, image.round(p.image, false, loaded, factors, int(part * 8), place));
         }
+        return;
+    }
+    const EightFactors<Image::PAIRED, HELD> eight = {factors, int(part * 8)};
+    ROLLED
+    while (more()) {
+        typename Image::Waiting flight[HALO_FLIGHT];
+        uint32_t granules[HALO_FLIGHT] = {};
+        bool stored[HALO_FLIGHT] = {};
+        const auto place = [&](int i) { return operand_place(slot, granules[i]); };
         UNROLLED
-        for (int i = 0; i < FLIGHT; ++i) {
-            const bool there = places[i] != NO_ROW;
-            const uint16_t* place = operand_place(slot, there ? places[i] : 0);
-            const uint4 coded = image.round(p.image, false, loaded[i], factors, part, place);
-            if (there) store_operand(slot + places[i] * GRANULE, coded);
+        for (int i = 0; i < HALO_FLIGHT; ++i) {
+            uint32_t offset;
+            stored[i] = more();
+            const bool there = inside(offset, granules[i]);
+            flight[i] = image.fetch(p.image, offset, there, place(i));
+            next();
+        }
+        image.round_all(p.image, flight, eight, place);
+        UNROLLED
+        for (int i = 0; i < HALO_FLIGHT; ++i) {
+            if (stored[i]) store_operand(place(i), flight[i].of);
         }
     }
 }
 
 // The beginning of a block's shared memory.
 struct CellTables {
-    FactorTable<SLICE> image[2];      // of the present iteration and the next
-    FactorTable<SLICE> matrix[2][2];  // wgrad's, of two slices
-    uint32_t cells[CELLS];            // `CellHalo::cell`
-    uint32_t taps[12];                // of wgrad's pairs: `CellHalo::tap`
+    uint32_t arrived[4];                   // `last_to_arrive`
+    ConvPlace place;                       // the block's: there are no registers for what only the end needs
+    FactorTable<SLICE> image[2];           // of the present iteration and the next
+    uint32_t pixels[CELLS * CELL_PIXELS];  // `packed`
+    uint32_t cells[CELLS];                 // `CellHalo::cell`
 
+    // What is the same of all patches.
+    DEVICE void describe(const ConvProduct& p, const CellHalo& halo, const ConvPlace& of_block) {
+        const uint32_t thread = thread_again();
+        if (thread == 0) place = of_block;
+        pixels[thread] = packed(cell_pixel(p, int(thread)));
+        if (thread < CELLS) cells[thread] = halo.cell(p, int(thread));
+    }
+    DEVICE Pixel pixel(int i) const { return unpacked(pixels[i]); }
     // The factors of channels from `first` on in a branch, for what the image is made of.
     template <Form FORM, bool PAIRS>
     DEVICE void describe_image(const ConvProduct& p, Made made, int64_t branch, uint32_t first, uint32_t slot) {
-        if (made == Made::PLAIN || threadIdx.x >= SLICE) return;
-        uint32_t channel = first + threadIdx.x;
-        if (channel >= uint32_t(p.image_channels)) channel = 0;
-        if (made == Made::NORM) image[slot].put(int(threadIdx.x), p.norm.of(branch, channel));
-        if constexpr (PAIRS) {
-            if (made == Made::PAIR) {
-                image[slot].put(int(threadIdx.x), pair_factors<IMAGE_PAIR<FORM>>(p.image, branch, channel));
-            }
-        }
-    }
-    // The same for wgrad's matrix, by other warps.
-    template <int WIDTH>
-    DEVICE void describe_matrix(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
-        if (!p.matrix.at || threadIdx.x < SLICE || threadIdx.x >= SLICE + WIDTH) return;
-        const int i = int(threadIdx.x) - SLICE;
-        const uint32_t channel = first + uint32_t(i);
-        matrix[slot][i / SLICE].put(i % SLICE, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
+        const uint32_t thread = thread_again();
+        if (thread < SLICE) put_image<FORM, PAIRS>(p, made, branch, first, image[slot], int(thread));
     }
 };
-static_assert(sizeof(CellTables) == 3136);
+
+// Of fprop and dgrad.
+struct CellRows : CellTables {
+    uint32_t rows[CELLS * CELL_PIXELS];  // of the result, that are the present patch's pixels
+
+    DEVICE void describe_rows(const ConvProduct& p, const Patch& patch) {
+        const uint32_t thread = thread_again();
+        rows[thread] = row_of(p, patch, pixel(int(thread)));
+    }
+};
+static_assert(sizeof(CellRows) == 3120);
+
+// Of wgrad.
+struct CellPairs : CellTables {
+    FactorTable<SLICE> matrix[2][2];        // of two slices
+    uint32_t taps[8];                              // of its pairs: `CellHalo::tap`
+    uint32_t first, first_k, first_c, first_pair;  // of the block: iteration, channels, pair of taps
+
+    // As `describe_image`, of the matrix and by other warps.
+    template <int WIDTH>
+    DEVICE void describe_matrix(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
+        const uint32_t i = thread_again() - SLICE;
+        if (i >= WIDTH) return;
+        put_matrix(p, branch, first + i / SLICE * SLICE, matrix[slot][i / SLICE], int(i % SLICE));
+    }
+};
+static_assert(sizeof(CellPairs) == 4192);

@@ -48,7 +48,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const int32_t taps = all_taps - first_tap < MOST_TAPS ? all_taps - first_tap : MOST_TAPS;
 
     auto& tables = *shared_memory<DirectTables>();
-    uint16_t* slots = reinterpret_cast<uint16_t*>(&tables + 1);
+    constexpr uint32_t SLOTS = sizeof(DirectTables);
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
     const int32_t channel = int32_t(threadIdx.x % CHUNKS) * 8;
 
@@ -61,14 +61,16 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, c, slot);
         if constexpr (PAIRS) tables.describe_matrix(p, branch, k, slot);
     };
-    tables.describe(p, patch_of<Form::WGRAD>(p, 0).pixel_step);
+    tables.describe_places(p, patch_of<Form::WGRAD>(p, 0).pixel_step);
+    tables.describe_pixels(p);
     for (uint32_t i = 0; i < 2 && i < count; ++i) describe(i, i);
     sync_threads();
 
-    // What an iteration reads: the halo of x, then the pixels of dy.
+    // What an iteration reads: the pixels of dy, then the halo of x.
+    constexpr uint32_t HALOS = SLOTS + PATCH * PIXEL;
     Halo halo;
     halo.begin(p);
-    const uint32_t halo_elements = halo.pixels * PIXEL, slot_elements = halo_elements + PATCH * PIXEL;
+    const uint32_t slot_bytes = PATCH * PIXEL + halo.bytes();
     Patch patch = {};
     Prologue<Operand, Pair::TANGENT, PAIRS> x = {};
     Prologue<Operand, Pair::DELTA, PAIRS> dy = {};
@@ -84,11 +86,11 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     const auto load_x = [&](const Halo& from, uint32_t slot) {
         uint32_t offset;
         const bool inside = from.inside(p, patch, c + channel, offset);
-        uint16_t* place = from.place(slots + slot * slot_elements);
+        uint16_t* place = from.place(HALOS + slot * slot_bytes);
         return x.load(p.image, false, offset, inside, tables.image[slot], channel, place);
     };
     const auto store_x = [&](uint32_t slot, const auto& loaded) {
-        uint16_t* to = slots + slot * slot_elements;
+        const uint32_t to = HALOS + slot * slot_bytes;
         halo.put(to, x.round(p.image, false, loaded, tables.image[slot], channel, halo.place(to)));
         halo.next(p);
     };
@@ -102,17 +104,17 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         return PAIRS && p.matrix.kept && place.column_tile == 0 && (p.matrix.kept_branch != 0 || dy.branch == 0);
     };
     const auto dy_place = [&](uint32_t at, uint32_t slot) {
-        return slots + slot * slot_elements + halo_elements + at * PIXEL + channel;
+        return shared_at(swizzled<PIXEL>(SLOTS + slot * slot_bytes + at * PIXEL + 2 * channel));
     };
     const auto load_dy = [&](uint32_t at, uint32_t slot) {
         uint32_t offset;
         const bool inside = dy_inside(at, offset);
-        return dy.load(p.matrix, keeps(), offset, inside, tables.matrix[slot], channel, dy_place(at, slot));
+        return dy.load(p.matrix, keeps(), offset, inside, tables.wgrad.matrix[slot], channel, dy_place(at, slot));
     };
     const auto store_dy = [&](uint32_t slot, const auto& loaded) {
         uint16_t* to = dy_place(dy_at, slot);
-        const uint4 coded = dy.round(p.matrix, keeps(), loaded, tables.matrix[slot], channel, to);
-        *reinterpret_cast<uint4*>(to) = coded;
+        const uint4 coded = dy.round(p.matrix, keeps(), loaded, tables.wgrad.matrix[slot], channel, to);
+        store_operand(to, coded);
         if (keeps() && p.matrix.kept_half) {
             uint32_t offset;
             uint16_t* kept = static_cast<uint16_t*>(p.matrix.kept) + dy.branch * p.matrix.kept_branch;
@@ -122,7 +124,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     };
     // Begins to copy what needs nothing done to it.
     const auto copy = [&](uint32_t slot) {
-        uint16_t* to = slots + slot * slot_elements;
+        const uint32_t to = HALOS + slot * slot_bytes;
         uint32_t offset;
         if (x.plain()) {
             for (; halo.more(); halo.next(p)) {
@@ -133,7 +135,7 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         if (dy.plain()) {
             for (; dy_at < PATCH; dy_at += ABREAST) {
                 const bool inside = dy_inside(dy_at, offset);
-                copy_async(to + halo_elements + dy_at * PIXEL + channel, dy.of.place(offset, inside), inside);
+                copy_async(dy_place(dy_at, slot), dy.of.place(offset, inside), inside);
             }
         }
     };
@@ -171,8 +173,9 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
     for (int pair = 0; pair < (MOST_TAPS + 1) / 2; ++pair) {
         const int32_t mine = 2 * pair + lane / 16, tap = first_tap + (mine < taps ? mine : taps - 1);
         const int32_t r = tap / p.kernel_width, s = tap - r * p.kernel_width;
-        tap_offsets[pair] = uint32_t(r * p.halo_width + s) * PIXEL + warp * 8;
+        tap_offsets[pair] = uint32_t(r * p.halo_width + s) * PIXEL + warp * 16;
     }
+    const uint32_t dy_row = swizzled<PIXEL>((lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 16);
     WgradTile<Operand> tile;
     tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
@@ -184,21 +187,20 @@ DEVICE void direct_wgrad(const ConvProduct& p, uint32_t block) {
         }
         // Its slot served this iteration's halo, which is loaded.
         if (i + 2 < count) describe(i + 2, slot);
-        const uint16_t* halo_slot = slots + slot * slot_elements;
-        const uint16_t* dy_row = halo_slot + halo_elements + (lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 8;
+        const uint32_t slot_at = slot * slot_bytes;
         for (int pixel = 0; pixel < PATCH; pixel += 16) {
             const bool loads_x = more && halo.more(), loads_dy = more && dy_at < PATCH;
             decltype(load_x(halo, slot)) of_x = {};
             decltype(load_dy(dy_at, slot)) of_dy = {};
             if (loads_x) of_x = load_x(halo, 1 - slot);
             if (loads_dy) of_dy = load_dy(dy_at, 1 - slot);
-            const uint16_t* x_row = halo_slot + tables.places[pixel + lane % 16];
+            const uint32_t x_row = HALOS + slot_at + tables.places[pixel + lane % 16];
             uint32_t a[2][4];
-            for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], dy_row + pixel * PIXEL + m * 16);
+            for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], shared_at((SLOTS + slot_at + dy_row + pixel * PIXEL) ^ m * 32));
             for (int pair = 0; pair < (MOST_TAPS + 1) / 2; ++pair) {
                 if (2 * pair >= taps) continue;
                 uint32_t b[4];
-                load_matrices_transposed(b, x_row + tap_offsets[pair]);
+                load_matrices_transposed(b, shared_at(swizzled<PIXEL>(x_row + tap_offsets[pair])));
                 for (int m = 0; m < 2; ++m) {
                     Operand::mma(tile.d[2 * pair][m], a[m], b);
                     if (2 * pair + 1 < MOST_TAPS) Operand::mma(tile.d[2 * pair + 1][m], a[m], b + 2);

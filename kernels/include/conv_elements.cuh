@@ -71,6 +71,21 @@ DEVICE float4 four_of(uint32_t low, uint32_t high) {
     return {a.x, a.y, b.x, b.y};
 }
 
+// Of eight elements of 16 bits those from `first` on, 0 or 4; and the same with others in their place, of which all bits of `mask` stay.
+template <class Operand>
+DEVICE float4 four_in(const uint4& eight, int first) {
+    return first == 0 ? four_of<Operand>(eight.x, eight.y) : four_of<Operand>(eight.z, eight.w);
+}
+template <class Operand>
+DEVICE void four_into(uint4& eight, int first, const float4& v, uint32_t mask) {
+    const uint32_t low = Operand::encode(v.x, v.y) & mask, high = Operand::encode(v.z, v.w) & mask;
+    if (first == 0) {
+        eight.x = low, eight.y = high;
+    } else {
+        eight.z = low, eight.w = high;
+    }
+}
+
 // Rounds eight elements to the operand type.
 template <class Operand>
 DEVICE uint4 chunk_encode(const float (&v)[8]) {

@@ -33,13 +33,14 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
     }
 }
 
-// All threads take part, behind a barrier: shared memory gets another meaning. `row_of` and `column_of` say where in the
-// result a row and a run of columns of the tile lie, NO_ROW: nowhere.
-template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
-DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of, ColumnOf column_of) {
-    auto& shared = *shared_memory<ConvFinish<Tile>>();
+// All threads take part, behind a barrier: `shared` gets another meaning, and with several splits or anything to be found the first word
+// of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile lie, NO_ROW: nowhere.
+// `meanwhile` is called where the product's registers are not needed any more, if the block has anything to do from there on.
+template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf, class Meanwhile>
+DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
+                        ColumnOf column_of, Meanwhile meanwhile) {
     constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
-    const int thread = int(again(threadIdx.x));
+    const int thread = int(thread_again());
     if (p.splits > 1) {
         const uint32_t tile = place.tile(p);
         float* partial = p.partial + int64_t(tile) * p.splits * ELEMENTS + thread;
@@ -55,6 +56,7 @@ DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& prod
     }
     for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
     product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
+    meanwhile();
     sync_threads();
     const bool statistics = FORM == Form::FPROP && p.mean, sums = FORM != Form::WGRAD && p.sums.next;
     for (int i = thread * Tile::RUN; i < ELEMENTS; i += Tile::THREADS * Tile::RUN) {
@@ -70,4 +72,10 @@ DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& prod
     if constexpr (FORM != Form::WGRAD) {
         if (sums) conv_sums<Operand, Tile, FORM == Form::FPROP>(p, place, shared, column_of);
     }
+}
+
+// The same at the beginning of shared memory.
+template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
+DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of, ColumnOf column_of) {
+    conv_finish<Operand, Tile, FORM>(*shared_memory<ConvFinish<Tile>>(), p, place, product, row_of, column_of, [] {});
 }

@@ -10,11 +10,25 @@
 #include "tile_product.cuh"
 
 constexpr int PATCH = 128;        // pixels, some of which the result may not have
-constexpr int PIXEL = SLICE + 8;  // elements from a pixel to the next in shared memory: a matrix's rows meet no bank twice
+constexpr int PIXEL = 2 * SLICE;  // bytes of a pixel in shared memory
 constexpr int DIRECT_THREADS = 128;
 constexpr int CHUNKS = SLICE / 8;  // of eight channels, of a pixel
 constexpr int IN_FLIGHT = 4;  // chunks that a thread loads at a time where it has nothing else to do
 constexpr int ABREAST = DIRECT_THREADS / CHUNKS;  // pixels that the threads load at a time
+
+// Byte `at` of the block's shared memory, in lines of LINE bytes, lies at `swizzled(at)`: in its line, but pieces of 16 bytes change
+// places in it with the number of the 128 bytes where they are. The same piece of eight neighbouring lines, a matrix as it is
+// loaded, then meets no bank twice, nor do the pieces that eight neighbouring threads store. Of every second line, the pixels of a
+// stride of 2, it meets each bank twice: a line of 64 bytes has half of the banks.
+//
+// Lines lie in areas that begin at multiples of eight lines. Where `at` goes on by as much, or piece i of a line becomes piece
+// i ^ j, so does what is made of it.
+template <int LINE>
+DEVICE uint32_t swizzled(uint32_t at) {
+    static_assert(LINE == 64 || LINE == 128);
+    return at ^ (at >> 3 & (LINE - 16));
+}
+DEVICE uint16_t* shared_at(uint32_t at) { return reinterpret_cast<uint16_t*>(shared_memory<unsigned char>() + at); }
 
 struct Patch {
     int32_t taps_down, taps_across;
@@ -85,6 +99,15 @@ DEVICE Pixel pixel_of(const ConvProduct& p, int i) {
     return {image, line - image * p.patch_height, i - line * p.patch_width};
 }
 
+// The same as one number; images and lines are below 256.
+DEVICE uint32_t packed(const Pixel& pixel) {
+    return pixel.image < 0 ? NO_ROW : uint32_t(pixel.image) << 16 | uint32_t(pixel.down) << 8 | uint32_t(pixel.across);
+}
+DEVICE Pixel unpacked(uint32_t pixel) {
+    if (pixel == NO_ROW) return {-1, 0, 0};
+    return {int32_t(pixel >> 16), int32_t(pixel >> 8 & 0xff), int32_t(pixel & 0xff)};
+}
+
 // The row of the result, or of dy in wgrad, that is a patch's pixel.
 DEVICE uint32_t row_of(const ConvProduct& p, const Patch& patch, const Pixel& pixel) {
     const int32_t image = patch.image + pixel.image;
@@ -95,7 +118,7 @@ DEVICE uint32_t row_of(const ConvProduct& p, const Patch& patch, const Pixel& pi
     return line * uint32_t(p.grid_width) + uint32_t(patch.first_across + across * patch.grid_step);
 }
 
-// Where the halo holds a patch's pixel with tap (0, 0), in elements.
+// Where the halo holds a patch's pixel with tap (0, 0), in bytes, before they are swizzled.
 DEVICE uint32_t place_of(const ConvProduct& p, const Pixel& pixel, int32_t pixel_step) {
     if (pixel.image < 0) return 0;
     const int32_t line = pixel.image * p.halo_height + pixel.down * pixel_step;
@@ -140,53 +163,67 @@ struct Halo {
         return at < pixels && n < p.images && uint32_t(h) < uint32_t(p.image_height) &&
                uint32_t(w) < uint32_t(p.image_width) && channel < p.image_channels;
     }
-    DEVICE void put(uint16_t* slot, const uint4& coded) const {
-        if (at < pixels) *reinterpret_cast<uint4*>(place(slot)) = coded;
+    // `slot`: where in shared memory the halo begins; of so many bytes.
+    DEVICE uint32_t bytes() const { return (pixels + 7) / 8 * (8 * PIXEL); }
+    DEVICE void put(uint32_t slot, const uint4& coded) const {
+        if (at < pixels) store_operand(place(slot), coded);
     }
-    DEVICE void copy(uint16_t* slot, const uint16_t* from, bool inside) const {
+    DEVICE void copy(uint32_t slot, const uint16_t* from, bool inside) const {
         if (at < pixels) copy_async(place(slot), from, inside);
     }
-    DEVICE uint16_t* place(uint16_t* slot) const { return slot + at * PIXEL + threadIdx.x % CHUNKS * 8; }
+    DEVICE uint16_t* place(uint32_t slot) const {
+        return shared_at(swizzled<PIXEL>(slot + at * PIXEL + threadIdx.x % CHUNKS * 16));
+    }
 };
+
+constexpr int MOST_PATCH_TAPS = DIRECT_THREADS;  // of fprop and dgrad
 
 // The beginning of a block's shared memory.
 struct DirectTables {
-    uint32_t places[PATCH];        // `place_of`
-    uint32_t pixels[PATCH];        // coordinates in the patch, or NO_ROW
-    FactorTable<SLICE> image[2];   // of the present iteration and the next
-    FactorTable<SLICE> matrix[2];  // wgrad's
+    uint32_t places[PATCH];       // `place_of`
+    FactorTable<SLICE> image[2];  // of the present iteration and the next
+    union {
+        struct {
+            uint32_t pixels[PATCH];        // coordinates in the patch, or NO_ROW
+            FactorTable<SLICE> matrix[2];  // as `image`
+        } wgrad;
+        struct {
+            uint32_t halo[MOST_PATCH_TAPS];    // bytes of the halo from tap (0, 0) of a pixel to this
+            uint32_t filter[MOST_PATCH_TAPS];  // elements of a filter before the tap's
+        } taps;
+    };
 
-    // `pixels` packs images and lines of at most PATCH each.
-    DEVICE void describe(const ConvProduct& p, int32_t pixel_step) {
-        const Pixel pixel = pixel_of(p, int(threadIdx.x));
-        places[threadIdx.x] = place_of(p, pixel, pixel_step);
-        pixels[threadIdx.x] =
-            pixel.image < 0 ? NO_ROW : uint32_t(pixel.image) << 16 | uint32_t(pixel.down) << 8 | uint32_t(pixel.across);
+    DEVICE void describe_places(const ConvProduct& p, int32_t pixel_step) {
+        places[threadIdx.x] = place_of(p, pixel_of(p, int(threadIdx.x)), pixel_step);
     }
-    DEVICE Pixel pixel(int i) const {
-        const uint32_t packed = pixels[i];
-        if (packed == NO_ROW) return {-1, 0, 0};
-        return {int32_t(packed >> 16), int32_t(packed >> 8 & 0xff), int32_t(packed & 0xff)};
+    // Packs images and lines of at most PATCH each.
+    DEVICE void describe_pixels(const ConvProduct& p) {
+        wgrad.pixels[threadIdx.x] = packed(pixel_of(p, int(threadIdx.x)));
     }
+    // The taps of a patch; `channels`: C.
+    template <Form FORM>
+    DEVICE void describe_taps(const ConvProduct& p, const Patch& patch, uint32_t channels) {
+        const int32_t tap = int32_t(threadIdx.x);
+        if (tap >= patch.taps_down * patch.taps_across) return;
+        const int32_t down = tap / patch.taps_across, across = tap - down * patch.taps_across;
+        // In dgrad taps go up and left, in steps of the stride.
+        const int32_t h = FORM == Form::DGRAD ? patch.taps_down - 1 - down : down;
+        const int32_t w = FORM == Form::DGRAD ? patch.taps_across - 1 - across : across;
+        const int32_t step = FORM == Form::DGRAD ? p.stride : 1;
+        const int32_t r = patch.phase_down + down * step, s = patch.phase_across + across * step;
+        taps.halo[tap] = uint32_t(h * p.halo_width + w) * PIXEL;
+        taps.filter[tap] = uint32_t(r * p.kernel_width + s) * channels;
+    }
+    DEVICE Pixel pixel(int i) const { return unpacked(wgrad.pixels[i]); }
     // The factors of channels from `first` on in a branch, for what the image is made of.
     template <Form FORM, bool PAIRS>
     DEVICE void describe_image(const ConvProduct& p, Made made, int64_t branch, uint32_t first, uint32_t slot) {
-        if (made == Made::PLAIN || threadIdx.x >= SLICE) return;
-        uint32_t channel = first + threadIdx.x;
-        if (channel >= uint32_t(p.image_channels)) channel = 0;
-        if (made == Made::NORM) image[slot].put(int(threadIdx.x), p.norm.of(branch, channel));
-        if constexpr (PAIRS) {
-            if (made == Made::PAIR) {
-                image[slot].put(int(threadIdx.x), pair_factors<IMAGE_PAIR<FORM>>(p.image, branch, channel));
-            }
-        }
+        if (threadIdx.x < SLICE) put_image<FORM, PAIRS>(p, made, branch, first, image[slot], int(threadIdx.x));
     }
     // The same for wgrad's matrix, by another warp.
     DEVICE void describe_matrix(const ConvProduct& p, int64_t branch, uint32_t first, uint32_t slot) {
-        if (!p.matrix.at || threadIdx.x < SLICE || threadIdx.x >= 2 * SLICE) return;
-        const int i = int(threadIdx.x) - SLICE;
-        const uint32_t channel = first + uint32_t(i);
-        matrix[slot].put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
+        if (threadIdx.x < SLICE || threadIdx.x >= 2 * SLICE) return;
+        put_matrix(p, branch, first, wgrad.matrix[slot], int(threadIdx.x) - SLICE);
     }
 };
 static_assert(sizeof(DirectTables) == 3072);

@@ -54,6 +54,14 @@ DEVICE PairFactors pair_factors(const ConvPair& pair, int64_t branch, uint32_t c
 
 constexpr int SLICE = 32;  // channels that a direct kernel loads at a time
 
+// Those of four neighbouring channels, in registers.
+struct FourFactors {
+    alignas(16) float scale[4], shift[4], slope[4], rest[4];
+
+    DEVICE BnScaleShift norm(int i) const { return {scale[i], shift[i]}; }
+    DEVICE PairFactors pair(int i) const { return {norm(i), slope[i], rest[i]}; }
+};
+
 // The factors of neighbouring channels, so that a thread loads those of eight without meeting another's banks.
 template <int CHANNELS>
 struct FactorTable {
@@ -70,10 +78,60 @@ struct FactorTable {
     }
     DEVICE BnScaleShift norm(int i) const { return {scale[i], shift[i]}; }
     DEVICE PairFactors pair(int i) const { return {norm(i), slope[i], rest[i]}; }
+    // Those of four channels from `i` on, a multiple of four; without `PAIRS` only what a batch norm has.
+    template <bool PAIRS>
+    DEVICE FourFactors four(int i) const {
+        FourFactors factors;
+        __builtin_memcpy(factors.scale, scale + i, 16);
+        __builtin_memcpy(factors.shift, shift + i, 16);
+        if constexpr (PAIRS) {
+            __builtin_memcpy(factors.slope, slope + i, 16);
+            __builtin_memcpy(factors.rest, rest + i, 16);
+        }
+        return factors;
+    }
+};
+
+// The factors of the eight channels that a thread has of a slice: read from the table, four at a time, whenever they are asked for, or
+// held in registers.
+template <bool PAIRS, bool HELD>
+struct EightFactors {
+    const FactorTable<SLICE>& table;
+    int channel;  // the first
+
+    DEVICE FourFactors four(int first) const { return table.template four<PAIRS>(channel + first); }
+};
+template <bool PAIRS>
+struct EightFactors<PAIRS, true> {
+    const FactorTable<SLICE>& table;
+    int channel;
+    FourFactors held[2];
+
+    DEVICE EightFactors(const FactorTable<SLICE>& table, int channel)
+        : table(table), channel(channel),
+          held{table.template four<PAIRS>(channel), table.template four<PAIRS>(channel + 4)} {}
+    DEVICE const FourFactors& four(int first) const { return held[first / 4]; }
 };
 
 // What an operand is made of.
 enum class Made { PLAIN, NORM, PAIR };
+
+// Puts into a table the factors of channel `first + i` of the image in a branch, for what it is made of; nothing is read beyond the last.
+template <Form FORM, bool PAIRS>
+DEVICE void put_image(const ConvProduct& p, Made made, int64_t branch, uint32_t first, FactorTable<SLICE>& table, int i) {
+    uint32_t channel = first + uint32_t(i);
+    if (channel >= uint32_t(p.image_channels)) channel = 0;
+    if (made == Made::NORM) table.put(i, p.norm.of(branch, channel));
+    if constexpr (PAIRS) {
+        if (made == Made::PAIR) table.put(i, pair_factors<IMAGE_PAIR<FORM>>(p.image, branch, channel));
+    }
+}
+// The same of wgrad's matrix, if it is made of anything.
+DEVICE void put_matrix(const ConvProduct& p, int64_t branch, uint32_t first, FactorTable<SLICE>& table, int i) {
+    if (!p.matrix.at) return;
+    const uint32_t channel = first + uint32_t(i);
+    table.put(i, pair_factors<Pair::DELTA>(p.matrix, branch, channel < uint32_t(p.rows) ? channel : 0));
+}
 
 // A tensor as an iteration sees it.
 struct Source {
@@ -105,6 +163,7 @@ struct Source {
 // time for it.
 template <class Operand, Pair PAIR, bool PAIRS>
 struct Prologue {
+    static constexpr bool PAIRED = false;
     Source of;
     uint32_t branch;
     Made made;
@@ -125,6 +184,30 @@ struct Prologue {
         for (int i = 0; i < 8; ++i) v[i] = factors.norm(channel + i).relu(v[i]);
         return chunk_encode<Operand>(v);
     }
+
+    // The same for a flight of chunks of 16 bits, all of the same channels: their factors are read once for all.
+    DEVICE bool waits(const ConvPair&, bool) const { return of.half; }
+    struct Waiting {
+        uint4 of;
+        bool inside;
+    };
+    DEVICE Waiting fetch(const ConvPair&, uint32_t offset, bool inside, uint16_t*) const {
+        return {inside ? of.template load<Operand>(offset).low : uint4{}, inside};
+    }
+    // What waits, and is not `plain`, becomes what is made of it; zeros stay for what is not inside. `place(i)` is that of chunk i in shared memory.
+    template <int FLIGHT, bool HELD, class Place>
+    DEVICE void round_all(const ConvPair&, Waiting (&flight)[FLIGHT], const EightFactors<false, HELD>& factors, Place) const {
+        UNROLLED
+        for (int first = 0; first < 8; first += 4) {
+            const FourFactors& four = factors.four(first);
+            UNROLLED
+            for (int i = 0; i < FLIGHT; ++i) {
+                float4 v = four_in<Operand>(flight[i].of, first);
+                v = {four.norm(0).relu(v.x), four.norm(1).relu(v.y), four.norm(2).relu(v.z), four.norm(3).relu(v.w)};
+                four_into<Operand>(flight[i].of, first, v, flight[i].inside ? 0xffffffffu : 0);
+            }
+        }
+    }
     // Whether nothing is to be done to it.
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };
@@ -133,6 +216,7 @@ struct Prologue {
 // ones are rounded at once.
 template <class Operand, Pair PAIR>
 struct Prologue<Operand, PAIR, true> {
+    static constexpr bool PAIRED = true;
     Source of;
     uint32_t branch;
     Made made;
@@ -208,6 +292,45 @@ struct Prologue<Operand, PAIR, true> {
             v = {v.x + term.x, v.y + term.y, v.z + term.z, v.w + term.w};
         }
         return v;
+    }
+
+    // The same for a flight of chunks that wait in 16 bits, all of the same channels: their factors are read once for all.
+    using Waiting = Loaded;
+    DEVICE Waiting fetch(const ConvPair& pair, uint32_t offset, bool inside, uint16_t* place) const {
+        if (!inside) return {{}, {}, false};
+        const Source with(pair.at, branch * pair.branch, 1);
+        if (has_residual(pair)) {
+            copy_async(place, Source(pair.residual, branch * pair.residual_branch, 1).place(offset, true), true);
+        }
+        const uint4 mine = of.template load<Operand>(offset).low;
+        return {mine, made == Made::PAIR ? with.template load<Operand>(offset).low : uint4{}, true};
+    }
+    // What waits, and is not `plain`, becomes what is made of it; zeros stay for what is not inside. `place(i)` is that of chunk i in shared memory.
+    template <int FLIGHT, bool HELD, class Place>
+    DEVICE void round_all(const ConvPair& pair, Waiting (&flight)[FLIGHT], const EightFactors<true, HELD>& factors,
+                          Place place) const {
+        const bool more = has_residual(pair);
+        if (more) copies_done();
+        UNROLLED
+        for (int first = 0; first < 8; first += 4) {
+            const FourFactors& four = factors.four(first);
+            UNROLLED
+            for (int i = 0; i < FLIGHT; ++i) {
+                float4 v = four_in<Operand>(flight[i].of, first);
+                if (made == Made::NORM) {
+                    v = {four.norm(0).relu(v.x), four.norm(1).relu(v.y), four.norm(2).relu(v.z), four.norm(3).relu(v.w)};
+                } else {
+                    const float4 x = four_in<Operand>(flight[i].with, first);
+                    v = {four.pair(0).template of<PAIR>(v.x, x.x), four.pair(1).template of<PAIR>(v.y, x.y),
+                         four.pair(2).template of<PAIR>(v.z, x.z), four.pair(3).template of<PAIR>(v.w, x.w)};
+                }
+                if (more && flight[i].inside) {
+                    const float4 term = Source(place(i), 0, 1).template load_four<Operand>(uint32_t(first));
+                    v = {v.x + term.x, v.y + term.y, v.z + term.z, v.w + term.w};
+                }
+                four_into<Operand>(flight[i].of, first, v, flight[i].inside ? 0xffffffffu : 0);
+            }
+        }
     }
     DEVICE bool plain() const { return made == Made::PLAIN && of.half; }
 };

@@ -33,7 +33,7 @@ struct ConvFinish {
 template <class Tile, class Record>
 DEVICE Record combine_records(ConvFinish<Tile>& shared, Record mine) {
     static_assert(sizeof(Record) <= RECORD && alignof(Record) <= 16);
-    const int thread = int(threadIdx.x);
+    const int thread = int(thread_again());
     Record* records = reinterpret_cast<Record*>(shared.records);
     records[thread] = mine;
     sync_threads();
@@ -46,7 +46,7 @@ DEVICE Record combine_records(ConvFinish<Tile>& shared, Record mine) {
 // The same from the records `parts` [count, COLUMNS].
 template <class Tile, class Record>
 DEVICE Record combine_records(ConvFinish<Tile>& shared, const Record* parts, uint32_t count) {
-    const uint32_t thread = threadIdx.x, column = thread % Tile::COLUMNS;
+    const uint32_t thread = thread_again(), column = thread % Tile::COLUMNS;
     Record mine = {};
     for (uint32_t i = thread / Tile::COLUMNS; i < count; i += ConvFinish<Tile>::LINES) {
         mine.add(parts[i * Tile::COLUMNS + column]);
@@ -59,7 +59,7 @@ DEVICE Record combine_records(ConvFinish<Tile>& shared, const Record* parts, uin
 template <class Tile, class Record, class Finish>
 DEVICE void reduce_records(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, Record mine,
                            Finish finish) {
-    const int thread = int(threadIdx.x), line = thread / Tile::COLUMNS, column = thread % Tile::COLUMNS;
+    const int thread = int(thread_again()), line = thread / Tile::COLUMNS, column = thread % Tile::COLUMNS;
     const uint32_t row_tiles = p.row_tiles, groups = (row_tiles + RECORD_GROUP - 1) / RECORD_GROUP;
     const uint32_t group = place.row_tile / RECORD_GROUP, first = group * RECORD_GROUP;
     const uint32_t in_group = row_tiles - first < RECORD_GROUP ? row_tiles - first : RECORD_GROUP;
@@ -86,7 +86,7 @@ DEVICE void reduce_records(const ConvProduct& p, const ConvPlace& place, ConvFin
 template <class Tile>
 DEVICE void conv_statistics(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared) {
     constexpr int LINES = ConvFinish<Tile>::LINES, PITCH = ConvFinish<Tile>::PITCH;
-    const int line = int(threadIdx.x / Tile::COLUMNS), column = int(threadIdx.x % Tile::COLUMNS);
+    const int thread = int(thread_again()), line = thread / Tile::COLUMNS, column = thread % Tile::COLUMNS;
     sync_threads();
     const float* values = shared.values + line * PITCH + column;
     const Moments mine = moments_of(
@@ -160,7 +160,7 @@ struct ThreadSums {
             // [COUNT, threads of a column, COLUMNS]
             constexpr int PARTS = Tile::THREADS * RUN / Tile::COLUMNS, LINES = ConvFinish<Tile>::LINES;
             static_assert(COUNT * PARTS <= Tile::ROWS);
-            const int thread = int(threadIdx.x), line = thread / Tile::COLUMNS, column = thread % Tile::COLUMNS;
+            const int thread = int(thread_again()), line = thread / Tile::COLUMNS, column = thread % Tile::COLUMNS;
             for (int i = 0; i < COUNT; ++i) eight_to(shared.values + (i * Tile::THREADS + thread) * RUN, of[i]);
             sync_threads();
             for (int i = 0; i < COUNT; ++i) {
@@ -181,7 +181,7 @@ DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<T
     constexpr int AHEAD = Tile::THREADS > 128 ? 1 : 4;
     static_assert(Tile::THREADS * RUN % Tile::COLUMNS == 0 && Tile::ROWS % (ROWS_ABREAST * AHEAD) == 0);
     const ConvSums& sums = p.sums;
-    const int first = int(threadIdx.x) * RUN, c = first % Tile::COLUMNS;
+    const int first = int(thread_again()) * RUN, c = first % Tile::COLUMNS;
     const uint32_t column = column_of(c);
     const bool there = column < uint32_t(p.columns);
     ThreadSums<Operand, TANGENT, RUN> mine(p, place.branch, column);

@@ -33,6 +33,19 @@ DEVICE uint32_t again(uint32_t value) {
     return value;
 }
 
+// The value itself, which is kept in a register from here on, not made again where it is used.
+DEVICE uint32_t kept(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// threadIdx.x, asked for again: no register keeps it, or what is made of it, meanwhile.
+DEVICE uint32_t thread_again() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // Defines a kernel: `p` is its parameter struct, `threads` the most threads a block may have.
 #define KERNEL(name, Params, threads) \
     extern "C" __global__ void __launch_bounds__(threads, KERNEL_BLOCKS) name(const __grid_constant__ Params p)
@@ -55,6 +68,8 @@ DEVICE T* shared_memory() {
 #define ROLLED
 
 DEVICE uint32_t again(uint32_t value) { return value; }
+DEVICE uint32_t kept(uint32_t value) { return value; }
+DEVICE uint32_t thread_again() { return threadIdx.x; }
 
 #define KERNEL(name, Params, threads)                                                                             \
     static void name##_body(const Params& p);                                                                     \
@@ -292,8 +307,9 @@ DEVICE void load_matrices_transposed(uint32_t d[4], const void* row, simt::Site 
 // ---- Copies of 16 bytes from global to shared memory that go on while the thread does other things (PTX ISA, "cp.async") ----
 //
 // Both addresses are aligned to 16; without `there`, zeros are written and `from` is not read. A thread's copies are done, in
-// its own eyes, behind its `copies_done`, in those of others behind the next barrier. On the host nothing is
-// copied before that, and what is read too early is poison.
+// its own eyes, behind its `copies_done`, in those of others behind the next barrier. `copies_commit` makes a group, which may be
+// empty, of the copies begun since the last; `copies_pending<N>` waits for all groups but the last N. On the host nothing is
+// copied before its wait, and what is read too early is poison.
 
 #if defined(__CUDACC__)
 
@@ -304,6 +320,11 @@ DEVICE void copy_async(void* to, const void* from, bool there) {
                  : "memory");
 }
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS>
+DEVICE void copies_pending() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
 
 #else
 
@@ -311,6 +332,11 @@ DEVICE void copy_async(void* to, const void* from, bool there, simt::Site site =
     simt::copy_async(to, there ? from : nullptr, site);
 }
 DEVICE void copies_done() { simt::copies_done(); }
+DEVICE void copies_commit() { simt::copies_commit(); }
+template <int GROUPS>
+DEVICE void copies_pending() {
+    simt::copies_pending(GROUPS);
+}
 
 #endif
 

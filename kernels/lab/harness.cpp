@@ -46,6 +46,8 @@ LAB_KERNEL(lab5_64_f16)
 #if defined(LAB_WGMMA)
 LAB_KERNEL(lab6_32_f16)
 LAB_KERNEL(lab6_64_f16)
+LAB_KERNEL(lab7_32_f16)
+LAB_KERNEL(lab7_64_f16)
 #endif
 
 namespace {
@@ -143,6 +145,7 @@ const Version VERSIONS[] = {
     {"v5_runs", Blocks::runs, true, TWO(lab5_32_f16, lab5_64_f16)},
 #if defined(LAB_WGMMA)
     {"v6_wgmma", Blocks::cells, true, TWO(lab6_32_f16, lab6_64_f16)},
+    {"v7_wgmma_once", Blocks::cells, true, TWO(lab7_32_f16, lab7_64_f16)},
 #endif
     {"v4_norm alone", Blocks::eights, true, ONE(lab4_norm_f16)},
 };
@@ -248,6 +251,8 @@ Launch plan(const Version& version, LabParams p) {
             launch.threads = 256;
             launch.shared = 64 * ((p.channels <= 32 ? 1 : 2) * 9 * size_t(width + 2) + 2 * lines * pitch);
             launch.shared += 8 * size_t(ceil_div(p.channels, 2) * 2);
+            // Where its pixels are, and those of its halo.
+            if (version.name[1] == '7') launch.shared += 4 * 256 + 8 * size_t(ceil_div(halo_of(p), 2) * 2);
         }
     }
     return launch;

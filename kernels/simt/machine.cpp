@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "banks.h"
 #include "fiber.h"
 #include "mma.h"
 #include "wgmma.h"
@@ -50,12 +51,14 @@ struct Fiber {
 struct Copy {
     void* to;
     const void* from;
+    uint32_t group;
 };
 
-// The copies that a thread has begun and not waited for.
+// The copies that a thread has begun and not waited for, and the groups of them that it has closed.
 struct Copies {
     Copy* list;
     size_t count, capacity;
+    uint32_t groups;
 };
 
 // A collective as a lane calls it.
@@ -80,6 +83,7 @@ struct Warp {
     uint32_t round;                 // collectives completed
     Call call;
     GroupProducts products;
+    Touches touches;
     float* accumulators[LANES];  // of the lanes, of the product that they ask for
     uint64_t a, b;               // its descriptors
 
@@ -107,6 +111,7 @@ struct Machine {
 
     Copies copies[MOST_THREADS];
     Stores stores;
+    BankUse banks[3];  // by `Access`
 
     Context host;
     Fiber fibers[MOST_THREADS];
@@ -208,6 +213,7 @@ bool next_warp(Machine& m) {
         enter_warp(m);
         return true;
     }
+    for (uint32_t i = 0; i < m.warps; ++i) m.all[i].touches.count_into(m.banks);
     if (!m.parked) return false;
     if (m.ended) stuck_block(m);
     if (!same_in_groups(m)) give_up(m);
@@ -364,6 +370,14 @@ static size_t aligned_offset(const Machine& m, const void* at) {
     return offset % 16 == 0 && offset <= m.shared_bytes && m.shared_bytes - offset >= 16 ? offset : SIZE_MAX;
 }
 
+// Notes where a thread stores 16 bytes, or begins to copy them to.
+static void touch(Machine& m, Access access, size_t at, Site site) {
+    m.stores.store(state.thread.x, at);
+    if (m.warp->touches.add(access, site, m.lane, static_cast<uint32_t>(at))) return;
+    report(m, "no memory for the stores of thread %u", state.thread.x);
+    give_up(m);
+}
+
 void copy_async(void* to, const void* from, Site site) {
     Machine& m = *state.machine;
     if (aligned_offset(m, to) == SIZE_MAX || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
@@ -383,14 +397,13 @@ void copy_async(void* to, const void* from, Site site) {
         mine.capacity = capacity;
     }
     memset(to, POISON, 16);
-    m.stores.store(state.thread.x, aligned_offset(m, to));
-    mine.list[mine.count++] = {to, from};
+    touch(m, Access::copies, aligned_offset(m, to), site);
+    mine.list[mine.count++] = {to, from, mine.groups};
 }
 
-void copies_done() {
-    Machine& m = *state.machine;
-    Copies& mine = m.copies[state.thread.x];
-    for (size_t i = 0; i < mine.count; ++i) {
+// Runs the first `count` copies of the running thread.
+static void run_copies(Machine& m, Copies& mine, size_t count) {
+    for (size_t i = 0; i < count; ++i) {
         m.stores.store(state.thread.x, aligned_offset(m, mine.list[i].to));
         if (mine.list[i].from) {
             memcpy(mine.list[i].to, mine.list[i].from, 16);
@@ -398,7 +411,22 @@ void copies_done() {
             memset(mine.list[i].to, 0, 16);
         }
     }
-    mine.count = 0;
+    mine.count -= count;
+    if (mine.count > 0) memmove(mine.list, mine.list + count, mine.count * sizeof(Copy));
+}
+
+void copies_commit() { ++state.machine->copies[state.thread.x].groups; }
+
+void copies_pending(uint32_t groups) {
+    Copies& mine = state.machine->copies[state.thread.x];
+    size_t count = 0;
+    while (count < mine.count && mine.list[count].group + groups < mine.groups) ++count;
+    run_copies(*state.machine, mine, count);
+}
+
+void copies_done() {
+    Copies& mine = state.machine->copies[state.thread.x];
+    run_copies(*state.machine, mine, mine.count);
 }
 
 void load_matrices(uint32_t d[4], const void* row, bool transposed, Site site) {
@@ -415,6 +443,7 @@ void load_matrices(uint32_t d[4], const void* row, bool transposed, Site site) {
     uint32_t* rows = w.shown[w.round % 2];
     rows[lane] = static_cast<uint32_t>(at);
     if (join(m, w, {Collective::load_matrices, site})) {
+        for (uint32_t i = 0; i < 4; ++i) count_phase(m.banks[uint32_t(Access::matrices)], rows + 8 * i, 8);
         // All lanes read at once, before any goes on.
         for (uint32_t i = 0; i < 4; ++i) {
             for (uint32_t g = 0; g < 8; ++g) {
@@ -493,7 +522,7 @@ void store_operand(void* to, const uint4& v, Site site) {
         give_up(m);
     }
     memcpy(to, &v, sizeof v);
-    m.stores.store(state.thread.x, at);
+    touch(m, Access::stores, at, site);
 }
 
 void fence_operands() { state.machine->stores.fence(state.thread.x); }
@@ -510,7 +539,10 @@ Machine* this_machine() {
             Machine* m = static_cast<Machine*>(value);
             for (int i = 0; i < m->fibers_made; ++i) m->fibers[i].stack.release();
             for (Copies& copies : m->copies) free(copies.list);
-            for (Warp& warp : m->all) warp.products.release();
+            for (Warp& warp : m->all) {
+                warp.products.release();
+                warp.touches.release();
+            }
             m->stores.release();
             free(m->shared_area);
             free(m);
@@ -574,7 +606,7 @@ void check_shared([[maybe_unused]] Machine& m) {
 void run_block(Machine& m, uint64_t seed, uint64_t block) {
     m.random = seed * 0xd1342543de82ef95u + block;
     m.parked = m.ended = 0;
-    for (uint32_t i = 0; i < m.threads; ++i) m.copies[i].count = 0;
+    for (uint32_t i = 0; i < m.threads; ++i) m.copies[i].count = m.copies[i].groups = 0;
     for (uint32_t i = 0; i < m.warps; ++i) {
         m.order[i] = i;
         m.all[i].first = i * LANES;
@@ -583,6 +615,7 @@ void run_block(Machine& m, uint64_t seed, uint64_t block) {
         memset(m.all[i].fibers, 0, sizeof m.all[i].fibers);
         m.all[i].products.begin();
         m.all[i].products.group_row = i % 4 * 16;
+        m.all[i].touches.begin();
     }
     memset(m.shared_area + GUARD_BYTES, POISON, m.shared_bytes);
     m.stores.begin(m.threads, m.shared_bytes);
@@ -641,4 +674,11 @@ extern "C" int mlnt_simt_launch(const simt::Kernel* kernel, const void* params, 
         }
     }
     return 0;
+}
+
+extern "C" void mlnt_simt_banks(simt::BankUse use[3]) {
+    using namespace simt;
+    Machine* m = this_machine();
+    for (int i = 0; i < 3; ++i) use[i] = m ? m->banks[i] : BankUse{};
+    if (m) memset(m->banks, 0, sizeof m->banks);
 }

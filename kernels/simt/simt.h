@@ -75,6 +75,8 @@ void sync_warp(Site site);
 uint32_t shuffle_xor(uint32_t bits, int mask, Site site);
 void mma(Operands operands, float d[4], const uint32_t a[4], const uint32_t b[2], Site site);
 void copy_async(void* to, const void* from, Site site);
+void copies_commit();
+void copies_pending(uint32_t groups);
 void copies_done();
 void load_matrices(uint32_t d[4], const void* row, bool transposed, Site site);
 
@@ -92,6 +94,16 @@ void wgmma_wait(Site site);
 uint32_t shared_address(const void* at);
 void store_operand(void* to, const uint4& v, Site site);
 void fence_operands();
+
+// Accesses of 16 bytes to shared memory: rows of matrices, `store_operand`, `copy_async`.
+enum class Access : uint32_t { matrices, stores, copies };
+
+// How one kind of them meets in the banks.
+struct BankUse {
+    uint64_t phases;     // eight lanes each
+    uint64_t conflicts;  // their wavefronts beyond the first
+    uint64_t most;       // wavefronts of a phase
+};
 
 inline uint32_t to_bits(float v) { return __builtin_bit_cast(uint32_t, v); }
 inline float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -147,3 +159,6 @@ inline float round_tf32(float v) {
 extern "C" int mlnt_simt_launch(const simt::Kernel* kernel, const void* params, size_t params_size,
                                 const uint32_t grid[3], uint32_t threads, size_t shared_bytes, uint64_t block_from,
                                 uint64_t block_to, uint64_t seed, char* error, size_t error_size);
+
+// What the launches on the calling OS thread have counted since it last asked, by `Access`.
+extern "C" void mlnt_simt_banks(simt::BankUse use[3]);

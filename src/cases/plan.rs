@@ -8,12 +8,19 @@ use super::{Case, all};
 use crate::device::HostVec;
 use crate::error::Result;
 use crate::ops::Op;
-use crate::plan::{Plan, PlanOptions, StageGroups};
+use crate::plan::{Fusions, Plan, PlanOptions, StageGroups};
 use crate::tape::{Coef, DType, Kind, Meta, Tape};
 
 /// A plan of the operations as they are recorded.
-const AS_RECORDED: PlanOptions =
-    PlanOptions { fuse: false, kernels: false, half: false, recompute: false, group: None, stages: StageGroups::WHOLE };
+const AS_RECORDED: PlanOptions = PlanOptions {
+    fuse: false,
+    kernels: false,
+    fusions: Fusions::ALL,
+    half: false,
+    recompute: false,
+    group: None,
+    stages: StageGroups::WHOLE,
+};
 
 /// Largest relative error of what is computed in single precision.
 const SINGLE: f64 = 1e-5;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::console::say;
 use crate::device::cuda::KernelCost;
 use crate::error::Result;
-use crate::mlnt::{CeSpec, Report, record_ce_step, record_step};
+use crate::mlnt::{CeSpec, Report, StepSpec, Synthetic, record_ce_step, record_step};
 use crate::model::{Arch, ModelSpec};
 use crate::ops::Operation;
 use crate::plan::{Cost, Launch, Plan, PlanOptions, Traffic};
@@ -67,6 +67,9 @@ pub struct PlanArgs {
     /// auto is what the card runs best, portable without one.
     #[arg(long, value_name = "auto|portable|hopper", hide_possible_values = true, default_value = "auto")]
     pub kernels: KernelChoice,
+    /// Count the search for synthetic labels too, as training does it: another forward pass, and neighbours of its features.
+    #[arg(long)]
+    pub as_trained: bool,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub json: bool,
@@ -183,7 +186,10 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     // The unit of the ratio is the same for every device.
     let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &PlanOptions::default())?.cost(real_bytes);
     let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);
-    let tape = record_step(&step_spec(&config, model.clone()), Report::Losses)?;
+    let synthetic =
+        if args.as_trained { Synthetic::Transfer { neighbours: config.neighbours } } else { Synthetic::Given };
+    let spec = StepSpec { synthetic, ..step_spec(&config, model.clone()) };
+    let tape = record_step(&spec, Report::Losses)?;
     let machine = machine(device, precision)?;
     let plan = config.group.plan(&tape, &options, machine)?;
     let cost = plan.cost(real_bytes);
@@ -227,6 +233,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
         if let Some(kernels) = kernels {
             object["kernel_launches"] = json!(kernels.launches);
             object["scratch_bytes"] = json!(kernels.scratch_bytes);
+            object["partial_bytes"] = json!(kernels.partial_bytes);
             object["kernels"] = json!(kernels.uses);
         }
         say(object)?;
@@ -264,7 +271,11 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     say(format_args!("states              {:.3} GB", states as f64 / 1e9))?;
     if let Some(kernels) = kernels {
         say(format_args!("kernel launches     {}", kernels.launches))?;
-        say(format_args!("scratch             {:.3} GB", kernels.scratch_bytes as f64 / 1e9))?;
+        let (scratch, partial) = (kernels.scratch_bytes as f64 / 1e9, kernels.partial_bytes as f64 / 1e9);
+        say(format_args!("scratch             {scratch:.3} GB"))?;
+        say(format_args!(
+            "partial sums        {partial:.3} GB, written to scratch and read again, beside the bytes moved"
+        ))?;
     }
     Ok(0)
 }

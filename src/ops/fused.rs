@@ -17,7 +17,8 @@ pub enum ConvForm {
     Fprop,
     /// `(x, dy) → dw = wgrad(x, dy)`
     Wgrad,
-    /// `(x, w, dy) → (dx, dw) = (dgrad(dy, w), wgrad(x, dy))`: both from one reading of `dy`.
+    /// `(x, w, dy) → (dx, dw) = (dgrad(dy, w), wgrad(x, dy))`: in one launch, so that what both read of `dy` comes from
+    /// memory once: blocks of either role that need the same part of it run at about the same time.
     Backward,
     /// `(ẋ, ẇ, x, w) → ẏ = fprop(ẋ, w) + fprop(x, ẇ)`: one product whose inner dimension is that of both.
     Tangent,

@@ -15,6 +15,7 @@ mod stages;
 
 pub use cache::Traffic;
 pub use cost::{Cost, OperationCost, PhaseCost};
+pub use fuse::{Fusion, Fusions};
 pub use machine::{LEAST_GROUP, Machine};
 pub use stages::{MOST_STAGES, StageGroups};
 
@@ -31,6 +32,8 @@ pub struct PlanOptions {
     pub fuse: bool,
     /// Fuse further, to operations that only the CUDA kernels know (`ops::fused`); without `fuse` it does nothing.
     pub kernels: bool,
+    /// Which of the fusions that `fuse`, `kernels` and `recompute` stand for are applied: all, but where their effects are told apart.
+    pub fusions: Fusions,
     /// Keep activations, their cotangents and weights per branch in 16 bits, in the device's half-width type.
     pub half: bool,
     /// Compute the cotangents of residual sums again for the second order instead of keeping them: a smaller arena, more bytes moved; only
@@ -47,6 +50,7 @@ impl Default for PlanOptions {
         PlanOptions {
             fuse: true,
             kernels: false,
+            fusions: Fusions::ALL,
             half: false,
             recompute: false,
             group: None,

@@ -115,6 +115,31 @@ pub type SimtLaunch = unsafe extern "C" fn(
     error_size: usize,
 ) -> c_int;
 
+/// `simt::BankUse` of `kernels/simt/simt.h`: how accesses of 16 bytes to shared memory meet in its banks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BankUse {
+    /// Phases of eight lanes each.
+    pub phases: u64,
+    /// Wavefronts beyond the first of a phase.
+    pub conflicts: u64,
+    /// Most wavefronts of a phase.
+    pub most: u64,
+}
+
+impl BankUse {
+    /// Adds what others have counted.
+    pub fn add(&mut self, other: BankUse) {
+        self.phases += other.phases;
+        self.conflicts += other.conflicts;
+        self.most = self.most.max(other.most);
+    }
+}
+
+/// `mlnt_simt_banks` of `kernels/simt/machine.cpp`: what the launches on the calling thread have counted since it last asked, of rows
+/// of matrices, of stores and of copies.
+pub type SimtBanks = unsafe extern "C" fn(banks: *mut [BankUse; 3]);
+
 // SAFETY: descriptors are constants, and what they point to is never written.
 unsafe impl Sync for SimtKernel {}
 
@@ -137,6 +162,9 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+
+    /// `kernels/simt/machine.cpp`.
+    fn mlnt_simt_banks(banks: *mut [BankUse; 3]);
 }
 
 /// Puts an image where machine words can be read from it, as nvcc's own embedding does.
@@ -198,6 +226,18 @@ pub fn simt_launch() -> Option<SimtLaunch> {
 /// The entry of the SIMT host machine, if there is one.
 #[cfg(not(mlnt_simt))]
 pub fn simt_launch() -> Option<SimtLaunch> {
+    None
+}
+
+/// What tells of the banks of the SIMT host machine, if there is one.
+#[cfg(mlnt_simt)]
+pub fn simt_banks() -> Option<SimtBanks> {
+    Some(mlnt_simt_banks)
+}
+
+/// What tells of the banks of the SIMT host machine, if there is one.
+#[cfg(not(mlnt_simt))]
+pub fn simt_banks() -> Option<SimtBanks> {
     None
 }
 

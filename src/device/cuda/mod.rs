@@ -302,6 +302,8 @@ pub struct KernelCost {
     pub uses: BTreeMap<&'static str, KernelUse>,
     /// Bytes of scratch: partial sums, counters and the like.
     pub scratch_bytes: usize,
+    /// Bytes of partial sums that the launches of a run write there, and read again as soon as the last of a tile's blocks is done.
+    pub partial_bytes: u64,
 }
 
 impl KernelCost {
@@ -323,6 +325,7 @@ impl KernelCost {
             kernels: starts.zip(lowered.ends.iter().copied()).map(names).collect(),
             uses,
             scratch_bytes: lowered.scratch + lowered.counters,
+            partial_bytes: lowered.partial_bytes,
         })
     }
 }

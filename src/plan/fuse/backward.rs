@@ -1,4 +1,5 @@
-//! `dgrad(dy, w)` and `wgrad(x, dy)` of one geometry become one operation that reads `dy` once.
+//! `dgrad(dy, w)` and `wgrad(x, dy)` of one geometry become one operation, whose launch takes `dy` from memory
+//! once where the second-level cache holds what its blocks read at a time.
 
 use super::Graph;
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, FusedConv, Op};

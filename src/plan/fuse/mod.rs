@@ -5,6 +5,7 @@ mod batch_norm_backward;
 mod batch_norm_relu;
 mod batch_norm_tangent;
 mod constants;
+mod fusion;
 mod lin_combs;
 mod recompute;
 mod residual_chain;
@@ -12,6 +13,7 @@ mod statistics;
 mod sums;
 mod tangent;
 
+pub use fusion::{Fusion, Fusions};
 pub(super) use lin_combs::{gather, group_lin_combs};
 
 use super::PlanOptions;
@@ -21,35 +23,41 @@ use crate::error::Result;
 /// A pass: it rewrites the graph and leaves its results as they are.
 type Pass = fn(&mut Graph);
 
-/// What every device can run.
-const PLAIN: [Pass; 2] = [batch_norm_relu::fuse, sums::accumulate];
+fn pass(fusion: Fusion) -> Pass {
+    match fusion {
+        Fusion::BatchNormRelu => batch_norm_relu::fuse,
+        Fusion::SharedConstants => constants::share,
+        Fusion::TangentPairs => tangent::join,
+        Fusion::BackwardPairs => backward::join,
+        Fusion::Recomputation => recompute::fuse,
+        Fusion::StartedSums => sums::accumulate,
+        Fusion::FlatSums => sums::flatten,
+        Fusion::Statistics => statistics::fuse,
+        Fusion::BackwardSums => batch_norm_backward::sums,
+        Fusion::BackwardStarts => batch_norm_backward::starts,
+        Fusion::SecondOrder => batch_norm_tangent::fuse,
+        Fusion::LoadedCotangents => batch_norm_backward::prologue,
+        Fusion::ResidualChain => residual_chain::recompute,
+    }
+}
 
-/// For the CUDA kernels. The order matters: pairs are found among plain convolutions, sums are pushed into what they became, and
-/// statistics and the sums of batch norms are those of a finished sum.
-const KERNELS: [Pass; 12] = [
-    batch_norm_relu::fuse,
-    constants::share,
-    tangent::join,
-    backward::join,
-    recompute::fuse,
-    sums::accumulate,
-    sums::flatten,
-    statistics::fuse,
-    batch_norm_backward::sums,
-    batch_norm_backward::starts,
-    batch_norm_tangent::fuse,
-    batch_norm_backward::prologue,
-];
+fn is_wanted(fusion: Fusion, options: &PlanOptions) -> bool {
+    let runs = match fusion {
+        // What every device can run.
+        Fusion::BatchNormRelu | Fusion::StartedSums => true,
+        Fusion::ResidualChain => options.kernels && options.recompute,
+        _ => options.kernels,
+    };
+    runs && options.fusions.has(fusion)
+}
 
-/// Applies all passes.
+/// Applies the passes that `options` want.
 ///
 /// # Errors
 /// When a pass leaves a graph that does not hold together: its defect.
 pub(super) fn fuse(graph: &mut Graph, options: &PlanOptions) -> Result<()> {
-    let passes: &[Pass] = if options.kernels { &KERNELS } else { &PLAIN };
-    let chain: &[Pass] = if options.kernels && options.recompute { &[residual_chain::recompute] } else { &[] };
-    passes.iter().chain(chain).try_for_each(|pass| {
-        pass(graph);
+    Fusion::ALL.into_iter().filter(|fusion| is_wanted(*fusion, options)).try_for_each(|fusion| {
+        pass(fusion)(graph);
         graph.remove_dead();
         graph.check()
     })

@@ -239,7 +239,7 @@ impl Job<'_> {
         let groups = row_tiles.div_ceil(RECORD_GROUP);
         let finds = !matches!(self.found, Found::Nothing);
         if splits > 1 {
-            product.partial = lowering.scratch(4 * tiling.size[0] * tiling.size[1] * tiles * splits);
+            product.partial = lowering.partial_sums(4 * tiling.size[0] * tiling.size[1] * tiles * splits);
         }
         if finds {
             product.tile_sums = lowering.scratch(RECORD * tiling.size[1] * columns * row_tiles);
@@ -254,9 +254,11 @@ impl Job<'_> {
 
 /// Parts into which the inner dimension of the tiles of the result, and of the blocks that make them, is divided; shapes alone decide it.
 fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, beside: Beside) -> usize {
+    // Rounded down: partial sums are written and read again, which costs more than blocks that are some too few.
+    let idle = BLOCKS / blocks;
     let wanted = match beside {
-        Beside::Nothing => BLOCKS.div_ceil(blocks),
-        Beside::Dgrad | Beside::SummedDgrad => BLOCKS.div_ceil(blocks).max(iterations.div_ceil(tiling.joint)),
+        Beside::Nothing => idle,
+        Beside::Dgrad | Beside::SummedDgrad => idle.max(iterations.div_ceil(tiling.joint)),
     };
     let worth = iterations / tiling.least;
     let fit = PARTIAL_BYTES / (4 * tiling.size[0] * tiling.size[1] * tiles);

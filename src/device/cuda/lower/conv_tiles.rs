@@ -13,10 +13,14 @@ const PATCH: usize = 128;
 pub(super) const SLICE: usize = 32;
 /// `MOST_TAPS`: taps of a tile of a weight gradient.
 const MOST_TAPS: usize = 9;
+/// `MOST_PATCH_TAPS`: taps of fprop and dgrad on patches.
+const MOST_PATCH_TAPS: usize = 128;
 /// Bytes of `DirectTables`.
 const TABLES: usize = 3072;
-/// Bytes of a pixel of a halo.
-const PIXEL: usize = 80;
+/// Bytes of a pixel of a halo, of a pixel of dy in a weight gradient, and of a column's weights of a tap.
+const PIXEL: usize = 64;
+/// `STAGES`: places for the weights of taps.
+const STAGES: usize = 3;
 /// Most bytes of shared memory of a direct kernel: what every card has.
 const MOST_SHARED: usize = 99 << 10;
 /// The direct kernels add up small numbers without a thought of overflow.
@@ -70,14 +74,19 @@ impl Tiling {
         if !g.c.is_multiple_of(8) || !g.k.is_multiple_of(8) || g.pad.max(g.r).max(g.s).max(g.stride) > MOST_PADDING {
             return None;
         }
+        if kind != ConvKind::Wgrad && g.r * g.s > MOST_PATCH_TAPS {
+            return None;
+        }
         let width = Self::width(kind, g);
         let finish = |rows: usize, columns: usize| 4 * rows * (columns + 8) + 16 * PATCH + 4 * rows;
+        // The kernels' rule for where pieces of pixels lie has eight pixels at a time.
+        let halo_bytes = |pixels: usize| PIXEL * pixels.next_multiple_of(8);
         let (patches, shared) = Patches::choose(kind, g, |halo| match kind {
-            ConvKind::Wgrad => (TABLES + 2 * PIXEL * (halo + PATCH)).max(finish(SLICE, MOST_TAPS * SLICE)),
+            ConvKind::Wgrad => (TABLES + 2 * (halo_bytes(halo) + PIXEL * PATCH)).max(finish(SLICE, MOST_TAPS * SLICE)),
             _ => {
                 let channels = if kind == ConvKind::Fprop { g.c } else { g.k };
                 let slots = if channels.div_ceil(SLICE) * segments > 1 { 2 } else { 1 };
-                (TABLES + 2 * PIXEL * width + slots * PIXEL * halo).max(finish(PATCH, width))
+                (TABLES + STAGES * PIXEL * width + slots * halo_bytes(halo)).max(finish(PATCH, width))
             }
         })?;
         let number = patches.number(kind, g);

@@ -142,6 +142,8 @@ pub(super) struct Lowered {
     pub scratch: usize,
     /// Bytes of counters.
     pub counters: usize,
+    /// Bytes of partial sums that all launches write, and read again.
+    pub partial_bytes: u64,
 }
 
 /// Blocks in y or z for `extent` pieces of work. What is beyond the limit is left to loops in the kernels.
@@ -323,6 +325,12 @@ impl<'a> Lowering<'a> {
         self.scratch += bytes.next_multiple_of(256);
         self.out.scratch = self.out.scratch.max(self.scratch);
         at
+    }
+
+    /// Scratch as [`Lowering::scratch`] gives it, for partial sums: every byte is written once and read once.
+    pub fn partial_sums(&mut self, bytes: usize) -> Address {
+        self.out.partial_bytes += 2 * bytes as u64;
+        self.scratch(bytes)
     }
 
     /// `count` words for the launches of the present operation, which find them 0 and leave them 0.

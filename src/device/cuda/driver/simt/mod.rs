@@ -8,7 +8,7 @@
 mod memory;
 
 use super::{Address, Driver, Event, Generation, Graph, KernelInfo, Launch, Limits, Stream};
-use crate::device::cuda::embedded::{self, SimtKernel, SimtLaunch};
+use crate::device::cuda::embedded::{self, BankUse, SimtBanks, SimtKernel, SimtLaunch};
 use crate::device::shortage::host_memory;
 use crate::error::{Error, Result};
 use memory::Memory;
@@ -29,6 +29,9 @@ enum Work {
 /// Launches by kernel and label.
 pub type Tally = Arc<Mutex<BTreeMap<(&'static str, Box<str>), u64>>>;
 
+/// How the launches of a kernel with a label meet in the banks of shared memory: rows of matrices, stores and copies of 16 bytes.
+pub type Banks = Arc<Mutex<BTreeMap<(&'static str, Box<str>), [BankUse; 3]>>>;
+
 /// The machine.
 pub struct Simt {
     launch: SimtLaunch,
@@ -41,6 +44,8 @@ pub struct Simt {
     launches: Cell<u64>,
     generation: Generation,
     tally: Tally,
+    count_banks: Option<SimtBanks>,
+    banks: Banks,
 }
 
 impl Simt {
@@ -56,7 +61,8 @@ impl Simt {
             ));
         };
         // SAFETY: entry and descriptors come from the one library that the build made of them.
-        Ok(unsafe { Simt::new(launch, embedded::simt_kernels(), seed) })
+        let machine = unsafe { Simt::new(launch, embedded::simt_kernels(), seed) };
+        Ok(Simt { count_banks: embedded::simt_banks(), ..machine })
     }
 
     /// A machine with these kernels. `seed` draws the order in which warps, lanes and blocks run: a right kernel gives
@@ -68,8 +74,30 @@ impl Simt {
         // SAFETY: `KERNEL` names a kernel by a string constant of ASCII letters.
         let name = |k: &'static SimtKernel| unsafe { CStr::from_ptr(k.name) }.to_str().unwrap_or_default();
         let kernels = kernels.iter().map(|&k| (name(k), k)).collect();
-        let (memory, events, graphs, recording, launches, generation, tally) = Default::default();
-        Simt { launch, kernels, seed, memory, events, graphs, recording, launches, generation, tally }
+        let (memory, events, graphs, recording, launches, generation, tally, banks) = Default::default();
+        let count_banks = None;
+        Simt {
+            launch,
+            kernels,
+            seed,
+            memory,
+            events,
+            graphs,
+            recording,
+            launches,
+            generation,
+            tally,
+            count_banks,
+            banks,
+        }
+    }
+
+    /// The same machine, which fills [`Simt::banks`] as well.
+    ///
+    /// # Safety
+    /// `count` belongs to the machine whose entry this was made of.
+    pub unsafe fn counting(self, count: SimtBanks) -> Self {
+        Simt { count_banks: Some(count), ..self }
     }
 
     /// The same machine in the place of a card of this kind: with its kernels and its limits.
@@ -93,6 +121,11 @@ impl Simt {
     /// Where it counts its launches: what was kept of this tells of them when the machine has gone into a device.
     pub fn tally(&self) -> Tally {
         self.tally.clone()
+    }
+
+    /// Where it counts what meets in the banks of shared memory.
+    pub fn banks(&self) -> Banks {
+        self.banks.clone()
     }
 
     fn error(&self, what: impl Into<String>) -> Error {
@@ -151,6 +184,8 @@ impl Simt {
         let pieces = blocks.min(4 * rayon::current_num_threads() as u64);
         let cut = |piece: u64| (u128::from(blocks) * u128::from(piece) / u128::from(pieces)) as u64;
         let (enter, seed) = (self.launch, self.seed);
+        let key = (launch.kernel, launch.label.clone());
+        let (count_banks, all_banks, banks_key) = (self.count_banks, &*self.banks, &key);
         let run_piece = |piece: u64| {
             let mut error = [0u8; 1024];
             let (params, shared) = (launch.params.as_ptr().cast(), launch.shared as usize);
@@ -162,6 +197,15 @@ impl Simt {
                 let (at, len) = (error.as_mut_ptr().cast(), error.len());
                 enter(kernel, params, launch.params.len(), grid, launch.threads, shared, from, to, seed, at, len)
             };
+            if let Some(count) = count_banks {
+                let mut banks = [BankUse::default(); 3];
+                // SAFETY: `open` or `counting` vouches for it.
+                unsafe { count(&mut banks) };
+                let mut all = all_banks.lock().unwrap_or_else(PoisonError::into_inner);
+                for (sum, more) in all.entry(banks_key.clone()).or_default().iter_mut().zip(banks) {
+                    sum.add(more);
+                }
+            }
             let text = CStr::from_bytes_until_nul(&error).unwrap_or_default();
             if code == 0 { Ok(()) } else { Err(text.to_string_lossy().into_owned()) }
         };
@@ -170,7 +214,6 @@ impl Simt {
             .try_for_each(run_piece)
             .map_err(|what| self.error(format!("{what} ({})", launch.label)))?;
         self.launches.set(self.launches.get() + 1);
-        let key = (launch.kernel, launch.label.clone());
         *self.tally.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default() += 1;
         match self.memory.borrow().fault() {
             Some(what) => Err(self.error(format!("kernel {} ({}): {what}", launch.kernel, launch.label))),
