@@ -13,7 +13,7 @@ use mlnt::device::cuda::embedded::{BankUse, SimtBanks, SimtKernel, SimtLaunch};
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
 use mlnt::ops::{Conv, ConvForm, ConvGeom, ConvKind, Delta, FusedConv, LinComb, Op};
-use mlnt::plan::{Args, Buffer, Place, Plan, PlanOptions, Port};
+use mlnt::plan::{Args, Buffer, Place, Plan, PlanOptions, Port, StageGroups};
 use mlnt::rng::{Purpose, below, stream};
 use mlnt::tape::{Coef, Kind, Meta, Tape};
 use std::path::Path;
@@ -38,6 +38,7 @@ fn plan(op: Op, operands: &[Meta], results: &[Meta], half: bool) -> Plan {
         inputs: Vec::new(),
         scalars: Vec::new(),
         outputs: Vec::new(),
+        stages: StageGroups::WHOLE,
         arena_reals: 0,
         arena_halves: 0,
         arena_indices: 0,
