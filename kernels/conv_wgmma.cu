@@ -11,8 +11,9 @@
 // What a patch needs of f32 weights is more than the halo, and more than the second-level cache can give to all multiprocessors at
 // the tensor cores' speed (9 · 32 · 64 · 4 bytes for 2300 cycles, and 24 bytes a cycle): so a block works on several patches, one after the
 // other, and keeps the weights of all its iterations if shared memory has room for them. The blocks are about as many as a
-// card runs at a time. From a patch to the next nothing overlaps, for what follows a product uses the halo's memory; where two blocks
-// share a multiprocessor, they fill each other's gaps.
+// card runs at a time. The next patch's first halo is loaded during a patch's last products, and what follows those uses the slot that they
+// have read. The next patch's first products begin before that where there are registers for two tiles, but ptxas waits for them where
+// the tile is cleared, ahead of the fill behind them: they overlap with what follows a patch alone.
 //
 // A product of 64 × 32 × 16 reads 3 KiB of shared memory in 24 cycles and computes 16; one of 64 × 64 × 16 reads and
 // computes 32.
