@@ -54,6 +54,8 @@ fn plan_counts_what_the_method_promises() {
     let hopper = mlnt("plan --device simt --precision f16 --kernels hopper --json --launches").stdout;
     assert!(hopper.contains("conv2d_wgmma_fprop") && !listed.to_string().contains("wgmma"), "{hopper}");
     refused("plan --launches", &["--json"]);
+    // What is counted only is no flag of what is timed.
+    refused("bench-step --as-trained", &["--as-trained"]);
     let table = mlnt("plan --preset cifar10 --recipe paper").stdout;
     assert!(table.contains("whole step") && table.contains("forward passes") && table.contains("arena"), "{table}");
 }

@@ -219,7 +219,7 @@ fn sources() -> Vec<(String, String)> {
 }
 
 #[test]
-fn unsafe_stands_with_launchers_drivers_the_memory_map_and_two_tests_only() {
+fn unsafe_stands_with_launchers_drivers_the_memory_map_and_named_tests_only() {
     for folders in [&["src"][..], &["tests", "benches"]] {
         let mut inside = 0;
         for (path, source) in rust_files(folders) {

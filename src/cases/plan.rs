@@ -8,19 +8,8 @@ use super::{Case, all};
 use crate::device::HostVec;
 use crate::error::Result;
 use crate::ops::Op;
-use crate::plan::{Fusions, Plan, PlanOptions, StageGroups};
+use crate::plan::{Plan, PlanOptions};
 use crate::tape::{Coef, DType, Kind, Meta, Tape};
-
-/// A plan of the operations as they are recorded.
-const AS_RECORDED: PlanOptions = PlanOptions {
-    fuse: false,
-    kernels: false,
-    fusions: Fusions::ALL,
-    half: false,
-    recompute: false,
-    group: None,
-    stages: StageGroups::WHOLE,
-};
 
 /// Largest relative error of what is computed in single precision.
 const SINGLE: f64 = 1e-5;
@@ -108,7 +97,7 @@ impl Planned {
             let read = if apart(RESULT + i, &meta) { tape.scale(Coef::ONE, result)? } else { result };
             tape.output(format!("out{i}"), read);
         }
-        Plan::build(&tape, &PlanOptions { half, ..AS_RECORDED })
+        Plan::build(&tape, &PlanOptions { half, ..PlanOptions::AS_RECORDED })
     }
 
     /// The plain operations that the operation stands for, as a plan with the same inputs and outputs, in one width.
@@ -116,7 +105,7 @@ impl Planned {
     /// # Errors
     /// As [`Planned::plan`].
     pub fn composition(&self) -> Result<Plan> {
-        Ok(expand(&Plan::build(&self.case.record()?.tape, &AS_RECORDED)?))
+        Ok(expand(&Plan::build(&self.case.record()?.tape, &PlanOptions::AS_RECORDED)?))
     }
 
     /// Numbers for the operands as [`Case::values`] draws them; those that [`Planned::plan`] may keep in 16 bits are rounded by `round`,

@@ -81,7 +81,7 @@ pub enum Command {
     Noise(noise::NoiseArgs),
     /// What one training step costs, without running it.
     #[command(long_about = plan::LONG_ABOUT)]
-    Plan(plan::PlanArgs),
+    Plan(plan::PlanCommand),
     /// The devices of this machine, and what is missing for the others.
     #[command(long_about = info::LONG_ABOUT)]
     Info(info::InfoArgs),

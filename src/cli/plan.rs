@@ -36,6 +36,20 @@ Examples:
 /// The arguments of `mlnt plan`.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
+pub struct PlanCommand {
+    /// The step.
+    #[command(flatten)]
+    pub step: PlanArgs,
+    /// Count the search for synthetic labels too, as training does it: another forward pass, and neighbours of its features.
+    #[arg(long)]
+    pub as_trained: bool,
+    /// List every launch in the object too: phase, operation and shapes, kernels, FLOPs and bytes.
+    #[arg(long, requires = "json")]
+    pub launches: bool,
+}
+
+/// A step, as `mlnt plan` and `mlnt bench-step` take it.
+#[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct PlanArgs {
     /// Set of values to start from; the flags then change them.
     #[arg(long, value_name = "NAME", default_value = "small")]
@@ -67,15 +81,9 @@ pub struct PlanArgs {
     /// auto is what the card runs best, portable without one.
     #[arg(long, value_name = "auto|portable|hopper", hide_possible_values = true, default_value = "auto")]
     pub kernels: KernelChoice,
-    /// Count the search for synthetic labels too, as training does it: another forward pass, and neighbours of its features.
-    #[arg(long)]
-    pub as_trained: bool,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub json: bool,
-    /// List every launch in the object too: phase, operation and shapes, kernels, FLOPs and bytes.
-    #[arg(long, requires = "json")]
-    pub launches: bool,
     /// The network.
     #[command(flatten)]
     pub model: ModelArgs,
@@ -169,7 +177,8 @@ impl PlanArgs {
 ///
 /// # Errors
 /// For settings that are no step.
-pub(super) fn run(args: &PlanArgs) -> Result<u8> {
+pub(super) fn run(command: &PlanCommand) -> Result<u8> {
+    let args = &command.step;
     let mut config = args.config()?;
     let (input, model) = (args.input(), args.model_spec(&config));
     config.device = args.planned_device(config.precision);
@@ -187,7 +196,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
     let ce_cost = Plan::build(&record_ce_step(&ce, "")?, &PlanOptions::default())?.cost(real_bytes);
     let forward = ce_cost.phases.iter().find(|p| p.phase == "forward").map_or(0, |p| p.flops);
     let synthetic =
-        if args.as_trained { Synthetic::Transfer { neighbours: config.neighbours } } else { Synthetic::Given };
+        if command.as_trained { Synthetic::Transfer { neighbours: config.neighbours } } else { Synthetic::Given };
     let spec = StepSpec { synthetic, ..step_spec(&config, model.clone()) };
     let tape = record_step(&spec, Report::Losses)?;
     let machine = machine(device, precision)?;
@@ -227,7 +236,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<u8> {
             object["cache_bytes"] = json!(machine.cache_bytes);
             object["seconds_compared"] = json!(machine.seconds(&plan));
         }
-        if args.launches {
+        if command.launches {
             object["listing"] = listing(&plan, real_bytes, &traffic, kernels.as_ref());
         }
         if let Some(kernels) = kernels {
@@ -372,7 +381,7 @@ mod tests {
 
     fn plan(line: &str) -> PlanArgs {
         match Cli::parse_from(line.split_whitespace()).command {
-            Command::Plan(args) => args,
+            Command::Plan(args) => args.step,
             other => panic!("{other:?}"),
         }
     }

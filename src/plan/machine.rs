@@ -55,7 +55,11 @@ impl Machine {
     /// Seconds of a run of `plan` if every launch takes the longer of its work and its traffic to memory behind the cache: what compares plans of
     /// one step, and no prediction of a time.
     pub fn seconds(&self, plan: &Plan) -> f64 {
-        self.times(plan).iter().map(|t| t.work.max(t.memory) + self.launch).sum()
+        self.sum(&self.times(plan))
+    }
+
+    fn sum(&self, times: &[Times]) -> f64 {
+        times.iter().map(|t| t.work.max(t.memory) + self.launch).sum()
     }
 
     fn times(&self, plan: &Plan) -> Vec<Times> {
@@ -105,16 +109,20 @@ impl Machine {
     /// Stage by stage from the largest images on: the number of passes that takes least time, if it takes less than one.
     fn fit_cache(&self, tape: &Tape, mut options: PlanOptions, mut plan: Plan) -> Result<Plan> {
         let group = plan.largest_group();
+        if group < 2 {
+            return Ok(plan);
+        }
+        // Each look at a plan goes through all that it touches: one for each plan.
+        let mut times = self.times(&plan);
         for stage in 0..MOST_STAGES {
-            let times = self.times(&plan);
             let of_stage = || times.iter().filter(|t| t.stage == Some(stage) && t.branches == group);
             // No more can be had than launches wait for memory longer than they work; each pass costs its launches.
             let gain: f64 = of_stage().map(|t| (t.memory - t.work).max(0.0)).sum();
-            let (whole, mut best) = (options, self.seconds(&plan));
+            let price = of_stage().count() as f64 * self.launch;
+            let (whole, mut best, mut better) = (options, self.sum(&times), None);
             for passes in 2..=group {
-                let (price, size) =
-                    (of_stage().count() as f64 * (passes - 1) as f64 * self.launch, group.div_ceil(passes));
-                if gain <= price {
+                let size = group.div_ceil(passes);
+                if gain <= price * (passes - 1) as f64 {
                     break;
                 }
                 if group.div_ceil(size) != passes {
@@ -122,12 +130,13 @@ impl Machine {
                 }
                 let other = PlanOptions { stages: whole.stages.with(stage, Some(size)), ..whole };
                 let divided = Plan::build(tape, &other)?;
-                let (seconds, fits) =
-                    (self.seconds(&divided), divided.arena_bytes(self.real_bytes) <= self.arena_bytes);
-                if seconds < best && fits {
-                    (best, options, plan) = (seconds, other, divided);
+                let its = self.times(&divided);
+                if self.sum(&its) < best && divided.arena_bytes(self.real_bytes) <= self.arena_bytes {
+                    best = self.sum(&its);
+                    (options, plan, better) = (other, divided, Some(its));
                 }
             }
+            times = better.unwrap_or(times);
         }
         Ok(plan)
     }

@@ -45,17 +45,22 @@ pub struct PlanOptions {
     pub stages: StageGroups,
 }
 
+impl PlanOptions {
+    /// Every operation as it is recorded, all branches at a time.
+    pub const AS_RECORDED: Self = PlanOptions {
+        fuse: false,
+        kernels: false,
+        fusions: Fusions::ALL,
+        half: false,
+        recompute: false,
+        group: None,
+        stages: StageGroups::WHOLE,
+    };
+}
+
 impl Default for PlanOptions {
     fn default() -> Self {
-        PlanOptions {
-            fuse: true,
-            kernels: false,
-            fusions: Fusions::ALL,
-            half: false,
-            recompute: false,
-            group: None,
-            stages: StageGroups::default(),
-        }
+        PlanOptions { fuse: true, ..PlanOptions::AS_RECORDED }
     }
 }
 

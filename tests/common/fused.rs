@@ -6,19 +6,11 @@ use mlnt::device::cpu::Cpu;
 use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
 use mlnt::model::{Arch, ModelSpec};
 use mlnt::ops::{Epilogue, Op, Operation};
-use mlnt::plan::{Args, Fusions, Plan, PlanOptions, StageGroups};
+use mlnt::plan::{Args, Plan, PlanOptions};
 use std::collections::HashMap;
 
 pub const RECIPES: [Recipe; 2] = [Recipe::Sequential, Recipe::Joint];
-pub const PLAIN: PlanOptions = PlanOptions {
-    fuse: false,
-    kernels: false,
-    fusions: Fusions::ALL,
-    half: false,
-    recompute: false,
-    group: None,
-    stages: StageGroups::WHOLE,
-};
+pub const PLAIN: PlanOptions = PlanOptions::AS_RECORDED;
 pub const FUSED: PlanOptions = PlanOptions { fuse: true, ..PLAIN };
 pub const KERNELS: PlanOptions = PlanOptions { kernels: true, ..FUSED };
 

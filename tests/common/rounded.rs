@@ -10,19 +10,11 @@ use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostVec};
 use mlnt::ops::{BnBackward, BnDoubleBackward, BnEval, ChannelBroadcast, Mask, Op};
-use mlnt::plan::{Fusions, Plan, PlanOptions, StageGroups};
+use mlnt::plan::{Plan, PlanOptions};
 use mlnt::tape::{Coef, DType, Kind, Meta, Tape, Tensor};
 
 pub const HALVES: [Operands; 2] = [Operands::F16, Operands::Bf16];
-pub const UNFUSED: PlanOptions = PlanOptions {
-    fuse: false,
-    kernels: false,
-    fusions: Fusions::ALL,
-    half: false,
-    recompute: false,
-    group: None,
-    stages: StageGroups::WHOLE,
-};
+pub const UNFUSED: PlanOptions = PlanOptions::AS_RECORDED;
 pub const HALF: PlanOptions = PlanOptions { half: true, ..UNFUSED };
 
 pub fn rounded(operands: Operands, v: f64) -> f64 {
