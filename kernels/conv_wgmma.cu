@@ -12,8 +12,8 @@
 // the tensor cores' speed (9 · 32 · 64 · 4 bytes for 2300 cycles, and 24 bytes a cycle): so a block works on several patches, one after the
 // other, and keeps the weights of all its iterations if shared memory has room for them. The blocks are about as many as a
 // card runs at a time. The next patch's first halo is loaded during a patch's last products, and what follows those uses the slot that they
-// have read. The next patch's first products begin before that where there are registers for two tiles, but ptxas waits for them where
-// the tile is cleared, ahead of the fill behind them: they overlap with what follows a patch alone.
+// have read. The next patch's first products begin before that where there are registers for two tiles. No tile is cleared: its first products do
+// not add to what is there.
 //
 // A product of 64 × 32 × 16 reads 3 KiB of shared memory in 24 cycles and computes 16; one of 64 × 64 × 16 reads and
 // computes 32.
@@ -90,8 +90,6 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     using Weights = CellWeights<FORM, Operand, WIDTH>;
     // What follows a product takes twice the shared memory of a block of 64 columns than of one of 32: it is done by halves.
     constexpr int HALVES = WIDTH / 32, OF_GROUP = 2 / HALVES;
-    // Whether there are registers for the next patch's first products while a patch is finished.
-    constexpr bool EARLY = FORM == Form::FPROP || !PAIRS || WIDTH == 64;
     const uint32_t patches = uint32_t(p.row_tiles) / HALVES, runs = (patches + tiling.run - 1) / tiling.run;
     ConvPlace place = {};
     place.column_tile = uniform(block % p.column_tiles);
@@ -130,7 +128,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         const ConvStep step = step_of(i);
         tables.describe_image<FORM, PAIRS>(p, made_of(step), step.branch, step.inner_tile * SLICE, slot);
     };
-    // The patch that is loaded, or was loaded last, and its number; those without taps are passed over.
+    // The patch that is loaded and its number; those without taps are passed over. Behind the last there is one that has no products.
     Patch patch = any;
     uint32_t loaded = first_patch;
     // With a slot for each iteration weights are loaded where the phase changes; the products of the iteration before must not read the same
@@ -143,6 +141,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
             patch = cell_patch<FORM>(p, loaded);
             if (FORM != Form::DGRAD || patch.taps_down * patch.taps_across > 0) break;
         }
+        if (loaded == last_patch) patch.taps_down = 0;
         const int32_t phase = FORM == Form::DGRAD ? patch.phase_down * p.stride + patch.phase_across : 0;
         loads = !keeps || held != phase;
         held = phase;
@@ -172,8 +171,9 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
     sync_threads();
 
     CellTile<Operand, WIDTH, 2> tile;
+    tile.clear();
     uint32_t turn = 0;
-    // The products of iteration `i` of the patch that is loaded, in turn `turn`.
+    // The products of iteration `i` of the patch that is loaded, in turn `turn`; the first begin the tile anew.
     const auto start = [&](uint32_t i) {
         uint32_t cell[2];
         for (int m = 0; m < 2; ++m) cell[m] = uniform(tables.cells[thread_again() / 128 * 2 + m]);
@@ -183,6 +183,7 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         if (FORM == Form::DGRAD) line += halo.tap(uint32_t(patch.taps_down) - 1, uint32_t(patch.taps_across) - 1);
         for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
         wgmma_fence();
+        bool accumulates = i > 0;
         for (int32_t down = 0; down < patch.taps_down; ++down) {
             uint32_t at = line, in_pixel = 0;
             ROLLED
@@ -191,9 +192,10 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
                     for (int m = 0; m < 2; ++m) {
                         Operand::template wgmma<false, FORM == Form::DGRAD>(
                             tile.d[m], wgmma_behind(image_matrix, at + cell[m] + k * 2 * halo.pitch),
-                            wgmma_behind(weight_matrix, weights + k * Weights::SECOND));
+                            wgmma_behind(weight_matrix, weights + k * Weights::SECOND), accumulates || k > 0);
                     }
                 }
+                accumulates = true;
                 weights += Weights::TAP;
                 if (FORM == Form::DGRAD) {
                     --at;
@@ -210,65 +212,89 @@ DEVICE void cells(const ConvProduct& p, const CellTiling& tiling, uint32_t block
         }
         wgmma_commit();
     };
-    bool started = false;  // the first products of this patch, while the one before was finished
-    for (uint32_t number = first_patch; number < last_patch; number = uniform(number + 1)) {
-        const bool has_taps = FORM != Form::DGRAD || number == loaded;
-        if (!started) tile.clear();
-        if (has_taps) {
-            uint32_t i = 0;
-            do {
-                if (!started) start(i);
-                started = false;
-                if (i == 0) tables.describe_rows(p, patch);
-                // Its slot served this turn's halo, which is loaded.
-                if (all > 2 && (i + 2 < all || number + 1 < last_patch)) describe(i + 2 < all ? i + 2 : i + 2 - all, turn % 2);
-                const bool within = i + 1 < all;
-                if (!within) {
-                    ++loaded;
-                    find();
-                }
-                if (within || loaded < last_patch) fill(within ? i + 1 : 0, turn + 1);
-                wgmma_wait();
-                for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+    // What follows a patch's products is done while those of the next run, and so in two parts: `stage` takes the tile, of 64 columns one
+    // half of it, from the registers, `finish` goes on from shared memory. Between products and the wait for them nothing touches the
+    // tile on any way through the loop, or ptxas would wait there.
+    using Part = CellTile<Operand, WIDTH, OF_GROUP>;
+    // In the slot that the last turn read, and the next but one will be loaded to.
+    const auto area = [&]() -> ConvFinish<Part>& {
+        return *reinterpret_cast<ConvFinish<Part>*>(shared + tiling.finish + (turn + 1) % 2 * tiling.finish_step);
+    };
+    const auto place_of = [&](uint32_t number, int half) {
+        ConvPlace place = tables.place;
+        place.row_tile = HALVES * number + half;
+        return place;
+    };
+    const auto row_of_half = [&](int r, int half) {
+        const int cell = r / CELL_PIXELS;
+        return tables.rows[(HALVES == 1 ? cell : 2 * cell + half) * CELL_PIXELS + r % CELL_PIXELS];
+    };
+    const auto stage = [&](uint32_t number, int half, Part& part) {
+        return conv_stage<Part>(area(), p, place_of(number, half), part, [&](int r) { return row_of_half(r, half); });
+    };
+    // The same of a patch without taps, of whose zeros there is nothing to add up.
+    const auto stage_zeros = [&](int half) {
+        if (tables.place.split > 0) return false;
+        ConvFinish<Part>& to = area();
+        for (int r = int(thread_again()); r < Part::ROWS; r += Part::THREADS) to.rows[r] = row_of_half(r, half);
+        for (int i = int(thread_again()); i < Part::ROWS * ConvFinish<Part>::PITCH; i += Part::THREADS) to.values[i] = 0.0f;
+        return true;
+    };
+    const auto finish = [&](uint32_t number, int half) {
+        const ConvPlace place = place_of(number, half);
+        conv_finish_staged<Operand, Part, FORM>(area(), p, place, [&](int c) { return place.column_tile * WIDTH + c; });
+        sync_threads();  // the area is written to again
+    };
+    uint32_t next = first_patch, number = loaded, i = 0;  // the patch to be finished; that of the products, and their iteration
+    bool computed = FORM != Form::DGRAD, staged = false;  // whether `next` had products; whether there is a part of it to finish
+    Part rest;                                            // its second half
+    for (;;) {
+        start(i);
+        for (; i == 0 && next < number; next = uniform(next + 1)) {
+            if (FORM == Form::DGRAD && !computed) {
+                tables.describe_rows(p, cell_patch<FORM>(p, next));
                 sync_threads();
-                ++turn;
-            } while (++i < all);
-        } else {
-            tables.describe_rows(p, cell_patch<FORM>(p, number));
-            // There are no products under way, which the compiler does not see.
+            }
+            for (int half = 0; half < HALVES; ++half) {
+                if (FORM == Form::DGRAD && !computed) {
+                    staged = stage_zeros(half);
+                } else if (half > 0) {
+                    staged = stage(next, half, rest);
+                }
+                if (staged) finish(next, half);
+            }
+            if (FORM == Form::DGRAD) computed = false;
+        }
+        if (number == last_patch) {
             wgmma_wait();
             for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
-            tile.clear();
-            sync_threads();
+            break;
         }
-        // In the slot that the last turn read, and the next but one will be loaded to.
-        unsigned char* finish = shared + tiling.finish + (turn + 1) % 2 * tiling.finish_step;
-        ConvPlace place = tables.place;
-        const auto column_of = [&](int c) { return place.column_tile * WIDTH + c; };
-        using Part = CellTile<Operand, WIDTH, OF_GROUP>;
-        const CellTile<Operand, WIDTH, 2> made = tile;
-        for (int half = 0; half < HALVES; ++half) {
-            place.row_tile = HALVES * number + half;
-            const auto row = [&](int r) {
-                const int cell = r / CELL_PIXELS;
-                const int of_patch = HALVES == 1 ? cell : 2 * cell + half;
-                return tables.rows[of_patch * CELL_PIXELS + r % CELL_PIXELS];
-            };
-            // One copy of the code that follows, and no array that is indexed at run time.
-            Part part;
-            for (int m = 0; m < OF_GROUP; ++m) {
-                for (int i = 0; i < WIDTH / 2; ++i) part.d[m][i] = half == 0 ? made.d[m][i] : made.d[1][i];
-            }
-            conv_finish<Operand, Part, FORM>(*reinterpret_cast<ConvFinish<Part>*>(finish), p, place, part, row, column_of, [&] {
-                if (EARLY && half == 0 && number + 1 == loaded && loaded < last_patch) {
-                    tile.clear();
-                    start(0);
-                    started = true;
-                }
-            });
-            // It is written to again.
-            sync_threads();
+        if (i == 0) tables.describe_rows(p, patch);
+        // Its slot served this turn's halo, which is loaded.
+        if (all > 2 && (i + 2 < all || number + 1 < last_patch)) describe(i + 2 < all ? i + 2 : i + 2 - all, turn % 2);
+        const bool within = i + 1 < all;
+        if (!within) {
+            ++loaded;
+            find();
         }
+        if (within || loaded < last_patch) fill(within ? i + 1 : 0, turn + 1);
+        wgmma_wait();
+        for (int m = 0; m < 2; ++m) wgmma_settle(tile.d[m]);
+        sync_threads();
+        ++turn;
+        if (++i < all) continue;
+        Part part;
+        for (int m = 0; m < OF_GROUP; ++m) {
+            for (int j = 0; j < WIDTH / 2; ++j) part.d[m][j] = tile.d[m][j];
+        }
+        if constexpr (HALVES == 2) {
+            for (int j = 0; j < WIDTH / 2; ++j) rest.d[0][j] = tile.d[1][j];
+        }
+        staged = stage(number, 0, part);
+        computed = true;
+        number = loaded;
+        i = 0;
     }
 }
 

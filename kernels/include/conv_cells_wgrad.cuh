@@ -210,5 +210,5 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     };
     using Finish = ConvFinish<PairsTile<Operand, WIDTH>>;
     conv_finish<Operand, PairsTile<Operand, WIDTH>, Form::WGRAD>(*reinterpret_cast<Finish*>(shared + tiling.finish), p, at_end, tile, row,
-                                                                 column_of, [] {});
+                                                                 column_of);
 }

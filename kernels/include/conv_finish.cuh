@@ -33,12 +33,11 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
     }
 }
 
-// All threads take part, behind a barrier: `shared` gets another meaning, and with several splits or anything to be found the first word
-// of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile lie, NO_ROW: nowhere.
-// `meanwhile` is called where the product's registers are not needed any more, if the block has anything to do from there on.
-template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf, class Meanwhile>
-DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
-                        ColumnOf column_of, Meanwhile meanwhile) {
+// The first part: `product` is that of all splits, and lies in shared memory. All threads take part, behind a barrier: `shared` gets another
+// meaning, and with several splits the first word of shared memory. `row_of` says where in the result a row of the tile lies, NO_ROW:
+// nowhere. False, the same in all threads: another split's block goes on, and nothing is in shared memory.
+template <class Tile, class RowOf>
+DEVICE bool conv_stage(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of) {
     constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
     const int thread = int(thread_again());
     if (p.splits > 1) {
@@ -47,7 +46,7 @@ DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const Co
         product.each([&](int i, int, int, float v) {
             partial[int64_t(place.split) * ELEMENTS + i * Tile::THREADS] = v;
         });
-        if (!last_to_arrive(p.arrivals + tile, p.splits)) return;
+        if (!last_to_arrive(p.arrivals + tile, p.splits)) return false;
         product.clear();
         for (int split = 0; split < p.splits; ++split) {
             product.each([&](int i, int, int, float& v) { v += partial[i * Tile::THREADS]; });
@@ -56,10 +55,17 @@ DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const Co
     }
     for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
     product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
-    meanwhile();
+    return true;
+}
+
+// The second part. All threads take part; `column_of` is `row_of` of runs of columns. If anything is to be found, the first word of shared
+// memory gets another meaning.
+template <class Operand, class Tile, Form FORM, class ColumnOf>
+DEVICE void conv_finish_staged(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, ColumnOf column_of) {
+    constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
     sync_threads();
     const bool statistics = FORM == Form::FPROP && p.mean, sums = FORM != Form::WGRAD && p.sums.next;
-    for (int i = thread * Tile::RUN; i < ELEMENTS; i += Tile::THREADS * Tile::RUN) {
+    for (int i = int(thread_again()) * Tile::RUN; i < ELEMENTS; i += Tile::THREADS * Tile::RUN) {
         const int r = i / Tile::COLUMNS, c = i % Tile::COLUMNS;
         const uint32_t row = shared.rows[r], column = column_of(c);
         if (row == NO_ROW || column >= uint32_t(p.columns)) continue;
@@ -74,8 +80,17 @@ DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const Co
     }
 }
 
+// Both parts.
+template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
+DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
+                        ColumnOf column_of) {
+    if (conv_stage<Tile>(shared, p, place, product, row_of)) {
+        conv_finish_staged<Operand, Tile, FORM>(shared, p, place, column_of);
+    }
+}
+
 // The same at the beginning of shared memory.
 template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf>
 DEVICE void conv_finish(const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of, ColumnOf column_of) {
-    conv_finish<Operand, Tile, FORM>(*shared_memory<ConvFinish<Tile>>(), p, place, product, row_of, column_of, [] {});
+    conv_finish<Operand, Tile, FORM>(*shared_memory<ConvFinish<Tile>>(), p, place, product, row_of, column_of);
 }

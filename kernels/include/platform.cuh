@@ -342,6 +342,8 @@ DEVICE void copies_pending() {
 
 // ---- Products of a warpgroup: D [64, N] += A [64, 16] · B [16, N], operands in shared memory (PTX ISA, "wgmma"; sm_90a alone) ----
 //
+// Without `accumulates` D is the product, whatever it was before: no thread has to write zeros, for which it would wait for products
+// under way.
 // Four warps in a row, the first's number a multiple of four, take part. The accumulators are f32: with w, g and t the warp in the
 // group, lane / 4 and lane % 4, d[4·j + i] is row 16·w + g + 8·(i / 2), column 8·j + 2·t + i % 2.
 //
@@ -382,22 +384,24 @@ DEVICE uint64_t wgmma_behind(uint64_t matrix, uint32_t granules) {
     MLNT_WGMMA_16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),          \
         "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
 
-// The `1`s: D is added to, and neither operand is negated.
+// The `1`s: neither operand is negated.
 #define MLNT_WGMMA(type)                                                                                                \
     template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                                     \
-    DEVICE void wgmma_##type(float (&d)[16], uint64_t a, uint64_t b) {                                                  \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." #type "." #type " {%0, %1, %2, %3, %4, %5, %6, %7, " \
-                     "%8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, %18, %19;"                              \
+    DEVICE void wgmma_##type(float (&d)[16], uint64_t a, uint64_t b, bool accumulates = true) {                         \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %20, 0; "                                                            \
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32." #type "." #type " {%0, %1, %2, %3, %4, %5, %6, %7, " \
+                     "%8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, %18, %19;}"                             \
                      : MLNT_WGMMA_16(d)                                                                                 \
-                     : "l"(a), "l"(b), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));                                 \
+                     : "l"(a), "l"(b), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)), "r"(int(accumulates)));          \
     }                                                                                                                   \
     template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                                     \
-    DEVICE void wgmma_##type(float (&d)[32], uint64_t a, uint64_t b) {                                                  \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." #type "." #type " {%0, %1, %2, %3, %4, %5, %6, %7, " \
+    DEVICE void wgmma_##type(float (&d)[32], uint64_t a, uint64_t b, bool accumulates = true) {                         \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %36, 0; "                                                            \
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32." #type "." #type " {%0, %1, %2, %3, %4, %5, %6, %7, " \
                      "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "    \
-                     "%27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, %34, %35;"                                           \
+                     "%27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %34, %35;}"                                          \
                      : MLNT_WGMMA_32(d)                                                                                 \
-                     : "l"(a), "l"(b), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));                                 \
+                     : "l"(a), "l"(b), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)), "r"(int(accumulates)));          \
     }
 
 MLNT_WGMMA(f16)
@@ -423,12 +427,14 @@ DEVICE void fence_operands() { asm volatile("fence.proxy.async.shared::cta;" :::
 #else
 
 template <bool A_TRANSPOSED, bool B_TRANSPOSED, int REGISTERS>
-DEVICE void wgmma_f16(float (&d)[REGISTERS], uint64_t a, uint64_t b, simt::Site site = simt::Site::here()) {
-    simt::wgmma({simt::Operands::f16, A_TRANSPOSED, B_TRANSPOSED, REGISTERS, a, b}, d, site);
+DEVICE void wgmma_f16(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulates = true,
+                      simt::Site site = simt::Site::here()) {
+    simt::wgmma({simt::Operands::f16, A_TRANSPOSED, B_TRANSPOSED, REGISTERS, a, b, accumulates}, d, site);
 }
 template <bool A_TRANSPOSED, bool B_TRANSPOSED, int REGISTERS>
-DEVICE void wgmma_bf16(float (&d)[REGISTERS], uint64_t a, uint64_t b, simt::Site site = simt::Site::here()) {
-    simt::wgmma({simt::Operands::bf16, A_TRANSPOSED, B_TRANSPOSED, REGISTERS, a, b}, d, site);
+DEVICE void wgmma_bf16(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulates = true,
+                       simt::Site site = simt::Site::here()) {
+    simt::wgmma({simt::Operands::bf16, A_TRANSPOSED, B_TRANSPOSED, REGISTERS, a, b, accumulates}, d, site);
 }
 DEVICE void wgmma_fence(simt::Site site = simt::Site::here()) { simt::wgmma_fence(site); }
 DEVICE void wgmma_commit(simt::Site site = simt::Site::here()) { simt::wgmma_commit(site); }

@@ -39,8 +39,8 @@ struct F16 {
     static DEVICE float2 decode_pair(uint32_t v) { return f16x2_to_floats(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k16_f16(d, a, b); }
     template <bool A_TRANSPOSED, bool B_TRANSPOSED, int REGISTERS>
-    static DEVICE void wgmma(float (&d)[REGISTERS], uint64_t a, uint64_t b) {
-        wgmma_f16<A_TRANSPOSED, B_TRANSPOSED>(d, a, b);
+    static DEVICE void wgmma(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulates = true) {
+        wgmma_f16<A_TRANSPOSED, B_TRANSPOSED>(d, a, b, accumulates);
     }
 };
 
@@ -55,8 +55,8 @@ struct Bf16 {
     static DEVICE float2 decode_pair(uint32_t v) { return bf16x2_to_floats(v); }
     static DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) { mma_m16n8k16_bf16(d, a, b); }
     template <bool A_TRANSPOSED, bool B_TRANSPOSED, int REGISTERS>
-    static DEVICE void wgmma(float (&d)[REGISTERS], uint64_t a, uint64_t b) {
-        wgmma_bf16<A_TRANSPOSED, B_TRANSPOSED>(d, a, b);
+    static DEVICE void wgmma(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulates = true) {
+        wgmma_bf16<A_TRANSPOSED, B_TRANSPOSED>(d, a, b, accumulates);
     }
 };
 

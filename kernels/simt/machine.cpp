@@ -86,6 +86,7 @@ struct Warp {
     Touches touches;
     float* accumulators[LANES];  // of the lanes, of the product that they ask for
     uint64_t a, b;               // its descriptors
+    bool accumulates;            // and whether it adds to what is there
 
     uint32_t lane(uint32_t place) const { return (place * factor + shift) % LANES; }
     uint32_t waiting() const { return ~(ready | parked | ended); }
@@ -473,7 +474,8 @@ void wgmma(const GroupProduct& product, float* d, Site site) {
     if (w.waiting() == 0) {
         w.a = product.a;
         w.b = product.b;
-    } else if (w.a != product.a || w.b != product.b) {
+        w.accumulates = product.accumulates;
+    } else if (w.a != product.a || w.b != product.b || w.accumulates != product.accumulates) {
         report(m, "thread %u calls wgmma (%s:%d) with other operands than its warp", state.thread.x, site.file, site.line);
         give_up(m);
     }

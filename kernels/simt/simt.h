@@ -86,6 +86,7 @@ struct GroupProduct {
     bool a_transposed, b_transposed;
     int registers;
     uint64_t a, b;
+    bool accumulates;  // else D is the product alone
 };
 void wgmma(const GroupProduct& product, float* d, Site site);
 void wgmma_fence(Site site);

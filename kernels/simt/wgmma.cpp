@@ -83,7 +83,7 @@ bool GroupProducts::add(const GroupProduct& product, float* const lanes[32], Sit
     if (!accumulators) return false;
     note(product.a);
     note(product.b);
-    note(static_cast<uint64_t>(site.line));
+    note(static_cast<uint64_t>(site.line) << 1 | product.accumulates);
     int found = 0;
     while (found < under_way && accumulators[found].lanes[0] != lanes[0]) ++found;
     if (found == ACCUMULATORS) return false;
@@ -132,7 +132,7 @@ bool GroupProducts::run(const SharedView& shared, const Pending& next) {
             memcpy(f.b[r], matrix, sizeof matrix);
         }
         for (int lane = 0; lane < 32; ++lane) {
-            for (int i = 0; i < 4; ++i) f.d[i / 2][lane][i % 2] = mine.values[4 * j + i][lane];
+            for (int i = 0; i < 4; ++i) f.d[i / 2][lane][i % 2] = product.accumulates ? mine.values[4 * j + i][lane] : 0.0f;
         }
         multiply(product.operands, f);
         for (int lane = 0; lane < 32; ++lane) {

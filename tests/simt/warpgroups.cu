@@ -3,7 +3,7 @@
 
 #include "buffers.h"
 
-enum class Fault { none, wait, proxy_fence, early_fence, barrier, fence, strides, changed, overwritten, commit };
+enum class Fault { none, wait, proxy_fence, early_fence, barrier, fence, strides, changed, overwritten, commit, stale };
 
 // Bytes from a matrix to the next: along the lines, and along k. The first are padded.
 constexpr int LINES_APART = 144, K_APART = 8 * LINES_APART;
@@ -14,7 +14,8 @@ DEVICE int place(int line, int k, bool transposed) {
     return (line / 8 * LINES_APART + k / 8 * K_APART + row * 16) / 2 + in_row;
 }
 
-template <bool A_TRANSPOSED, bool B_TRANSPOSED, Fault FAULT>
+// With ANEW the accumulators hold what the first product must not add to.
+template <bool A_TRANSPOSED, bool B_TRANSPOSED, Fault FAULT, bool ANEW = false>
 DEVICE void product(const Buffers& p) {
     unsigned char* shared = shared_memory<unsigned char>();
     unsigned char* operands[2] = {shared, shared + 4 * K_APART};
@@ -41,13 +42,17 @@ DEVICE void product(const Buffers& p) {
     if (FAULT != Fault::barrier) sync_threads();
 
     float d[16] = {};
+    if (ANEW) {
+        for (int i = 0; i < 16; ++i) d[i] = float(thread + i);
+    }
     const int along_k = FAULT == Fault::strides ? LINES_APART : K_APART;
     const int along_lines = FAULT == Fault::strides ? K_APART / 4 : LINES_APART;
     const uint64_t a = wgmma_matrix(shared_address(operands[0]), along_k, along_lines);
     const uint64_t b = wgmma_matrix(shared_address(operands[1]), K_APART, LINES_APART);
     if (FAULT != Fault::fence) wgmma_fence();
     for (int k = 0; k < 2; ++k) {
-        wgmma_f16<A_TRANSPOSED, B_TRANSPOSED>(d, a + k * 2 * K_APART / 16, b + k * 2 * K_APART / 16);
+        wgmma_f16<A_TRANSPOSED, B_TRANSPOSED>(d, a + k * 2 * K_APART / 16, b + k * 2 * K_APART / 16,
+                                              !ANEW || FAULT == Fault::stale || k > 0);
     }
     if (FAULT != Fault::commit) wgmma_commit();
     if (FAULT == Fault::changed && thread == 77) d[5] = 1.0f;
@@ -63,6 +68,9 @@ DEVICE void product(const Buffers& p) {
 KERNEL(group_right_f16, Buffers, 128) { product<false, false, Fault::none>(p); }
 KERNEL(group_transposed_f16, Buffers, 128) { product<true, true, Fault::none>(p); }
 KERNEL(group_mixed_f16, Buffers, 128) { product<false, true, Fault::none>(p); }
+KERNEL(group_anew_f16, Buffers, 128) { product<false, true, Fault::none, true>(p); }
+KERNEL(group_stale_f16, Buffers, 128) { product<false, false, Fault::stale, true>(p); }
+KERNEL(group_anew_no_fence_f16, Buffers, 128) { product<false, false, Fault::fence, true>(p); }
 KERNEL(group_no_wait_f16, Buffers, 128) { product<false, false, Fault::wait>(p); }
 KERNEL(group_no_commit_f16, Buffers, 128) { product<false, false, Fault::commit>(p); }
 KERNEL(group_no_proxy_fence_f16, Buffers, 128) { product<false, false, Fault::proxy_fence>(p); }
@@ -74,20 +82,21 @@ KERNEL(group_changed_f16, Buffers, 128) { product<false, false, Fault::changed>(
 KERNEL(group_overwritten_f16, Buffers, 128) { product<true, false, Fault::overwritten>(p); }
 
 // What one warpgroup does together; `x` holds zeros.
-DEVICE void together(bool differs, bool swizzled, bool beyond) {
+DEVICE void together(bool differs, bool swizzled, bool beyond, bool adds = true) {
     unsigned char* shared = shared_memory<unsigned char>();
     float d[16] = {};
     uint64_t a = wgmma_matrix(shared_address(shared + (beyond ? 1024 : 0)), 128, 128);
     if (differs && threadIdx.x / 32 == 2) a += 1;
     if (swizzled) a |= uint64_t(1) << 62;
     wgmma_fence();
-    wgmma_f16<false, false>(d, a, a);
+    wgmma_f16<false, false>(d, a, a, adds);
     wgmma_commit();
     wgmma_wait();
     sync_threads();
 }
 
 KERNEL(group_differs_f16, Buffers, 128) { together(p.n > 0, false, false); }
+KERNEL(group_adds_in_part_f16, Buffers, 128) { together(p.n < 0, false, false, threadIdx.x % 32 < 7); }
 KERNEL(group_swizzled_f16, Buffers, 128) { together(p.n < 0, true, false); }
 KERNEL(group_beyond_f16, Buffers, 128) { together(p.n < 0, false, true); }
 KERNEL(group_in_part_f16, Buffers, 64) { together(p.n < 0, false, false); }

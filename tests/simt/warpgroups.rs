@@ -22,7 +22,7 @@ fn warpgroups_multiply_what_descriptors_say() {
     let (x, w) = group_operands();
     let sum = |i: usize| (0..32).map(|k| x[i / 32 * 32 + k] * w[k * 32 + i % 32]).sum();
     let want: Vec<f32> = (0..64 * 32).map(sum).collect();
-    for kernel in ["group_right_f16", "group_transposed_f16", "group_mixed_f16"] {
+    for kernel in ["group_right_f16", "group_transposed_f16", "group_mixed_f16", "group_anew_f16"] {
         for have in group_products(kernel).into_iter().flatten() {
             assert_eq!(have, want, "{kernel}");
         }
@@ -39,10 +39,15 @@ fn warpgroups_multiply_what_descriptors_say() {
     part("group_no_proxy_fence_f16", &|_| true);
     part("group_early_proxy_fence_f16", &|_| true);
     part("group_no_fence_f16", &|_| true);
+    part("group_anew_no_fence_f16", &|_| true);
     // Thread 77 is lane 13 of warp 2: element 5 is row 32 + 3, column 8 + 2 + 1.
     part("group_changed_f16", &|i| i == 35 * 32 + 11);
     // The granule holds k = 16 of the lines 40 to 47.
     part("group_overwritten_f16", &|i| (40..48).contains(&(i / 32)));
+    for have in group_products("group_stale_f16").into_iter().flatten() {
+        let before = |i: usize| (i / 32 / 16 * 32 + i / 32 % 8 * 4 + i % 8 / 2) + (i % 32 / 8 * 4 + i / 32 % 16 / 8 * 2 + i % 2);
+        assert!((0..64 * 32).all(|i| have[i] == want[i] + before(i) as f32));
+    }
     for have in group_products("group_strides_f16").into_iter().flatten() {
         assert!(have != want);
     }
@@ -61,7 +66,8 @@ fn warpgroups_act_together_and_within_shared_memory() {
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     };
     fails("group_differs_f16", 128, &["warps 0 and 2", "in different ways"]);
-    let line = line_of("warpgroups.cu", "wgmma_f16<false, false>(d, a, a);", 0);
+    fails("group_adds_in_part_f16", 128, &["with other operands than its warp"]);
+    let line = line_of("warpgroups.cu", "wgmma_f16<false, false>(d, a, a, adds);", 0);
     fails("group_swizzled_f16", 128, &[&line, "unknown"]);
     fails("group_beyond_f16", 128, &[&line, "not in shared memory"]);
     fails("group_in_part_f16", 64, &[&line, "no whole warpgroup"]);
