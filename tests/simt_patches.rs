@@ -78,6 +78,8 @@ fn runs_of_patches_are_exact() {
         (ConvKind::Dgrad, [71, 8, 32, 32, 72, 1, 1, 2, 0], 2, false),
         (ConvKind::Dgrad, [35, 8, 32, 32, 8, 1, 1, 3, 1], 2, false),
         (ConvKind::Dgrad, [71, 8, 32, 32, 40, 1, 3, 2, 1], 2, false),
+        // The same of tiles of 64 columns.
+        (ConvKind::Dgrad, [36, 72, 32, 32, 40, 1, 1, 2, 0], 2, false),
     ];
     let failures = on_two_threads(&cases, |(kind, size, branches, sum)| {
         let geom = geom(*size);

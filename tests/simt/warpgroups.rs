@@ -45,7 +45,8 @@ fn warpgroups_multiply_what_descriptors_say() {
     // The granule holds k = 16 of the lines 40 to 47.
     part("group_overwritten_f16", &|i| (40..48).contains(&(i / 32)));
     for have in group_products("group_stale_f16").into_iter().flatten() {
-        let before = |i: usize| (i / 32 / 16 * 32 + i / 32 % 8 * 4 + i % 8 / 2) + (i % 32 / 8 * 4 + i / 32 % 16 / 8 * 2 + i % 2);
+        let before =
+            |i: usize| (i / 32 / 16 * 32 + i / 32 % 8 * 4 + i % 8 / 2) + (i % 32 / 8 * 4 + i / 32 % 16 / 8 * 2 + i % 2);
         assert!((0..64 * 32).all(|i| have[i] == want[i] + before(i) as f32));
     }
     for have in group_products("group_strides_f16").into_iter().flatten() {

@@ -17,8 +17,6 @@ const THREADS: usize = 128;
 const SHARED_32: usize = 43_264;
 /// The same with operands of 16 bits.
 const SHARED_16: usize = 26_880;
-/// Blocks that keep any present card busy. A product with fewer tiles is split along its inner dimension.
-const BLOCKS: usize = 264;
 /// Most bytes of partial results.
 const PARTIAL_BYTES: usize = 64 << 20;
 /// `RECORD_GROUP`: row tiles whose records are combined at a time.
@@ -255,7 +253,7 @@ impl Job<'_> {
 /// Parts into which the inner dimension of the tiles of the result, and of the blocks that make them, is divided; shapes alone decide it.
 fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, beside: Beside) -> usize {
     // Rounded down: partial sums are written and read again, which costs more than blocks that are some too few.
-    let idle = BLOCKS / blocks;
+    let idle = tiling.abreast / blocks;
     let wanted = match beside {
         Beside::Nothing => idle,
         Beside::Dgrad | Beside::SummedDgrad => idle.max(iterations.div_ceil(tiling.joint)),

@@ -2,7 +2,7 @@
 //! (`kernels/include/conv_cells.cuh`).
 
 use super::conv_params::{ConvBackwardParams, ConvParams, ConvProduct};
-use super::conv_tiles::{MOST_PADDING, Patches, SLICE, Tiling};
+use super::conv_tiles::{ABREAST, MOST_PADDING, Patches, SLICE, Tiling};
 use crate::device::cuda::driver::Limits;
 use crate::ops::{ConvGeom, ConvKind};
 use bytemuck::{Pod, Zeroable};
@@ -31,8 +31,6 @@ const PAIRS_TABLES: usize = 4192;
 const PLACE: usize = 8;
 /// Bytes of shared memory with which two blocks fit a multiprocessor: each takes 1 KiB more for the system.
 const OF_TWO: usize = (228 << 10) / 2 - (1 << 10);
-/// Blocks that a card of this kind can run at a time, so that the blocks of a product end at about the same time.
-const BLOCKS: usize = 264;
 
 /// Twin of `CellTiling`.
 #[repr(C)]
@@ -124,6 +122,8 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
     let Scale { segments, branches, width } = scale;
     let (.., taps, step) = Patches::reach(kind, g)?;
     let limit = Limits::HOPPER.shared as usize;
+    // Two blocks of 32 columns fit a multiprocessor, one of 64. A product's blocks end at about the same time if there are no more.
+    let abreast = if width == 32 { ABREAST } else { ABREAST / 2 };
     let number = patches.number(kind, g);
     let slices = |channels: usize| channels.div_ceil(SLICE);
     // A part of a line: its columns by their remainders, and what keeps eight threads' stores from meeting in a bank.
@@ -145,7 +145,8 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
             let shared = (matrices + 2 * matrix_bytes).max(halos + finish(width, PAIRS_COLUMNS));
             let groups = (g.r.div_ceil(2) * g.s).div_ceil(PAIRS);
             let tiles = [g.k.div_ceil(width), slices(g.c) * groups, number];
-            tiling = Tiling { patches, tiles, size: [width, PAIRS_COLUMNS], run: 1, least: 2, joint: 16, shared };
+            tiling =
+                Tiling { patches, tiles, size: [width, PAIRS_COLUMNS], run: 1, least: 2, joint: 16, shared, abreast };
         }
         ConvKind::Fprop | ConvKind::Dgrad => {
             let halo_bytes = lines * line;
@@ -161,7 +162,7 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
             let finish = finish(PIXELS / halves, width);
             // A block that goes on to another patch has its halo while it finishes the present one, in the other slot and the room
             // between both, and keeps the weights if they fit as well.
-            let wanted = (number * column_tiles * branches).div_ceil(BLOCKS).min(number);
+            let wanted = (number * column_tiles * branches).div_ceil(abreast).min(number);
             let step = halo_bytes.max(finish);
             let behind = halos + step + halo_bytes;
             let room = if width == 32 { OF_TWO } else { limit };
@@ -178,7 +179,7 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
             };
             let tiles = [halves * number, column_tiles, slices(inner)];
             let size = [PIXELS / halves, width];
-            tiling = Tiling { patches, tiles, size, run: halves * run, least: 1, joint: usize::MAX, shared };
+            tiling = Tiling { patches, tiles, size, run: halves * run, least: 1, joint: usize::MAX, shared, abreast };
         }
     }
     // Descriptors have 14 bits for steps, in granules.
@@ -267,19 +268,20 @@ mod tests {
     fn tested_runs_are_what_they_are_said_to_be() {
         use ConvKind::{Dgrad, Fprop};
         // Branches; patches of a run and beyond the last full one; whether weights stay.
-        let cases: [(_, Size, usize, usize, [i32; 2], bool); 12] = [
+        let cases: [(_, Size, usize, usize, [i32; 2], bool); 13] = [
             (Fprop, [71, 8, 16, 16, 24, 3, 3, 1, 1], 1, 4, [2, 1], true),
             (Fprop, [71, 40, 14, 16, 24, 1, 3, 1, 1], 1, 4, [2, 1], true),
             (Fprop, [133, 72, 16, 16, 8, 1, 1, 1, 0], 1, 2, [2, 1], true),
-            (Fprop, [299, 72, 7, 8, 136, 1, 1, 1, 0], 1, 2, [2, 1], true),
+            (Fprop, [299, 72, 7, 8, 136, 1, 1, 1, 0], 1, 2, [4, 3], true),
             (Fprop, [271, 8, 16, 16, 8, 1, 1, 1, 0], 2, 1, [2, 1], true),
             (Fprop, [71, 40, 14, 16, 24, 1, 3, 1, 1], 2, 4, [2, 1], true),
             (Dgrad, [71, 16, 32, 32, 40, 3, 3, 2, 1], 1, 2, [3, 2], true),
             (Dgrad, [71, 8, 32, 32, 8, 3, 3, 2, 1], 1, 2, [3, 2], true),
             (Dgrad, [35, 8, 32, 32, 40, 3, 3, 2, 1], 1, 2, [2, 0], true),
-            (Dgrad, [36, 72, 32, 32, 40, 2, 2, 2, 0], 1, 2, [3, 0], true),
+            (Dgrad, [36, 72, 32, 32, 40, 2, 2, 2, 0], 1, 2, [5, 4], true),
             (Dgrad, [71, 8, 32, 32, 72, 1, 1, 2, 0], 1, 2, [3, 2], true),
             (Dgrad, [35, 8, 32, 32, 8, 1, 1, 3, 1], 1, 2, [3, 0], true),
+            (Dgrad, [36, 72, 32, 32, 40, 1, 1, 2, 0], 1, 2, [5, 4], true),
         ];
         for (kind, size, segments, branches, [run, rest], keeps) in cases {
             let (tiling, cells, width) = tiled(kind, size, segments, branches);

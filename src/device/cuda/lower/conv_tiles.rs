@@ -9,6 +9,8 @@ const TILE: usize = 64;
 const DEPTH: usize = 32;
 /// `PATCH`: pixels of a patch.
 const PATCH: usize = 128;
+/// Blocks that keep any present card busy.
+pub(super) const ABREAST: usize = 264;
 /// `SLICE`: channels of a halo.
 pub(super) const SLICE: usize = 32;
 /// `MOST_TAPS`: taps of a tile of a weight gradient.
@@ -57,6 +59,8 @@ pub(super) struct Tiling {
     pub joint: usize,
     /// Bytes of shared memory.
     pub shared: usize,
+    /// Blocks that a card runs at a time. A product with fewer is split along its inner dimension.
+    pub abreast: usize,
 }
 
 impl Tiling {
@@ -64,7 +68,16 @@ impl Tiling {
     pub fn gathered(shape: [usize; 3], shared: usize) -> Self {
         let [rows, columns, inner] = shape;
         let tiles = [rows.div_ceil(TILE), columns.div_ceil(TILE), inner.div_ceil(DEPTH)];
-        Tiling { patches: Patches::default(), tiles, size: [TILE; 2], run: 1, least: 8, joint: 128, shared }
+        Tiling {
+            patches: Patches::default(),
+            tiles,
+            size: [TILE; 2],
+            run: 1,
+            least: 8,
+            joint: 128,
+            shared,
+            abreast: ABREAST,
+        }
     }
 
     /// That of the direct kernels, if they can take the sizes.
@@ -95,11 +108,29 @@ impl Tiling {
             ConvKind::Fprop | ConvKind::Dgrad => {
                 let (inner, columns) = if kind == ConvKind::Fprop { (g.c, g.k) } else { (g.k, g.c) };
                 let tiles = [number, columns.div_ceil(width), slices(inner)];
-                Tiling { patches, tiles, size: [PATCH, width], run: 1, least: 1, joint: usize::MAX, shared }
+                Tiling {
+                    patches,
+                    tiles,
+                    size: [PATCH, width],
+                    run: 1,
+                    least: 1,
+                    joint: usize::MAX,
+                    shared,
+                    abreast: ABREAST,
+                }
             }
             ConvKind::Wgrad => {
                 let tiles = [slices(g.k), slices(g.c) * taps, number];
-                Tiling { patches, tiles, size: [SLICE, MOST_TAPS * SLICE], run: 1, least: 4, joint: 32, shared }
+                Tiling {
+                    patches,
+                    tiles,
+                    size: [SLICE, MOST_TAPS * SLICE],
+                    run: 1,
+                    least: 4,
+                    joint: 32,
+                    shared,
+                    abreast: ABREAST,
+                }
             }
         })
     }
