@@ -304,16 +304,26 @@ impl Engine {
         device.run(step.id, &kept.scalars)
     }
 
-    /// The scales of cotangents that the next step of `part`, whose inputs are written, calls for. It is not taken.
+    /// The scales of cotangents that the next step of `part`, whose inputs are written, calls for, after those that steps before it called
+    /// for. It is not taken.
     ///
     /// # Errors
     /// When the device fails.
-    pub(super) fn find_scale(&mut self, part: &Part, scalars: StepScalars) -> Result<LossScale> {
+    pub(super) fn find_scale(
+        &mut self,
+        part: &Part,
+        scalars: StepScalars,
+        before: Option<LossScale>,
+    ) -> Result<LossScale> {
         let passes = find(&self.steps, part)?.learn.passes;
-        LossScale::find(passes, |scales| {
+        let finite = |scales| {
             self.begin(part, StepScalars { scales, ..scalars })?;
             self.was_finite(part)
-        })
+        };
+        match before {
+            None => LossScale::find(passes, finite),
+            Some(before) => before.with_step(finite),
+        }
     }
 
     /// Whether the gradients of the step of `part` that was begun last are finite; true where they are not scaled.

@@ -1,4 +1,4 @@
-//! Scales of cotangents in f16: found from the data of a part's first step, lowered where a step overflows.
+//! Scales of cotangents in f16: found from the data of a part's first steps, lowered where a step overflows.
 
 use crate::error::Result;
 use crate::mlnt::Scales;
@@ -10,8 +10,10 @@ const HIGHEST: i32 = 32;
 const LOWEST: i32 = -8;
 /// Exponents between two tries.
 const STRIDE: i32 = 2;
-/// Exponents kept free above what the first step needs.
+/// Exponents kept free above what the first steps need.
 const HEADROOM: i32 = 3;
+/// Steps that the scales are found from.
+const FIRST_STEPS: u32 = 4;
 
 /// The scales of a part as exponents of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +22,8 @@ pub struct LossScale {
     inner: i32,
     outer: i32,
     second: i32,
+    /// Steps that they were found from.
+    steps: u32,
 }
 
 /// Which scales a kind of step has; the others stay 1.
@@ -62,7 +66,7 @@ impl LossScale {
     /// Those of `finite`.
     pub fn find(passes: Passes, mut finite: impl FnMut(Scales) -> Result<bool>) -> Result<Self> {
         let mut try_scale = |scale: LossScale| finite(Scales { apply: false, ..scale.scales() });
-        let mut scale = LossScale { passes, inner: 0, outer: 0, second: 0 };
+        let mut scale = LossScale { passes, inner: 0, outer: 0, second: 0, steps: 1 };
         let most_inner = largest(HIGHEST, |inner| try_scale(LossScale { inner, ..scale }))?;
         scale.inner = most_inner - HEADROOM;
         if passes == Passes::Inner {
@@ -78,6 +82,33 @@ impl LossScale {
             least_inner -= STRIDE;
         }
         scale.inner = (most_inner + least_inner).div_euclid(2).min(scale.inner);
+        Ok(scale)
+    }
+
+    /// Whether the next step is one of those that the scales are found from.
+    pub fn is_open(&self) -> bool {
+        self.steps < FIRST_STEPS
+    }
+
+    /// The scales for one of the first steps more: lowered where it leaves less than [`HEADROOM`]. `finite` as in [`LossScale::find`].
+    ///
+    /// # Errors
+    /// Those of `finite`.
+    pub fn with_step(self, mut finite: impl FnMut(Scales) -> Result<bool>) -> Result<Self> {
+        let mut try_scale = |scale: LossScale| finite(Scales { apply: false, ..scale.scales() });
+        let alone = LossScale { outer: 0, second: 0, steps: self.steps + 1, ..self };
+        let inner = largest(self.inner + HEADROOM, |inner| try_scale(LossScale { inner, ..alone }))? - HEADROOM;
+        let mut scale = LossScale { inner, ..alone };
+        if self.passes != Passes::Inner {
+            let outer = largest(self.outer + HEADROOM, |outer| try_scale(LossScale { outer, ..scale }))?;
+            scale.outer = outer - HEADROOM;
+        }
+        if self.passes == Passes::Exact {
+            // With the inner cotangents as much higher: tangents, which carry the ratio of both, have no headroom of this size.
+            let wide = LossScale { inner: scale.inner + HEADROOM, ..scale };
+            let second = largest(self.second + HEADROOM, |second| try_scale(LossScale { second, ..wide }))?;
+            scale.second = second - HEADROOM;
+        }
         Ok(scale)
     }
 
@@ -104,6 +135,7 @@ impl LossScale {
             inner: self.inner - by_inner,
             outer: self.outer - by_outer,
             second: self.second - by_second,
+            steps: self.steps,
         };
         (lower.inner.min(lower.outer).min(lower.second) >= 2 * LOWEST).then_some(lower)
     }
@@ -143,13 +175,45 @@ mod tests {
         let found = LossScale::find(Passes::Inner, &mut count).unwrap();
         assert_eq!(
             (found, tries),
-            (LossScale { passes: Passes::Inner, inner: 10 - HEADROOM, outer: 0, second: 0 }, 12)
+            (LossScale { passes: Passes::Inner, inner: 10 - HEADROOM, outer: 0, second: 0, steps: 1 }, 12)
         );
     }
 
     #[test]
+    fn further_first_steps_lower_what_they_must() {
+        for passes in [Passes::Inner, Passes::FirstOrder, Passes::Exact] {
+            let limits = [19, 25, 22, 10];
+            let found = LossScale::find(passes, finite_below(limits)).unwrap();
+            // The same data asks for nothing else, and for one try of each scale.
+            let mut tries = 0;
+            let again = found.with_step(|s| {
+                tries += 1;
+                finite_below(limits)(s)
+            });
+            let same = LossScale { steps: 2, ..found };
+            assert_eq!(again.unwrap(), same);
+            assert_eq!(tries, 1 + passes as usize);
+            // Larger cotangents of one kind, or larger tangents, lower what they must, to where there is room again.
+            for (i, of) in [[4, 0, 0], [0, 8, 0], [0, 0, 7]].iter().enumerate().take(1 + passes as usize) {
+                let less = [limits[0] - 2 * of[0], limits[1] - of[1], limits[2] - of[2], 10];
+                let lower = found.with_step(finite_below(less)).unwrap();
+                let [a, b] = [found, lower].map(|s| [s.inner, s.outer, s.second]);
+                assert!(b[i] < a[i] && b[i] + HEADROOM <= less[i] && b[i] + HEADROOM + STRIDE > less[i], "{lower:?}");
+                let kept = (0..3).filter(|j| *j != i && !(*j == 2 && i == 0)).all(|j| a[j] == b[j]);
+                assert!(kept && finite_below(less)(Scales { apply: false, ..lower.scales() }).unwrap(), "{lower:?}");
+            }
+            // Four steps in all.
+            let mut scale = found;
+            while scale.is_open() {
+                scale = scale.with_step(finite_below(limits)).unwrap();
+            }
+            assert_eq!(scale, LossScale { steps: 4, ..found });
+        }
+    }
+
+    #[test]
     fn lowering_ends() {
-        let of = |passes, [inner, outer, second]: [i32; 3]| LossScale { passes, inner, outer, second };
+        let of = |passes, [inner, outer, second]: [i32; 3]| LossScale { passes, inner, outer, second, steps: 1 };
         let starts =
             [of(Passes::Inner, [29, 0, 0]), of(Passes::FirstOrder, [12, 14, 0]), of(Passes::Exact, [12, 14, 20])];
         for (start, inner) in starts.into_iter().flat_map(|s| [(s, false), (s, true)]) {

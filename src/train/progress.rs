@@ -53,7 +53,7 @@ pub struct Progress {
     pub losses: Vec<f32>,
     /// The best network of this iteration so far.
     pub best: Option<Best>,
-    /// Scales of this part's cotangents, once its first step has found them.
+    /// Scales of this part's cotangents, which its first steps find.
     pub loss_scale: Option<LossScale>,
     /// What the method remembers of the training samples.
     pub memory: Memory,

@@ -284,7 +284,10 @@ impl Run {
             if config.scaled() && (kept || part.phase == Phase::Mlnt) {
                 // Where the seed carries η, it must leave room for the largest.
                 let widest = StepScalars { eta: config.eta, ..scalars };
-                let found = self.progress.loss_scale.map_or_else(|| self.engine.find_scale(part, widest), Ok)?;
+                let found = match self.progress.loss_scale {
+                    Some(found) if !found.is_open() => found,
+                    before => self.engine.find_scale(part, widest, before)?,
+                };
                 self.progress.loss_scale = Some(found);
                 scalars.scales = found.scales();
             }
