@@ -5,8 +5,8 @@
 // of a matrix; the matrices of a cell are as many bytes apart as its lines are; a matrix of the next eight channels is one part of a line
 // further on; and another tap is another address. With a stride the columns are sorted by their remainder, and neighbours
 // in a cell are neighbours again. The same halo serves the gradient of the weights, whose lines are channels and
-// whose inner dimension is the pixels, as a transposed operand: there 64 lines are the 32 channels of a tap and, since that is where a
-// line's parts go on, the 32 of the tap below it.
+// whose inner dimension is the pixels, as a transposed operand: there lines are the 32 channels of a tap and, since that is where a
+// line's parts go on, those of the taps below it.
 #pragma once
 
 #include "conv_patch.cuh"
@@ -240,10 +240,10 @@ struct CellRows : CellTables {
 static_assert(sizeof(CellRows) == 3120);
 
 // Of wgrad.
-struct CellPairs : CellTables {
+struct CellTaps : CellTables {
     FactorTable<SLICE> matrix[2][2];        // of two slices
-    uint32_t taps[8];                              // of its pairs: `CellHalo::tap`
-    uint32_t first, first_k, first_c, first_pair;  // of the block: iteration, channels, pair of taps
+    uint32_t taps[8];                              // of its columns of taps: `CellHalo::tap`
+    uint32_t first, first_k, first_c, first_unit;  // of the block: iteration, channels, column of taps
 
     // As `describe_image`, of the matrix and by other warps.
     template <int WIDTH>
@@ -253,4 +253,4 @@ struct CellPairs : CellTables {
         put_matrix(p, branch, first + i / SLICE * SLICE, matrix[slot][i / SLICE], int(i % SLICE));
     }
 };
-static_assert(sizeof(CellPairs) == 4192);
+static_assert(sizeof(CellTaps) == 4192);

@@ -1,33 +1,128 @@
-// The gradient of the weights by products of warpgroups: WIDTH output channels by six pairs of taps of 32 input channels. See
-// `conv_wgmma.cu`.
+// The gradient of the weights by products of warpgroups: WIDTH output channels by taps of 32 input channels. See `conv_wgmma.cu`.
 #pragma once
 
 #include "conv_cells.cuh"
 
-constexpr int TAP_PAIRS = 6;           // of taps, one below the other, of a block
-constexpr int OWN = TAP_PAIRS / 2;        // those of a warpgroup
-constexpr int PAIR_LINES = 2 * SLICE;  // input channels of both taps: the lines of a product
-
-// A thread's part of the result. Lines of the products are columns of the result, and their columns its rows.
+// A product has a column of taps, LINES of them one below the other, since there the parts of a line of the halo go on; a block has UNITS of
+// those. The tile's columns are its taps, one column of taps after the other, with 32 input channels each.
+//
+// With 32 output channels two taps are the 64 lines of a product, and dy its columns: of an odd number of taps one is computed for nothing.
+// With 64 dy is the lines, and three taps the columns: a filter of 3 × 3 is three products.
 template <class Operand, int WIDTH>
-struct PairsTile {
-    static constexpr int ROWS = WIDTH, COLUMNS = TAP_PAIRS * PAIR_LINES, THREADS = GROUP_THREADS, RUN = 8;
-    float d[OWN][WIDTH / 2];
+struct TapsTile;
+
+template <class Operand>
+struct TapsTile<Operand, 32> {
+    static constexpr int LINES = 2, UNITS = 6, OWN = UNITS / 2;  // OWN: of a warpgroup
+    static constexpr int ROWS = 32, COLUMNS = UNITS * LINES * SLICE, THREADS = GROUP_THREADS, RUN = 8;
+    float d[OWN][16];
 
     DEVICE void clear() {
-        for (int pair = 0; pair < OWN; ++pair) {
-            for (int i = 0; i < WIDTH / 2; ++i) d[pair][i] = 0.0f;
+        for (int unit = 0; unit < OWN; ++unit) {
+            for (int i = 0; i < 16; ++i) d[unit][i] = 0.0f;
         }
+    }
+    DEVICE void settle() {
+        for (int unit = 0; unit < OWN; ++unit) wgmma_settle(d[unit]);
+    }
+    // Adds the products of a patch; `x_of(cell, unit)` are granules to the unit's first tap of a cell, `dy` those to its cotangents. Rolled: the
+    // addresses, all at once, would take more registers. Cells and taps that there are not cost time, but no branch: dy is zero there,
+    // and columns lie nowhere.
+    template <class XOf>
+    DEVICE void add(uint64_t x, uint32_t line, XOf x_of, uint64_t dy_matrix, uint32_t dy) {
+        const int first = int(thread_again() / 128) * OWN;
+        ROLLED
+        for (int cell = 0; cell < CELLS; ++cell) {
+            uint32_t at[OWN];
+            for (int unit = 0; unit < OWN; ++unit) at[unit] = x_of(cell, first + unit);
+            ROLLED
+            for (int lines = 0; lines < 8; lines += 2) {
+                for (int unit = 0; unit < OWN; ++unit) {
+                    Operand::template wgmma<true, true>(d[unit], wgmma_behind(x, at[unit] + lines * line), wgmma_behind(dy_matrix, dy));
+                }
+                dy += 16;
+            }
+        }
+    }
+    DEVICE void unite(float*) {}
+
+    template <class F>
+    DEVICE void each(F f) {
+        const uint32_t thread = thread_again();
+        const int lane = int(thread % 32), group = int(thread / 128);
+        const int column = group * OWN * LINES * SLICE + int(thread % 128 / 32) * 16 + lane / 4, row = lane % 4 * 2;
+        for (int unit = 0; unit < OWN; ++unit) {
+            for (int i = 0; i < 16; ++i) {
+                f(unit * 16 + i, row + i / 4 * 8 + i % 2, column + unit * LINES * SLICE + i % 4 / 2 * 8, d[unit][i]);
+            }
+        }
+    }
+};
+
+// Each warpgroup has a unit of its own, and the middle one of half of the cells.
+template <class Operand>
+struct TapsTile<Operand, 64> {
+    static constexpr int LINES = 3, UNITS = 3, COLUMN = LINES * SLICE, HALF = COLUMN / 4;  // HALF: registers of half a unit's columns
+    static constexpr int ROWS = 64, COLUMNS = UNITS * COLUMN, THREADS = GROUP_THREADS, RUN = 8;
+    float own[2 * HALF], middle[2 * HALF];  // `unite` leaves half of the middle unit's columns to each warpgroup, in the first HALF
+
+    DEVICE void clear() {
+        for (int i = 0; i < 2 * HALF; ++i) own[i] = middle[i] = 0.0f;
+    }
+    DEVICE void settle() {
+        wgmma_settle(own);
+        wgmma_settle(middle);
+    }
+    template <class XOf>
+    DEVICE void add(uint64_t x, uint32_t line, XOf x_of, uint64_t dy_matrix, uint32_t dy) {
+        const uint32_t group = uniform(thread_again() / 128);
+        constexpr uint32_t OF_CELL = CELL_PIXELS, HALF_CELLS = CELLS / 2;
+        ROLLED
+        for (uint32_t i = 0; i < HALF_CELLS; ++i) {
+            const uint32_t cell = group * HALF_CELLS + i;
+            const uint32_t at = x_of(int(cell), int(2 * group)), at_middle = x_of(int(cell), 1);
+            ROLLED
+            for (uint32_t lines = 0; lines < 8; lines += 2) {
+                const uint64_t lines_of_dy = wgmma_behind(dy_matrix, dy + cell * OF_CELL + lines * 8);
+                Operand::template wgmma<true, true>(own, lines_of_dy, wgmma_behind(x, at + lines * line));
+                Operand::template wgmma<true, true>(middle, lines_of_dy, wgmma_behind(x, at_middle + lines * line));
+            }
+        }
+        ROLLED
+        for (uint32_t i = 0; i < HALF_CELLS; ++i) {
+            const uint32_t cell = (1 - group) * HALF_CELLS + i, at = x_of(int(cell), int(2 * group));
+            ROLLED
+            for (uint32_t lines = 0; lines < 8; lines += 2) {
+                Operand::template wgmma<true, true>(own, wgmma_behind(dy_matrix, dy + cell * OF_CELL + lines * 8),
+                                                    wgmma_behind(x, at + lines * line));
+            }
+        }
+    }
+    // Adds up what both warpgroups have of the middle unit, in one order. All threads take part; `shared` has UNITE_BYTES.
+    static constexpr int UNITE_BYTES = GROUP_THREADS * HALF * 4;
+    DEVICE void unite(float* shared) {
+        const uint32_t thread = thread_again();
+        const bool second = thread >= 128;
+        for (int i = 0; i < HALF; ++i) shared[i * GROUP_THREADS + thread] = second ? middle[i] : middle[HALF + i];
+        sync_threads();
+        for (int i = 0; i < HALF; ++i) {
+            const float other = shared[i * GROUP_THREADS + (thread ^ 128)];
+            middle[i] = second ? other + middle[HALF + i] : middle[i] + other;
+        }
+        sync_threads();
     }
 
     template <class F>
     DEVICE void each(F f) {
         const uint32_t thread = thread_again();
         const int lane = int(thread % 32), group = int(thread / 128);
-        const int column = group * OWN * PAIR_LINES + int(thread % 128 / 32) * 16 + lane / 4, row = lane % 4 * 2;
-        for (int pair = 0; pair < OWN; ++pair) {
-            for (int i = 0; i < WIDTH / 2; ++i) {
-                f(pair * (WIDTH / 2) + i, row + i / 4 * 8 + i % 2, column + pair * PAIR_LINES + i % 4 / 2 * 8, d[pair][i]);
+        const int row = int(thread % 128 / 32) * 16 + lane / 4, column = lane % 4 * 2;
+        for (int i = 0; i < 3 * HALF; ++i) {
+            const int of = i % (2 * HALF), to = column + of / 4 * 8 + of % 2;
+            if (i < 2 * HALF) {
+                f(i, row + of % 4 / 2 * 8, group * 2 * COLUMN + to, own[of]);
+            } else {
+                f(i, row + of % 4 / 2 * 8, COLUMN + group * (COLUMN / 2) + to, middle[of]);
             }
         }
     }
@@ -46,31 +141,32 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
     const ConvTerm& term = p.terms[0];
     // What only loads, products or the end need is in shared memory: there are no registers for it.
     const uint32_t slices = uint32_t(p.image_channels + SLICE - 1) / SLICE;
-    // Pairs are numbered along the filter's lines, from one pair of lines to the next.
-    const int32_t pairs = (p.kernel_height + 1) / 2 * p.kernel_width;
-    const int32_t first_pair = int32_t(place.column_tile / slices) * TAP_PAIRS;
+    using Tile = TapsTile<Operand, WIDTH>;
+    // Columns of taps are numbered along the filter's lines, then LINES further down.
+    const int32_t units = (p.kernel_height + Tile::LINES - 1) / Tile::LINES * p.kernel_width;
+    const int32_t first_unit = int32_t(place.column_tile / slices) * Tile::UNITS;
 
-    auto& tables = *shared_memory<CellPairs>();
+    auto& tables = *shared_memory<CellTaps>();
     unsigned char* shared = shared_memory<unsigned char>();
     const Made x_made = PAIRS && p.image.at ? Made::PAIR : term.norm ? Made::NORM : Made::PLAIN;
     const Made dy_made = PAIRS && p.matrix.at ? Made::PAIR : Made::PLAIN;
     const auto step_of = [&](uint32_t i) { return cell_step(p, tables.place.branch, tables.first + i); };
     const CellHalo halo(p, tiling, patch_of<Form::WGRAD>(p, 0).pixel_step);
-    static_assert(TAP_PAIRS <= sizeof(tables.taps) / 4);
+    static_assert(Tile::UNITS <= sizeof(tables.taps) / 4);
     const auto describe = [&](uint32_t i) {
         const int64_t branch = step_of(i).branch;
         tables.describe_image<Form::WGRAD, PAIRS>(p, x_made, branch, tables.first_c, i % 2);
         if constexpr (PAIRS) tables.describe_matrix<WIDTH>(p, branch, tables.first_k, i % 2);
     };
-    if (const uint32_t thread = thread_again(); thread < TAP_PAIRS) {
-        const int32_t pair = first_pair + int32_t(thread), lines = pair / p.kernel_width;
-        tables.taps[thread] = pair < pairs ? halo.tap(2 * uint32_t(lines), uint32_t(pair - lines * p.kernel_width)) : 0;
+    if (const uint32_t thread = thread_again(); thread < Tile::UNITS) {
+        const int32_t unit = first_unit + int32_t(thread), down = unit / p.kernel_width;
+        tables.taps[thread] = unit < units ? halo.tap(Tile::LINES * uint32_t(down), uint32_t(unit - down * p.kernel_width)) : 0;
     }
     if (threadIdx.x == 0) {
         tables.first = first;
         tables.first_k = place.row_tile * WIDTH;
         tables.first_c = place.column_tile % slices * SLICE;
-        tables.first_pair = uint32_t(first_pair);
+        tables.first_unit = uint32_t(first_unit);
     }
     tables.describe(p, halo, place);
     HaloPixel* places = reinterpret_cast<HaloPixel*>(shared + tiling.places);
@@ -164,51 +260,34 @@ DEVICE void cells_wgrad(const ConvProduct& p, const CellTiling& tiling, uint32_t
         wgmma_matrix(shared_address(shared + tiling.halos), line * GRANULE, uint32_t(tiling.halo_pitch) * GRANULE);
     const uint64_t dy_matrix =
         wgmma_matrix(shared_address(shared + tiling.matrices), 8 * GRANULE, DY_PITCH * GRANULE);
-    PairsTile<Operand, WIDTH> tile;
+    Tile tile;
     tile.clear();
     for (uint32_t i = 0; i < count; ++i) {
-        const uint32_t slot = i % 2;
-        const uint32_t x = slot * uint32_t(tiling.halo_step) / GRANULE;
-        uint32_t dy = slot * uint32_t(tiling.matrix_bytes) / GRANULE;
-        for (int pair = 0; pair < OWN; ++pair) wgmma_settle(tile.d[pair]);
+        const uint32_t slot = i % 2, x = slot * uint32_t(tiling.halo_step) / GRANULE;
+        const auto x_of = [&](int cell, int unit) { return uniform(x + tables.cells[cell] + tables.taps[unit]); };
+        tile.settle();
         wgmma_fence();
-        // Rolled: its addresses, all at once, would take more registers. Cells and pairs that there are not cost time, but no
-        // branch: dy is zero there, and columns lie nowhere.
-        ROLLED
-        for (int cell = 0; cell < CELLS; ++cell) {
-            const uint32_t group = thread_again() / 128;
-            uint32_t at[OWN];
-            for (int pair = 0; pair < OWN; ++pair) {
-                at[pair] = uniform(x + tables.cells[cell] + tables.taps[group * OWN + pair]);
-            }
-            ROLLED
-            for (int lines = 0; lines < 8; lines += 2) {
-                for (int pair = 0; pair < OWN; ++pair) {
-                    Operand::template wgmma<true, true>(
-                        tile.d[pair], wgmma_behind(x_matrix, at[pair] + lines * line),
-                        wgmma_behind(dy_matrix, dy));
-                }
-                dy += 16;
-            }
-        }
+        tile.add(x_matrix, line, x_of, dy_matrix, slot * uint32_t(tiling.matrix_bytes) / GRANULE);
         wgmma_commit();
         // Its slot served this iteration's halo, which is loaded.
         if (i + 2 < count) describe(i + 2);
         if (i + 1 < count) fill(i + 1);
         wgmma_wait();
-        for (int pair = 0; pair < OWN; ++pair) wgmma_settle(tile.d[pair]);
+        tile.settle();
         sync_threads();
     }
+    using Finish = ConvFinish<Tile>;
+    Finish& finish = *reinterpret_cast<Finish*>(shared + tiling.finish);
+    tile.unite(finish.values);
     const ConvPlace at_end = tables.place;
-    const int32_t k = int32_t(tables.first_k), c = int32_t(tables.first_c), pair_at_end = int32_t(tables.first_pair);
+    const int32_t k = int32_t(tables.first_k), c = int32_t(tables.first_c), unit_at_end = int32_t(tables.first_unit);
     const auto row = [&](int r) { return k + r < p.rows ? uint32_t(k + r) : NO_ROW; };
     const auto column_of = [&](int at) {
-        const int32_t pair = pair_at_end + at / PAIR_LINES, lines = pair / p.kernel_width;
-        const int32_t r = 2 * lines + at % PAIR_LINES / SLICE, s = pair - lines * p.kernel_width, in_slice = c + at % SLICE;
+        const int32_t unit = unit_at_end + at / (Tile::LINES * SLICE), down = unit / p.kernel_width;
+        const int32_t r = Tile::LINES * down + at % (Tile::LINES * SLICE) / SLICE, s = unit - down * p.kernel_width;
+        const int32_t in_slice = c + at % SLICE;
         const bool there = r < p.kernel_height && in_slice < p.image_channels;
         return there ? uint32_t((r * p.kernel_width + s) * p.image_channels + in_slice) : NO_ROW;
     };
-    using Finish = ConvFinish<PairsTile<Operand, WIDTH>>;
-    conv_finish<Operand, PairsTile<Operand, WIDTH>, Form::WGRAD>(*reinterpret_cast<Finish*>(shared + tiling.finish), p, at_end, tile, row,
-                                                                 column_of);
+    conv_finish<Operand, Tile, Form::WGRAD>(finish, p, at_end, tile, row, column_of);
 }

@@ -384,6 +384,10 @@ DEVICE uint64_t wgmma_behind(uint64_t matrix, uint32_t granules) {
     MLNT_WGMMA_16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),          \
         "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
 
+#define MLNT_WGMMA_48(d)                                                                                                  \
+    MLNT_WGMMA_32(d), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]),          \
+        "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
+
 // The `1`s: neither operand is negated.
 #define MLNT_WGMMA(type)                                                                                                \
     template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                                     \
@@ -402,12 +406,23 @@ DEVICE uint64_t wgmma_behind(uint64_t matrix, uint32_t granules) {
                      "%27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %34, %35;}"                                          \
                      : MLNT_WGMMA_32(d)                                                                                 \
                      : "l"(a), "l"(b), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)), "r"(int(accumulates)));          \
+    }                                                                                                                   \
+    template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                                     \
+    DEVICE void wgmma_##type(float (&d)[48], uint64_t a, uint64_t b, bool accumulates = true) {                         \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %52, 0; "                                                            \
+                     "wgmma.mma_async.sync.aligned.m64n96k16.f32." #type "." #type " {%0, %1, %2, %3, %4, %5, %6, %7, " \
+                     "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "    \
+                     "%27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+                     "%46, %47}, %48, %49, p, 1, 1, %50, %51;}"                                                         \
+                     : MLNT_WGMMA_48(d)                                                                                 \
+                     : "l"(a), "l"(b), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)), "r"(int(accumulates)));          \
     }
 
 MLNT_WGMMA(f16)
 MLNT_WGMMA(bf16)
 
 #undef MLNT_WGMMA
+#undef MLNT_WGMMA_48
 #undef MLNT_WGMMA_32
 #undef MLNT_WGMMA_16
 

@@ -19,14 +19,10 @@ const PIXELS: usize = CELLS * SIDE * SIDE;
 const GRANULE: usize = 16;
 /// `PARTS`: granules of a pixel of a slice.
 const PARTS: usize = SLICE / 8;
-/// `TAP_PAIRS`: pairs of taps of a tile of a weight gradient.
-const PAIRS: usize = 6;
-/// Columns of such a tile.
-const PAIRS_COLUMNS: usize = PAIRS * 2 * SLICE;
 /// Bytes of `CellRows`, the tables of a product of the other forms.
 const ROWS_TABLES: usize = 3120;
-/// Bytes of `CellPairs`, those of a weight gradient.
-const PAIRS_TABLES: usize = 4192;
+/// Bytes of `CellTaps`, those of a weight gradient.
+const TAPS_TABLES: usize = 4192;
 /// Bytes of a `HaloPixel`.
 const PLACE: usize = 8;
 /// Bytes of shared memory with which two blocks fit a multiprocessor: each takes 1 KiB more for the system.
@@ -132,21 +128,22 @@ fn divided(kind: ConvKind, g: &ConvGeom, scale: Scale, patches: Patches) -> Opti
     let line = PARTS * halo_pitch * GRANULE;
     let finish = |rows: usize, columns: usize| 4 * rows * (columns + 8) + 16 * THREADS + 4 * rows;
     let lines = patches.images * patches.halo[0];
-    let places = if kind == ConvKind::Wgrad { PAIRS_TABLES } else { ROWS_TABLES };
+    let places = if kind == ConvKind::Wgrad { TAPS_TABLES } else { ROWS_TABLES };
     let halos = places + (patches.halo[0] * patches.halo[1] * PLACE).next_multiple_of(GRANULE);
     let (tiling, halo_step, matrices, matrix_bytes, finish_step, run, keeps);
     match kind {
         ConvKind::Wgrad => {
-            // The lower taps of the last pair of an odd number of lines are read, for nothing.
-            halo_step = (lines + 1) * line;
+            // `TapsTile`: columns of so many taps, and so many columns. Taps that the last of them has too many are read, for nothing.
+            let [down, units] = if width == 64 { [3, 3] } else { [2, 6] };
+            halo_step = (lines + g.r.next_multiple_of(down) - g.r) * line;
             matrix_bytes = width / 8 * (PIXELS + if width == 64 { 1 } else { 2 }) * GRANULE;
             matrices = halos + 2 * halo_step;
             (finish_step, run, keeps) = (0, 1, false);
-            let shared = (matrices + 2 * matrix_bytes).max(halos + finish(width, PAIRS_COLUMNS));
-            let groups = (g.r.div_ceil(2) * g.s).div_ceil(PAIRS);
+            let columns = units * down * SLICE;
+            let shared = (matrices + 2 * matrix_bytes).max(halos + finish(width, columns));
+            let groups = (g.r.div_ceil(down) * g.s).div_ceil(units);
             let tiles = [g.k.div_ceil(width), slices(g.c) * groups, number];
-            tiling =
-                Tiling { patches, tiles, size: [width, PAIRS_COLUMNS], run: 1, least: 2, joint: 16, shared, abreast };
+            tiling = Tiling { patches, tiles, size: [width, columns], run: 1, least: 2, joint: 16, shared, abreast };
         }
         ConvKind::Fprop | ConvKind::Dgrad => {
             let halo_bytes = lines * line;
