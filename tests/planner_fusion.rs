@@ -281,8 +281,8 @@ const FAULTS: [Fault; 12] = [
         Op::BnReluDoubleBackwardApply(_) => swapped(launch, 4, 5),
         _ => None,
     }),
-    ("the terms of a sum of parameters in the wrong order", |launch| match &launch.op {
-        Op::LinComb(LinComb { coefs, .. }) if coefs.len() == 5 => swapped(launch, 0, 1),
+    ("velocity and gradient in the wrong order", |launch| match &launch.op {
+        Op::Update(op) if op.chains[0].operands > 3 => swapped(launch, 0, 1),
         _ => None,
     }),
 ];
