@@ -96,42 +96,49 @@ fn metas() -> Vec<Meta> {
     metas
 }
 
-/// A step without a network: gradients and batch statistics are inputs, what a forward would read of new values is an output.
+/// A step without a network: gradients and batch statistics are inputs, and of new values it is asked whether they are finite.
 fn step(kind: Kind) -> Tape {
     let mut tape = Tape::new(1);
     tape.set_phase("update");
     let [lr, mu, decay, eta, gamma, rest, unscale, apply] =
         ["lr", "mu", "decay", "eta", "gamma", "rest", "unscale", "apply"].map(|name| tape.scalar(name));
-    let mut gradients = Vec::new();
-    let mut read = |tape: &mut Tape, name: String, t: Tensor| {
-        let reader = tape.scale(Coef::constant(2.0), t).unwrap();
-        tape.output(name, reader);
+    let mut tensors = |tape: &mut Tape, name: &str, state: bool| -> Vec<Tensor> {
+        let named = metas().into_iter().enumerate().map(|(i, meta)| (format!("{name}{i}"), meta));
+        named
+            .map(|(name, meta)| if state { tape.state(&name, meta) } else { tape.input(&name, meta) }.unwrap())
+            .collect()
     };
-    for (i, meta) in metas().into_iter().enumerate() {
-        let [v, p, t, r] = ["v", "p", "t", "r"].map(|name| tape.state(&format!("{name}{i}"), meta).unwrap());
-        let [g, h, b] = ["g", "h", "b"].map(|name| tape.input(&format!("{name}{i}"), meta).unwrap());
-        let mut teacher = |tape: &mut Tape, p| {
-            let new = tape.lin_comb(&[(gamma, t), (rest, p)]).unwrap();
-            tape.assign(t, new).unwrap();
-            new
-        };
-        // Variances of batches of different sizes: other coefficients.
-        let running = [(Coef::constant(0.9), r), (Coef::constant(0.1 + 0.01 * (i % 3) as f64), b)];
-        let mut from = p;
-        if kind.sequential {
-            from = tape.lin_comb(&[(Coef::ONE, p), (eta.times(-1.0), g)]).unwrap();
-            read(&mut tape, format!("moved{i}"), from);
-        } else {
-            let new = teacher(&mut tape, p);
-            read(&mut tape, format!("teacher{i}"), new);
-        }
-        let gradient = tape.add(g, h).unwrap();
-        let velocity = tape.lin_comb(&[(mu, v), (unscale, gradient), (decay, from)]).unwrap();
+    let [v, p, t, r] = ["v", "p", "t", "r"].map(|name| tensors(&mut tape, name, true));
+    let [g, h, b] = ["g", "h", "b"].map(|name| tensors(&mut tape, name, false));
+    let all = 0..metas().len();
+    let teacher = |tape: &mut Tape, i: usize, p: Tensor| {
+        let new = tape.lin_comb(&[(gamma, t[i]), (rest, p)]).unwrap();
+        tape.assign(t[i], new).unwrap();
+        new
+    };
+    let mut gradients = Vec::new();
+    let mut push = |tape: &mut Tape, i: usize| {
+        // A gradient that is a sum, and one that is none.
+        let push = if i % 2 == 0 { g[i] } else { tape.add(g[i], b[i]).unwrap() };
+        gradients.push(push);
+        tape.lin_comb(&[(Coef::ONE, p[i]), (eta.times(-1.0), push)]).unwrap()
+    };
+    let mut early = |i: usize| if kind.sequential { push(&mut tape, i) } else { teacher(&mut tape, i, p[i]) };
+    let moved: Vec<Tensor> = all.clone().map(&mut early).collect();
+    // In the place of a forward.
+    let read = tape.all_finite(&moved).unwrap();
+    tape.output("read", read);
+    for i in all {
+        let from = if kind.sequential { moved[i] } else { p[i] };
+        let gradient = tape.add(g[i], h[i]).unwrap();
+        let velocity = tape.lin_comb(&[(mu, v[i]), (unscale, gradient), (decay, from)]).unwrap();
         let moved = tape.lin_comb(&[(Coef::ONE, from), (lr.times(-1.0), velocity)]).unwrap();
-        let running = tape.lin_comb(&running).unwrap();
-        [(v, velocity), (p, moved), (r, running)].into_iter().for_each(|(s, new)| tape.assign(s, new).unwrap());
+        // Variances of batches of different sizes: other coefficients.
+        let batch = Coef::constant(0.1 + 0.01 * (i % 3) as f64);
+        let running = tape.lin_comb(&[(Coef::constant(0.9), r[i]), (batch, b[i])]).unwrap();
+        [(v[i], velocity), (p[i], moved), (r[i], running)].map(|(s, new)| tape.assign(s, new).unwrap());
         if kind.sequential {
-            teacher(&mut tape, moved);
+            teacher(&mut tape, i, moved);
         }
         gradients.push(gradient);
     }
@@ -234,6 +241,9 @@ fn all_states_are_written_by_one_launch() {
         if kind.guarded {
             assert_eq!(names[names.len() - 2], "all_finite", "{kind:?}: {names:?}");
         }
+        // Parameters that move within the step do so in one launch, with the sums by which they move.
+        let updates = names.iter().filter(|name| **name == "update").count();
+        assert_eq!(updates, 1 + usize::from(kind.sequential), "{kind:?}: {names:?}");
     }
 }
 
