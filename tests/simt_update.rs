@@ -2,13 +2,15 @@
 
 mod common;
 
-use common::{deviation, normals, on_two_threads};
+use common::{deviation, load_plan_on, normals, on_two_threads, small_model, step_spec};
 use mlnt::cases::{Planned, planned};
 use mlnt::check::{Deviation, deviations, same_bits};
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::device::{Device, HostSlice, HostVec};
+use mlnt::mlnt::{Recipe, Report, StepSpec, record_step};
+use mlnt::model::Arch;
 use mlnt::ops::Op;
 use mlnt::plan::{Fusion, Fusions, Place, Plan, PlanOptions};
 use mlnt::tape::{Coef, DType, Meta, Tape, Tensor};
@@ -102,7 +104,7 @@ fn step(kind: Kind) -> Tape {
     tape.set_phase("update");
     let [lr, mu, decay, eta, gamma, rest, unscale, apply] =
         ["lr", "mu", "decay", "eta", "gamma", "rest", "unscale", "apply"].map(|name| tape.scalar(name));
-    let mut tensors = |tape: &mut Tape, name: &str, state: bool| -> Vec<Tensor> {
+    let tensors = |tape: &mut Tape, name: &str, state: bool| -> Vec<Tensor> {
         let named = metas().into_iter().enumerate().map(|(i, meta)| (format!("{name}{i}"), meta));
         named
             .map(|(name, meta)| if state { tape.state(&name, meta) } else { tape.input(&name, meta) }.unwrap())
@@ -136,7 +138,9 @@ fn step(kind: Kind) -> Tape {
         // Variances of batches of different sizes: other coefficients.
         let batch = Coef::constant(0.1 + 0.01 * (i % 3) as f64);
         let running = tape.lin_comb(&[(Coef::constant(0.9), r[i]), (batch, b[i])]).unwrap();
-        [(v[i], velocity), (p[i], moved), (r[i], running)].map(|(s, new)| tape.assign(s, new).unwrap());
+        [(v[i], velocity), (p[i], moved), (r[i], running)]
+            .into_iter()
+            .for_each(|(s, new)| tape.assign(s, new).unwrap());
         if kind.sequential {
             teacher(&mut tape, i, moved);
         }
@@ -260,6 +264,27 @@ fn states_are_those_of_the_linear_combinations_to_the_bit() {
             let off = deviation(&have.to_f64(), &want.to_f64());
             // Single elements are among them, some of them small differences of larger terms.
             assert!(off <= 1e-5, "{kind:?}, {name}: off by {off:.1e}");
+        }
+    }
+}
+
+/// Whole steps of a network: the update changes no bit of a run.
+#[test]
+fn steps_of_a_network_are_the_same_to_the_bit() {
+    for recipe in [Recipe::Joint, Recipe::Sequential] {
+        for (scaled, first_order, group) in [(false, false, None), (true, false, None), (true, true, Some(2))] {
+            let spec = StepSpec { scaled, ..step_spec(small_model(Arch::PreactResnet), 4, 3, recipe, first_order) };
+            let run = |fusions: Fusions| {
+                let options = PlanOptions { fusions, group, ..KERNELS };
+                let plan = Plan::build(&record_step(&spec, Report::Losses).unwrap(), &options).unwrap();
+                let launches = plan.launches.len();
+                let mut step = load_plan_on(simt(1, Mode::Eager), &spec, plan);
+                (0..2).for_each(|_| step.run());
+                (step.states(), launches)
+            };
+            let ((have, few), (want, many)) = (run(Fusions::ALL), run(Fusions::ALL.without(Fusion::Update)));
+            assert!(few < many, "{recipe:?}, scaled {scaled}: {few} launches, {many} without");
+            assert_eq!(bits_differ(&have, &want), None, "{recipe:?}, scaled {scaled}, groups of {group:?}");
         }
     }
 }
