@@ -40,7 +40,7 @@ pub enum Fusion {
     /// Cotangents of residual sums are made again for the second order: [`PlanOptions::recompute`](crate::plan::PlanOptions::recompute).
     /// Finds nothing without [`LoadedCotangents`](Self::LoadedCotangents) and [`StartedSums`](Self::StartedSums).
     ResidualChain,
-    /// What the states become at the end of a step is one operation.
+    /// What the states become at the end of a step is one operation, and so is what the parameters become that move within it.
     Update,
 }
 
