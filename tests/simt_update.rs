@@ -121,7 +121,7 @@ fn step(kind: Kind) -> Tape {
     let mut gradients = Vec::new();
     let mut push = |tape: &mut Tape, i: usize| {
         // A gradient that is a sum, and one that is none.
-        let push = if i % 2 == 0 { g[i] } else { tape.add(g[i], b[i]).unwrap() };
+        let push = if i.is_multiple_of(2) { g[i] } else { tape.add(g[i], b[i]).unwrap() };
         gradients.push(push);
         tape.lin_comb(&[(Coef::ONE, p[i]), (eta.times(-1.0), push)]).unwrap()
     };
