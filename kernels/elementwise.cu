@@ -4,7 +4,7 @@
 // the address allows it. Operands that are shared by the branches have a stride of 0 between them. All operands lie in memory as the
 // end of a kernel's name says, but those of linear combinations, of which the 16-bit variants take each operand either way.
 
-#include "storage.cuh"
+#include "quads.cuh"
 
 struct ReluParams {
     const void* x;  // [len]
@@ -77,28 +77,6 @@ constexpr int QUADS = sizeof(typename T::Element) == 2 ? 4 : 2;
 template <class T>
 DEVICE int64_t element(int64_t chunk, int q) {
     return chunk * QUADS<T> * ROUND + q * ROUND + threadIdx.x * 4;
-}
-
-template <class T>
-DEVICE bool whole_quad(const typename T::Element* x, int64_t at, int64_t len) {
-    return at + 4 <= len && reinterpret_cast<uintptr_t>(x + at) % sizeof(typename T::Quad) == 0;
-}
-
-// Elements at..at+4 of [len]; 0 behind the end.
-template <class T>
-DEVICE typename T::Quad load(const void* from, int64_t at, int64_t len) {
-    const typename T::Element* x = static_cast<const typename T::Element*>(from);
-    return whole_quad<T>(x, at, len) ? load_quad<T>(x + at) : load_part<T>(x + at, len - at);
-}
-
-template <class T>
-DEVICE void store(void* to, int64_t at, int64_t len, float4 v) {
-    typename T::Element* y = static_cast<typename T::Element*>(to);
-    if (whole_quad<T>(y, at, len)) {
-        store_quad<T>(y + at, v);
-    } else {
-        store_part<T>(y + at, v, len - at);
-    }
 }
 
 // Element `at` of branch `m`.

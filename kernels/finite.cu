@@ -1,19 +1,22 @@
 // Whether all elements of a list of tensors are finite: one number for the step.
-#include "platform.cuh"
+#include "last_block.cuh"
+#include "quads.cuh"
 
 struct FinitePiece {
-    const uint32_t* x;  // [len], bits of f32
-    int64_t len;
+    const float* x;  // [len]
+    int64_t len;     // at most ROUNDS * 1024
 };
 static_assert(sizeof(FinitePiece) == 16);
 
 struct FiniteParams {
-    const FinitePiece* pieces;  // [blocks of the first launch]
-    int32_t* partial;           // [pieces]: 1 where all elements are finite
+    const FinitePiece* pieces;  // [blocks]
+    int32_t* partial;           // [blocks]: 1 where all elements are finite
+    uint32_t* arrivals;         // [1]
     float* all;                 // [1]
-    int64_t count;              // pieces
 };
 static_assert(sizeof(FiniteParams) == 32);
+
+constexpr int ROUNDS = 4;
 
 // Whether `mine` holds in every thread of a block of 256. All threads take part.
 DEVICE bool everywhere(bool mine) {
@@ -25,18 +28,25 @@ DEVICE bool everywhere(bool mine) {
     return found[0] != 0;
 }
 
-// A block looks through one piece: infinities and NaNs have all bits of the exponent set.
-KERNEL(all_finite_pieces_f32, FiniteParams, 256) {
+// False for infinities and for what is no number.
+DEVICE bool is_finite(float v) { return fabsf(v) <= 0x1.fffffep127f; }
+
+// A block looks through one piece; the last to arrive has the answer.
+KERNEL(all_finite_f32, FiniteParams, 256) {
     const FinitePiece piece = p.pieces[blockIdx.x];
+    float4 v[ROUNDS];
+    UNROLLED
+    for (int q = 0; q < ROUNDS; q++) v[q] = load<StoredF32>(piece.x, q * 1024 + threadIdx.x * 4, piece.len);
     bool finite = true;
-    for (int64_t i = threadIdx.x; i < piece.len; i += 256) finite = finite && (piece.x[i] & 0x7f800000u) != 0x7f800000u;
+    UNROLLED
+    for (int q = 0; q < ROUNDS; q++) {
+        finite &= is_finite(v[q].x) & is_finite(v[q].y) & is_finite(v[q].z) & is_finite(v[q].w);
+    }
     finite = everywhere(finite);
     if (threadIdx.x == 0) p.partial[blockIdx.x] = finite;
-}
-
-KERNEL(all_finite_f32, FiniteParams, 256) {
-    bool finite = true;
-    for (int64_t i = threadIdx.x; i < p.count; i += 256) finite = finite && p.partial[i] != 0;
-    finite = everywhere(finite);
-    if (threadIdx.x == 0) *p.all = finite ? 1.0f : 0.0f;
+    if (!last_to_arrive(p.arrivals, gridDim.x)) return;
+    bool all = true;
+    for (uint32_t i = threadIdx.x; i < gridDim.x; i += 256) all &= p.partial[i] != 0;
+    all = everywhere(all);
+    if (threadIdx.x == 0) *p.all = all ? 1.0f : 0.0f;
 }

@@ -180,6 +180,7 @@ fn what_only_the_planner_makes_is_checked_against_what_it_stands_for() {
         "bn_relu_backward_apply n3 c3",
         "bn_relu_double_backward_apply n3 c3",
         "bn_stats n1 c7",
+        "update ",
     ] {
         let Some((rows, verdict)) = checked(Plant::Nothing, only) else { return };
         assert!(verdict.pass() && verdict.cases >= 3, "{only}: {rows:?}");

@@ -166,7 +166,8 @@ fn one_branch(case: &Case, metas: &[Meta], ins: &[Slice]) -> Vec<Vec<f64>> {
         | Op::BnReluBackward(_)
         | Op::BnReluBackwardApply(_)
         | Op::BnReluDoubleBackward(_)
-        | Op::BnReluDoubleBackwardApply(_) => {
+        | Op::BnReluDoubleBackwardApply(_)
+        | Op::Update(_) => {
             panic!("{:?}: only the planner makes it, the table has no case of it", case.op)
         }
         Op::MaxPoolIndex(op) => max_index(&op.0, ins[0], &mut outs[0]),

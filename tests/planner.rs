@@ -61,8 +61,8 @@ fn fused_plans_compute_the_same_in_fewer_launches() {
     }
 }
 
-/// Whether operand `i` of an operation may share its memory with the result.
-fn in_place(op: &Op, i: usize) -> bool {
+/// Whether operand `i` of an operation may share its memory with result `o`.
+fn in_place(op: &Op, i: usize, o: usize) -> bool {
     match op {
         Op::LinComb(_) => true,
         Op::Conv(_) => i == 2,
@@ -71,6 +71,7 @@ fn in_place(op: &Op, i: usize) -> bool {
         Op::BnReluBackwardApply(op) => i == 0 || i >= op.first_start(),
         Op::BnReluDoubleBackward(_) => i == 0 || i == 3,
         Op::BnReluDoubleBackwardApply(_) => i == 0 || i == 2 || i == 12,
+        Op::Update(op) => op.parts().any(|part| part.operands.contains(&i) && part.results.contains(&o)),
         _ => false,
     }
 }
@@ -115,7 +116,7 @@ fn check_memory(name: &str, plan: &Plan) {
         let what = format!("{name}, launch {l}, {}", launch.op.name());
         for (s, set) in launch.args.iter().enumerate() {
             set.inputs.iter().for_each(|b| assert!(can_be_read(&whole, *b), "{what}: reads {b}, which is gone"));
-            for out in &set.outputs {
+            for (o, out) in set.outputs.iter().enumerate() {
                 let (space, _, end) = span(*out);
                 let arena = match space {
                     (_, DType::Index, _) => plan.arena_indices,
@@ -126,8 +127,9 @@ fn check_memory(name: &str, plan: &Plan) {
                 for (t, other) in launch.args.iter().enumerate() {
                     for (i, input) in other.inputs.iter().enumerate() {
                         let (a, b) = (&plan.buffers[*input], &plan.buffers[*out]);
-                        let allowed =
-                            s == t && in_place(&launch.op, i) && (a.place, a.meta, a.half) == (b.place, b.meta, b.half);
+                        let allowed = s == t
+                            && in_place(&launch.op, i, o)
+                            && (a.place, a.meta, a.half) == (b.place, b.meta, b.half);
                         assert!(allowed || !overlap(*input, *out), "{what}: {out} over its operand {input}");
                     }
                     let same = |o: usize| s == t && o == *out;

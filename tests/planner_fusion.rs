@@ -11,9 +11,7 @@ use mlnt::device::cuda::driver::simt::Simt;
 use mlnt::device::cuda::{Cuda, Mode, Operands};
 use mlnt::mlnt::{Recipe, StepSpec};
 use mlnt::model::{Arch, ModelSpec};
-use mlnt::ops::{
-    BnReluBackwardApply, ConvForm, ConvGeom, ConvKind, Delta, Epilogue, FusedConv, LinComb, Op, Operation,
-};
+use mlnt::ops::{BnReluBackwardApply, ConvForm, ConvGeom, ConvKind, Delta, Epilogue, FusedConv, Op, Operation};
 use mlnt::plan::{Launch, Plan, PlanOptions};
 use mlnt::tape::{Coef, Fan, Kind, Meta, Tape};
 
@@ -281,8 +279,8 @@ const FAULTS: [Fault; 12] = [
         Op::BnReluDoubleBackwardApply(_) => swapped(launch, 4, 5),
         _ => None,
     }),
-    ("the terms of a sum of parameters in the wrong order", |launch| match &launch.op {
-        Op::LinComb(LinComb { coefs, .. }) if coefs.len() == 5 => swapped(launch, 0, 1),
+    ("velocity and gradient in the wrong order", |launch| match launch.op {
+        Op::Update(_) => swapped(launch, 0, 1),
         _ => None,
     }),
 ];

@@ -11,7 +11,7 @@ use mlnt::cases::expand;
 use mlnt::mlnt::{Recipe, StepSpec};
 use mlnt::model::Arch;
 use mlnt::ops::Operation;
-use mlnt::plan::{Fusion, Fusions, Plan, PlanOptions};
+use mlnt::plan::{Fusion, Fusions, Launch, Place, Plan, PlanOptions};
 use mlnt::rng::{Purpose, below, stream};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -208,6 +208,28 @@ fn each_fusion_needs_what_its_documentation_says() {
                 let found = difference(&with, &without);
                 assert!(found.is_empty(), "{}: {fusion:?} without {need:?} finds {found:?}", step.name);
             }
+        }
+    }
+}
+
+/// Steps that are taken only where their gradients are finite: all states are written under a guard, in one launch.
+#[test]
+fn the_update_stands_for_guarded_states() {
+    let scaled = |(name, spec)| (format!("{name}, scaled"), StepSpec { scaled: true, ..spec });
+    for options in [EVERY, PlanOptions { group: Some(2), ..EVERY }] {
+        let steps = Step::all(specs(3).into_iter().map(scaled).collect());
+        for among in [Among::Needed, Among::Earlier, Among::All] {
+            judge(&steps, options, &[Fusion::Update], among);
+        }
+        for step in &steps {
+            let plan = step.plan(options);
+            step.off(options);
+            let writes = |launch: &&Launch| {
+                let mut outputs = launch.args.iter().flat_map(|args| &args.outputs);
+                outputs.any(|b| matches!(plan.buffers[*b].place, Place::State(_)))
+            };
+            let writers: Vec<&str> = plan.launches.iter().filter(writes).map(|launch| launch.op.name()).collect();
+            assert_eq!(writers, ["update"], "{}", step.name);
         }
     }
 }

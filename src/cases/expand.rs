@@ -2,6 +2,7 @@
 
 use crate::ops::{
     BnBackward, BnDoubleBackward, BnEval, BnForward, Conv, ConvForm, ConvKind, Epilogue, Fill, FusedConv, LinComb, Op,
+    Update,
 };
 use crate::plan::{Args, Buffer, Launch, Place, Plan};
 use crate::tape::{Coef, Meta};
@@ -16,6 +17,7 @@ pub fn expand(plan: &Plan) -> Plan {
         (expansion.branches, expansion.phase) = (launch.branches.clone(), launch.phase);
         match (&launch.op, &launch.args[0]) {
             (Op::FusedConv(op), args) => expansion.fused_conv(op, args),
+            (Op::Update(op), args) => expansion.update(op, args),
             (Op::BnStats(_), args) => expansion.stats(args.inputs[0], args.outputs[0], args.outputs[1]),
             (Op::BnReluBackward(op), args) => expansion.backward(op.start, args),
             (Op::BnReluBackwardApply(op), args) => {
@@ -217,6 +219,34 @@ impl Expansion {
         for (from, to) in results.iter().zip(&args.outputs) {
             let terms: Vec<usize> = [*from].into_iter().chain(starts.take()).collect();
             self.push(LinComb::new(vec![Coef::ONE; terms.len()]).into(), &terms, &[*to]);
+        }
+    }
+
+    /// Results are made beside the operands, in which they may lie, and then copied.
+    fn update(&mut self, op: &Update, args: &Args) {
+        let guard = op.guard.zip(op.guard_operand()).map(|(factor, at)| {
+            let guard = self.like(args.inputs[at]);
+            self.push(LinComb::new(vec![factor]).into(), &[args.inputs[at]], &[guard]);
+            guard
+        });
+        for part in op.parts() {
+            let mut slots = args.inputs[part.operands].to_vec();
+            let results = &args.outputs[part.results];
+            for link in &part.chain.links {
+                let (coefs, inputs): (Vec<Coef>, Vec<usize>) =
+                    link.terms.iter().map(|term| (term.coef, slots[term.of])).unzip();
+                let result = self.tensor(self.meta(slots[0]));
+                self.push(LinComb::new(coefs).into(), &inputs, &[result]);
+                slots.push(result);
+            }
+            for ((link, made), to) in part.chain.links.iter().zip(&slots[part.chain.operands..]).zip(results) {
+                let (Some(guard), Some(kept)) = (guard, link.kept) else {
+                    self.add(*made, None, *to);
+                    continue;
+                };
+                let op = LinComb { coefs: vec![Coef::constant(0.0), Coef::ONE], guarded: true };
+                self.push(op.into(), &[slots[kept], *made, guard], &[*to]);
+            }
         }
     }
 

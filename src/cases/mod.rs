@@ -14,6 +14,7 @@ mod norm;
 mod plan;
 mod sums;
 mod table;
+mod update;
 
 pub use conv::{Mixture, NEXT, NORM, RESIDUAL, X, Y};
 pub use conv_table::{LOADED, convolutions};
@@ -23,6 +24,7 @@ pub use norm::{applied, batch_norm, recomputed};
 pub use plan::{Planned, Tolerance, every, planned};
 pub use sums::{Found, Sum};
 pub use table::all;
+pub use update::updates;
 
 use crate::device::HostVec;
 use crate::error::Result;

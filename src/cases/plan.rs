@@ -4,6 +4,7 @@
 use super::conv_table::convolutions;
 use super::expand::expand;
 use super::norm::{applied, recomputed};
+use super::update::updates;
 use super::{Case, all};
 use crate::device::HostVec;
 use crate::error::Result;
@@ -174,6 +175,11 @@ pub fn planned() -> Vec<Planned> {
             cases.extend(norms.map(|case| Planned { case, inside: u64::MAX }));
         }
     }
+    for case in updates() {
+        // Results where operands lie, as in states, and results that lie elsewhere.
+        let apart = Case { name: format!("{}, apart", case.name), ..case.clone() };
+        cases.extend([(case, u64::MAX), (apart, 0)].map(|(case, inside)| Planned { case, inside }));
+    }
     cases
 }
 
@@ -214,6 +220,6 @@ mod tests {
     #[test]
     fn every_operation_of_the_planner_has_cases() {
         let ops: HashSet<&str> = planned().iter().map(|c| c.case.op_name()).collect();
-        assert_eq!(ops.len(), 9, "{ops:?}");
+        assert_eq!(ops.len(), 10, "{ops:?}");
     }
 }

@@ -136,7 +136,7 @@ fn check_aliasing(plan: &Plan) -> std::result::Result<(), String> {
                 let input = inputs
                     .iter()
                     .enumerate()
-                    .any(|(i, input)| overlap(input, out) && !(input == out && launch.op.works_in_place(i, summed)));
+                    .any(|(i, input)| overlap(input, out) && !(input == out && launch.op.works_in_place(i, o, summed)));
                 let constant = matches!(out.place, Place::Input(_));
                 if other_output || input || constant {
                     let what = format!("{}: result {o} ({}) is laid over something else", launch.op.name(), out.meta);

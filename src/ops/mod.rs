@@ -13,6 +13,7 @@ mod neighbours;
 mod pool;
 mod relu;
 mod softmax;
+mod update;
 
 pub use batch_norm::{BN_EPS, BnBackward, BnDoubleBackward, BnEval, BnForward, BnResult};
 pub use channel::{ChannelBroadcast, ChannelSum};
@@ -27,6 +28,7 @@ pub use neighbours::{NearestNeighbours, TransferLabels};
 pub use pool::{AvgPool, AvgPoolBackward, MaxPool, MaxPoolIndex, PoolGather, PoolScatter, Window};
 pub use relu::{Mask, Relu};
 pub use softmax::{CeGrad, CeLoss, KlGrad, KlLoss, Softmax, SoftmaxJvp};
+pub use update::{Chain, Link, Part, Term, Update};
 
 use crate::error::{Error, Result};
 use crate::tape::{Fan, Meta, Tape, Tensor};
@@ -153,6 +155,7 @@ operations!(
     BnReluBackwardApply,
     BnReluDoubleBackward,
     BnReluDoubleBackwardApply,
+    Update,
 );
 
 impl Operation for Op {
@@ -181,6 +184,7 @@ impl Op {
                 | Op::BnReluBackwardApply(_)
                 | Op::BnReluDoubleBackward(_)
                 | Op::BnReluDoubleBackwardApply(_)
+                | Op::Update(_)
         )
     }
 
@@ -196,9 +200,9 @@ impl Op {
         }
     }
 
-    /// Whether a result of the shape, width and branching of operand `i` may lie where that operand does; `summed`: the result is a
+    /// Whether result `o`, of the shape, width and branching of operand `i`, may lie where that operand does; `summed`: the result is a
     /// sum over the branches.
-    pub(crate) fn works_in_place(&self, i: usize, summed: bool) -> bool {
+    pub(crate) fn works_in_place(&self, i: usize, o: usize, summed: bool) -> bool {
         match self {
             Op::LinComb(op) => i < op.coefs.len(),
             Op::Conv(_) => i == 2,
@@ -207,6 +211,7 @@ impl Op {
             Op::BnReluBackwardApply(op) => i >= op.first_start() || (i == 0 && !summed),
             Op::BnReluDoubleBackward(_) => matches!(i, 0 | 3) && !summed,
             Op::BnReluDoubleBackwardApply(_) => i == 12 || (matches!(i, 0 | 2) && !summed),
+            Op::Update(op) => op.is_of_one_chain(i, o),
             _ => false,
         }
     }

@@ -89,13 +89,13 @@ pub(super) fn lay_out(graph: &Graph, groups: &[Vec<usize>]) -> Layout {
                 let meta = &graph.metas[t.index()];
                 let half = graph.half[t.index()];
                 let summed = !meta.per_branch && node.inputs.iter().any(|i| graph.metas[i.index()].per_branch);
+                let result = node.outputs.iter().position(|o| *o == t);
                 let handed_on = node.inputs.iter().enumerate().find(|&(position, &i)| {
                     let same = graph.metas[i.index()] == *meta
                         && graph.span(i) == graph.span(t)
                         && graph.half[i.index()] == half;
                     same && graph.root(i) == i
-                        && node.outputs.contains(&t)
-                        && node.op.works_in_place(position, summed)
+                        && result.is_some_and(|o| node.op.works_in_place(position, o, summed))
                         && reads[&i] == 1
                         && last[i.index()] == g
                         && block_of[i.index()].is_some_and(|b| blocks[b].last == g && !taken.contains(&b))

@@ -5,6 +5,9 @@ use crate::ops::Operation;
 use crate::tape::{DType, Meta};
 use serde::Serialize;
 
+/// Operands or results whose shapes a label gives: what is beyond is a list of parameters.
+const NAMED: usize = 32;
+
 /// Work of one phase.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PhaseCost {
@@ -83,11 +86,13 @@ impl Plan {
         cost
     }
 
-    /// Operation and shapes of a launch: of its first operands and results, and how many more sets it has.
+    /// Operation and shapes of a launch: of its first operands and results, and how many more there are, and how many more sets it has.
     pub fn launch_label(&self, launch: &Launch) -> String {
         let shapes = |buffers: &[usize]| -> String {
-            let texts = buffers.iter().map(|&b| self.buffers[b].meta.to_string());
-            texts.collect::<Vec<String>>().join(", ")
+            let texts = buffers.iter().take(NAMED).map(|&b| self.buffers[b].meta.to_string());
+            let more = buffers.len().saturating_sub(NAMED);
+            let more = if more > 0 { format!(", {more} more") } else { String::new() };
+            texts.collect::<Vec<String>>().join(", ") + &more
         };
         let sets: Vec<String> =
             launch.args.iter().take(1).map(|a| format!("{} -> {}", shapes(&a.inputs), shapes(&a.outputs))).collect();

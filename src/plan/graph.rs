@@ -192,8 +192,8 @@ impl Graph {
         read.chain(given).chain(assigned).filter(|t| **t == old).for_each(|t| *t = new);
     }
 
-    /// True when tensor `value` may be written straight into `state`: it is made by a linear combination (which
-    /// works in place) or by something that does not read the state, after every other reader, and nothing else
+    /// True when tensor `value` may be written straight into `state`: it is made by a linear combination or an update (which
+    /// work in place) or by something that does not read the state, after every other reader, and nothing else
     /// claims it.
     fn writes_through(
         &self,
@@ -204,8 +204,11 @@ impl Graph {
     ) -> bool {
         let Some(n) = producers[value.index()] else { return false };
         let claims = self.assigns.iter().filter(|a| a.1 == value).count();
-        let in_place = matches!(self.nodes[n].op, Op::LinComb(_));
-        let readers_done = uses[state.index()].iter().all(|(u, _)| *u < n || (*u == n && in_place));
+        let node = &self.nodes[n];
+        let result = node.outputs.iter().position(|t| *t == value).unwrap_or(0);
+        let elementwise = matches!(node.op, Op::LinComb(_) | Op::Update(_));
+        let in_place = |i: usize| elementwise && node.op.works_in_place(i, result, false);
+        let readers_done = uses[state.index()].iter().all(|&(u, i)| u < n || (u == n && in_place(i)));
         claims == 1 && readers_done
     }
 

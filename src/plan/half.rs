@@ -49,7 +49,8 @@ fn widths(op: &Op) -> Widths {
         | Op::KlGrad(_)
         | Op::NearestNeighbours(_)
         | Op::TransferLabels(_)
-        | Op::AllFinite(_) => Widths::Full,
+        | Op::AllFinite(_)
+        | Op::Update(_) => Widths::Full,
     }
 }
 

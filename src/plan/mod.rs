@@ -30,7 +30,7 @@ use std::ops::Range;
 pub struct PlanOptions {
     /// Fuse operations; without it every recorded operation is a launch of its own (the reference for the fusions).
     pub fuse: bool,
-    /// Fuse further, to operations that only the CUDA kernels know (`ops::fused`); without `fuse` it does nothing.
+    /// Fuse further, to operations that only the CUDA kernels know (`ops::fused`, `ops::update`); without `fuse` it does nothing.
     pub kernels: bool,
     /// Which of the fusions that `fuse`, `kernels` and `recompute` stand for are applied: all, but where their effects are told apart.
     pub fusions: Fusions,

@@ -124,7 +124,8 @@ fn run_args<T: Real>(context: &Context<'_, T>, launch: &Launch, args: &Args, wor
         | Op::BnReluBackward(_)
         | Op::BnReluBackwardApply(_)
         | Op::BnReluDoubleBackward(_)
-        | Op::BnReluDoubleBackwardApply(_) => {
+        | Op::BnReluDoubleBackwardApply(_)
+        | Op::Update(_) => {
             unreachable!("refused when the plan was loaded")
         }
         Op::Relu(_) => elementwise::relu(real(0), out(0)),

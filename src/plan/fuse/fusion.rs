@@ -40,11 +40,13 @@ pub enum Fusion {
     /// Cotangents of residual sums are made again for the second order: [`PlanOptions::recompute`](crate::plan::PlanOptions::recompute).
     /// Finds nothing without [`LoadedCotangents`](Self::LoadedCotangents) and [`StartedSums`](Self::StartedSums).
     ResidualChain,
+    /// What the states become at the end of a step is one operation, and so is what the parameters become that move within it.
+    Update,
 }
 
 impl Fusion {
     /// All of them, in the order in which they are applied.
-    pub const ALL: [Fusion; 13] = [
+    pub const ALL: [Fusion; 14] = [
         Fusion::BatchNormRelu,
         Fusion::SharedConstants,
         Fusion::TangentPairs,
@@ -58,6 +60,7 @@ impl Fusion {
         Fusion::SecondOrder,
         Fusion::LoadedCotangents,
         Fusion::ResidualChain,
+        Fusion::Update,
     ];
 
     const fn bit(self) -> u16 {

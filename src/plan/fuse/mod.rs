@@ -12,6 +12,7 @@ mod residual_chain;
 mod statistics;
 mod sums;
 mod tangent;
+mod update;
 
 pub use fusion::{Fusion, Fusions};
 pub(super) use lin_combs::{gather, group_lin_combs};
@@ -38,6 +39,7 @@ fn pass(fusion: Fusion) -> Pass {
         Fusion::SecondOrder => batch_norm_tangent::fuse,
         Fusion::LoadedCotangents => batch_norm_backward::prologue,
         Fusion::ResidualChain => residual_chain::recompute,
+        Fusion::Update => update::join,
     }
 }
 

@@ -9,7 +9,7 @@ use bytemuck::{Pod, Zeroable};
 /// Threads of a block.
 const THREADS: usize = 256;
 /// Elements of a piece, which is one block's.
-const PIECE: usize = 1 << 14;
+const PIECE: usize = 1 << 12;
 /// Bytes of shared memory of a block.
 const SHARED: usize = 16;
 
@@ -26,8 +26,8 @@ const _: () = assert!(size_of::<FinitePiece>() == 16);
 struct FiniteParams {
     pieces: Address,
     partial: Address,
+    arrivals: Address,
     all: Address,
-    count: i64,
 }
 const _: () = assert!(size_of::<FiniteParams>() == 32);
 
@@ -42,10 +42,9 @@ pub(super) fn all_finite(lowering: &mut Lowering<'_>, args: &Args) -> Result<()>
     let params = FiniteParams {
         pieces: lowering.table(&pieces),
         partial: lowering.scratch(4 * pieces.len()),
+        arrivals: lowering.counters(1),
         all: lowering.output(args, 0).at,
-        count: pieces.len() as i64,
     };
-    lowering.push("all_finite_pieces_f32", &params, [pieces.len(), 1, 1], THREADS, SHARED);
-    lowering.push("all_finite_f32", &params, [1, 1, 1], THREADS, SHARED);
+    lowering.push("all_finite_f32", &params, [pieces.len(), 1, 1], THREADS, SHARED);
     Ok(())
 }

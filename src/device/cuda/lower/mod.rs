@@ -14,6 +14,7 @@ mod neighbours;
 mod pool;
 mod rows;
 mod softmax;
+mod update;
 
 use super::driver::{Address, Generation, Launch, Limits};
 use crate::device::shortage::REMEDY;
@@ -222,6 +223,7 @@ impl<'a> Lowering<'a> {
             Op::Mask(_) => elementwise::mask(self, args),
             Op::LinComb(op) => elementwise::lin_comb(self, op, std::slice::from_ref(args)),
             Op::AllFinite(_) => finite::all_finite(self, args),
+            Op::Update(op) => update::update(self, op, args),
             Op::Fill(op) => elementwise::fill(self, op, args),
             Op::ChannelSum(_) => elementwise::channel_sum(self, args),
             Op::ChannelBroadcast(_) => elementwise::channel_broadcast(self, args),
