@@ -33,6 +33,28 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
     }
 }
 
+// What is left to do where shared memory has the sums of a tile and the rows that they belong to: stores them with what is added, and
+// finds what is found of them. All threads take part, behind a barrier. `column_of` as below.
+template <class Operand, class Tile, Form FORM, class ColumnOf>
+DEVICE void conv_finish_values(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, ColumnOf column_of) {
+    constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
+    const int thread = int(thread_again());
+    const bool statistics = FORM == Form::FPROP && p.mean, sums = FORM != Form::WGRAD && p.sums.next;
+    for (int i = thread * Tile::RUN; i < ELEMENTS; i += Tile::THREADS * Tile::RUN) {
+        const int r = i / Tile::COLUMNS, c = i % Tile::COLUMNS;
+        const uint32_t row = shared.rows[r], column = column_of(c);
+        if (row == NO_ROW || column >= uint32_t(p.columns)) continue;
+        const uint32_t at = row * uint32_t(p.columns) + column;
+        conv_put<Operand, Tile>(p, place, at, shared.values + r * ConvFinish<Tile>::PITCH + c, statistics || sums);
+    }
+    if constexpr (FORM == Form::FPROP) {
+        if (statistics) conv_statistics<Tile>(p, place, shared);
+    }
+    if constexpr (FORM != Form::WGRAD) {
+        if (sums) conv_sums<Operand, Tile, FORM == Form::FPROP>(p, place, shared, column_of);
+    }
+}
+
 // All threads take part, behind a barrier: `shared` gets another meaning, and with several splits or anything to be found the first word
 // of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile lie, NO_ROW: nowhere.
 // `meanwhile` is called where the product's registers are not needed any more, if the block has anything to do from there on.
@@ -58,20 +80,7 @@ DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const Co
     product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
     meanwhile();
     sync_threads();
-    const bool statistics = FORM == Form::FPROP && p.mean, sums = FORM != Form::WGRAD && p.sums.next;
-    for (int i = thread * Tile::RUN; i < ELEMENTS; i += Tile::THREADS * Tile::RUN) {
-        const int r = i / Tile::COLUMNS, c = i % Tile::COLUMNS;
-        const uint32_t row = shared.rows[r], column = column_of(c);
-        if (row == NO_ROW || column >= uint32_t(p.columns)) continue;
-        const uint32_t at = row * uint32_t(p.columns) + column;
-        conv_put<Operand, Tile>(p, place, at, shared.values + r * ConvFinish<Tile>::PITCH + c, statistics || sums);
-    }
-    if constexpr (FORM == Form::FPROP) {
-        if (statistics) conv_statistics<Tile>(p, place, shared);
-    }
-    if constexpr (FORM != Form::WGRAD) {
-        if (sums) conv_sums<Operand, Tile, FORM == Form::FPROP>(p, place, shared, column_of);
-    }
+    conv_finish_values<Operand, Tile, FORM>(shared, p, place, column_of);
 }
 
 // The same at the beginning of shared memory.
