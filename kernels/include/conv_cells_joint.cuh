@@ -36,16 +36,17 @@ struct JointTiling {
     int32_t keeps;                   // 0: two, that are loaded anew for each segment of each patch
     int32_t finish;                  // `ConvFinish` of dx
     int32_t run;                     // patches that a block works on one after the other
-    int32_t unused;
+    int32_t group;                   // runs whose sums the last of them adds up
 };
 static_assert(sizeof(JointTiling) == 56);
 
 // `conv2d_wgmma_joint_*`
 struct JointParams {
-    ConvBackwardParams both;
+    ConvBackwardParams both;  // wgrad's splits are the runs
+    uint32_t* arrivals;       // [M, groups of runs + 1], all zero; null with one run
     JointTiling tiling;
 };
-static_assert(sizeof(JointParams) == 1824);
+static_assert(sizeof(JointParams) == 1832);
 
 struct JointTables : CellTables {
     FactorTable<SLICE> x[2];  // as `image`, which are δ's
@@ -94,9 +95,42 @@ struct KeepInside {
     DEVICE void store(uint32_t offset, const uint4& coded) const { *reinterpret_cast<uint4*>(kept + offset) = coded; }
 };
 
-// Pixels of δ and of x that a thread loads at a time, each of up to three tensors.
-template <bool PAIRS>
-constexpr int JOINT_FLIGHT = PAIRS ? 5 : 6;
+// The sums of all runs of a branch, in the last block to arrive; false in the others. The last of a group of runs adds up the group's,
+// and puts them in the place of its first, the last of these those of the groups: with a hundred runs one block alone would take as long
+// for that as for all its patches.
+template <class Operand>
+DEVICE bool add_runs(const JointParams& params, const ConvPlace& place, JointSums<Operand>& product) {
+    using Sums = JointSums<Operand>;
+    constexpr int ELEMENTS = Sums::ROWS * Sums::COLUMNS;
+    const uint32_t runs = uint32_t(params.both.wgrad.splits), of_group = uint32_t(params.tiling.group);
+    const uint32_t groups = (runs + of_group - 1) / of_group, group = place.split / of_group, first = group * of_group;
+    const uint32_t in_group = runs - first < of_group ? runs - first : of_group;
+    float* partial = params.both.wgrad.partial + int64_t(place.branch) * runs * ELEMENTS + thread_again();
+    uint32_t* arrivals = params.arrivals + place.branch * (groups + 1);
+    const auto put = [&](uint32_t run) {
+        product.each([&](int i, int, int, float v) { partial[int64_t(run) * ELEMENTS + i * Sums::THREADS] = v; });
+    };
+    const auto add = [&](uint32_t run, uint32_t step, uint32_t count) {
+        product.clear();
+        for (uint32_t i = 0; i < count; ++i, run += step) {
+            const float* from = partial + int64_t(run) * ELEMENTS;
+            product.each([&](int j, int, int, float& v) { v += from[j * Sums::THREADS]; });
+        }
+    };
+    put(place.split);
+    if (!last_to_arrive(arrivals + group, in_group)) return false;
+    add(first, 1, in_group);
+    if (groups == 1) return true;
+    put(first);
+    if (!last_to_arrive(arrivals + groups, groups)) return false;
+    add(0, of_group, groups);
+    return true;
+}
+
+// Pixels of δ and of x that a thread loads at a time, eight channels of up to three tensors each: those of a patch of 16 × 16, 324 and
+// 272 for 64 at a time, are all under way before the first is waited for.
+// So are all weights that a thread loads.
+constexpr int DELTA_FLIGHT = 6, X_FLIGHT = 5, WEIGHT_FLIGHT = 5;
 
 template <class Operand, bool PAIRS>
 DEVICE void cells_joint(const JointParams& params) {
@@ -144,17 +178,17 @@ DEVICE void cells_joint(const JointParams& params) {
         const Patch patch = cell_patch<Form::DGRAD>(d, number);
         if (!tiling.keeps || turn < uint32_t(tiling.weight_slots)) {
             const Source matrix = {to_x.matrix, of * to_x.matrix_branch, to_x.matrix_half};
-            Weights::load(d, patch, matrix, 0, 0, shared + tiling.weights + slot_of_weights(turn, segment));
+            Weights::template load<WEIGHT_FLIGHT>(d, patch, matrix, 0, 0, shared + tiling.weights + slot_of_weights(turn, segment));
         }
         const Prologue<Operand, Pair::DELTA, PAIRS> delta = {
             {to_x.image, of * to_x.image_branch, to_x.image_half}, of, delta_made};
-        load_halo<true, JOINT_FLIGHT<PAIRS>>(d, w.matrix, patch, delta_halo, delta_places, delta, 0, tables.image[turn % 2], slot,
+        load_halo<false, DELTA_FLIGHT>(d, w.matrix, patch, delta_halo, delta_places, delta, 0, tables.image[turn % 2], slot,
                                              KeepInside(w, of));
         Patch of_x = patch;
         of_x.halo_down = patch.down;
         of_x.halo_across = patch.across;
         const Prologue<Operand, Pair::TANGENT, PAIRS> x = {{to_w.image, of * to_w.image_branch, to_w.image_half}, of, x_made};
-        load_halo<true, JOINT_FLIGHT<PAIRS>>(w, w.image, of_x, x_halo, x_places, x, 0, tables.x[turn % 2], slot + tiling.x,
+        load_halo<false, X_FLIGHT>(w, w.image, of_x, x_halo, x_places, x, 0, tables.x[turn % 2], slot + tiling.x,
                                              KeepNone{});
         copies_done();
         fence_operands();
@@ -195,7 +229,7 @@ DEVICE void cells_joint(const JointParams& params) {
             for (int m = 0; m < 2; ++m) cell[m] = uniform(slot + tables.cells[group * 2 + m]);
             // Taps go up and left.
             uint32_t tap = delta_halo.tap(JOINT_SIDE - 1, JOINT_SIDE - 1);
-            ROLLED
+            UNROLLED
             for (int down = 0; down < JOINT_SIDE; ++down) {
                 for (int across = 0; across < JOINT_SIDE; ++across) {
                     for (int k = 0; k < SLICE / 16; ++k) {
@@ -214,7 +248,7 @@ DEVICE void cells_joint(const JointParams& params) {
             for (uint32_t of_group = group * 2; of_group < last_cell; ++of_group) {
                 uint32_t delta_line = uniform(slot + tables.cells[of_group] + delta_halo.line());
                 uint32_t x_line = uniform(slot + tables.x_cells[of_group]);
-                ROLLED
+                UNROLLED
                 for (int lines = 0; lines < 8; lines += 2) {
                     for (int s = 0; s < JOINT_SIDE; ++s) {
                         Operand::template wgmma<true, true>(
@@ -276,6 +310,7 @@ DEVICE void cells_joint(const JointParams& params) {
         const int32_t c = at % SLICE;
         return c < w.image_channels ? uint32_t(at / SLICE * w.image_channels + c) : NO_ROW;
     };
-    conv_finish<Operand, Sums, Form::WGRAD>(of_weights, w, {0, 0, tables.place.split, tables.place.branch}, tile_of_weights, row,
-                                            column, [] {});
+    const ConvPlace place = {0, 0, tables.place.split, tables.place.branch};
+    if (w.splits > 1 && !add_runs(params, place, tile_of_weights)) return;
+    conv_finish_sum<Operand, Sums, Form::WGRAD>(of_weights, w, place, tile_of_weights, row, column, [] {});
 }

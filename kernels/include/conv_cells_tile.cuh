@@ -43,6 +43,8 @@ struct CellWeights {
     static DEVICE uint64_t matrix(uint32_t address) {
         return FPROP ? wgmma_matrix(address, PITCH * GRANULE, 8 * GRANULE) : wgmma_matrix(address, 8 * GRANULE, PITCH * GRANULE);
     }
+    // A thread has FLIGHT chunks under way.
+    template <int FLIGHT = CELL_FLIGHT>
     static DEVICE void load(const ConvProduct& p, const Patch& patch, const Source& w, uint32_t column, uint32_t slice,
                             unsigned char* slot) {
         const uint32_t thread = thread_again(), number = thread % NUMBER, line = number / LINE, along = number % LINE;
@@ -53,15 +55,15 @@ struct CellWeights {
         const int32_t step = FPROP ? 1 : p.stride, taps = patch.taps_down * patch.taps_across;
         slot += (along * PITCH + line) * GRANULE;
         ROLLED
-        for (int32_t tap = int32_t(thread) / NUMBER; tap < taps; tap += CELL_FLIGHT * ABREAST) {
-            Chunk chunks[CELL_FLIGHT];
+        for (int32_t tap = int32_t(thread) / NUMBER; tap < taps; tap += FLIGHT * ABREAST) {
+            Chunk chunks[FLIGHT];
             UNROLLED
-            for (int i = 0; i < CELL_FLIGHT; ++i) {
+            for (int i = 0; i < FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST, down = t / patch.taps_across, across = t - down * patch.taps_across;
                 const int32_t pixel = (patch.phase_down + down * step) * p.kernel_width + patch.phase_across + across * step;
                 chunks[i] = there && t < taps ? w.load<Operand>(from + uint32_t(pixel) * channels) : Chunk{};
             }
-            for (int i = 0; i < CELL_FLIGHT; ++i) {
+            for (int i = 0; i < FLIGHT; ++i) {
                 const int32_t t = tap + i * ABREAST;
                 if (t < taps) store_operand(slot + t * TAP * GRANULE, chunk_round<Operand>(chunks[i], w.half, there));
             }

@@ -55,9 +55,22 @@ DEVICE void conv_finish_values(ConvFinish<Tile>& shared, const ConvProduct& p, c
     }
 }
 
-// All threads take part, behind a barrier: `shared` gets another meaning, and with several splits or anything to be found the first word
-// of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile lie, NO_ROW: nowhere.
-// `meanwhile` is called where the product's registers are not needed any more, if the block has anything to do from there on.
+// What follows once the product is the whole sum. All threads take part, behind a barrier: `shared` gets another meaning, and if anything
+// is to be found the first word of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile
+// lie, NO_ROW: nowhere. `meanwhile` is called where the product's registers are not needed any more.
+template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf, class Meanwhile>
+DEVICE void conv_finish_sum(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
+                            ColumnOf column_of, Meanwhile meanwhile) {
+    const int thread = int(thread_again());
+    for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
+    product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
+    meanwhile();
+    sync_threads();
+    conv_finish_values<Operand, Tile, FORM>(shared, p, place, column_of);
+}
+
+// The same of what may be a part of the sum: then the first word of shared memory is overwritten as well, and only one of the blocks with
+// the parts goes on.
 template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf, class Meanwhile>
 DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
                         ColumnOf column_of, Meanwhile meanwhile) {
@@ -76,11 +89,7 @@ DEVICE void conv_finish(ConvFinish<Tile>& shared, const ConvProduct& p, const Co
             partial += ELEMENTS;
         }
     }
-    for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
-    product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
-    meanwhile();
-    sync_threads();
-    conv_finish_values<Operand, Tile, FORM>(shared, p, place, column_of);
+    conv_finish_sum<Operand, Tile, FORM>(shared, p, place, product, row_of, column_of, meanwhile);
 }
 
 // The same at the beginning of shared memory.

@@ -4,7 +4,7 @@ use super::conv_around::{Found, Pair, Sums};
 use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
 use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_tiles::Tiling;
-use super::{Lowering, Operand, Operands, joint, joint_cells};
+use super::{Lowering, Operand, Operands, joint_cells};
 use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
@@ -92,6 +92,8 @@ pub(super) enum Beside {
     Dgrad,
     /// The gradient of the input, summed over the branches.
     SummedDgrad,
+    /// Both gradients are made by the same blocks, so many for each branch of the results.
+    OneTile(usize),
 }
 
 impl Job<'_> {
@@ -259,6 +261,7 @@ fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, besid
     let wanted = match beside {
         Beside::Nothing => idle,
         Beside::Dgrad | Beside::SummedDgrad => idle.max(iterations.div_ceil(tiling.joint)),
+        Beside::OneTile(runs) => return runs,
     };
     let worth = iterations / tiling.least;
     let fit = PARTIAL_BYTES / (4 * tiling.size[0] * tiling.size[1] * tiles);
@@ -361,9 +364,7 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
     let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
     let leading = dgrad.unwrap_or(&jobs[0]);
-    // Both gradients from one tile where that can be.
     if let [dgrad, wgrad] = jobs
-        && joint::one_tile(dgrad, wgrad, lowering)
         && joint_cells::launch(lowering, dgrad, wgrad)?
     {
         return Ok(());

@@ -1,16 +1,18 @@
-//! Both gradients of a convolution from one tile of δ: which launches are taken so.
+//! Which gradients of input and weights a block makes both of, from one tile of delta.
 
 use super::Lowering;
 use super::conv::Job;
 use super::conv_tiles::SLICE;
 
-/// Whether blocks can make both gradients, each of a patch, from one tile of the cotangent: 3 × 3 filters whose sums fit a block's
-/// registers, and results for the same branches, so that a block of one has what the other wants.
+/// Taps of a filter, down and across.
+pub(super) const SIDE: usize = 3;
+
+/// Whether the registers of a block hold the gradient of the whole filter beside a tile of that of the input, and both are sums over
+/// the same branches.
 pub(super) fn one_tile(dgrad: &Job<'_>, wgrad: &Job<'_>, lowering: &Lowering<'_>) -> bool {
     let g = dgrad.geom;
-    let sizes = [g.r, g.s, g.stride, g.pad] == [3, 3, 1, 1]
-        && [g.c, g.k].iter().all(|channels| channels.is_multiple_of(8) && *channels <= SLICE);
-    let jobs = [dgrad, wgrad];
-    let [of_x, of_w] = jobs.map(|job| (job.out.meta.per_branch, job.all_segments(lowering.branches())));
-    sizes && jobs.iter().all(|job| job.by_patches(lowering)) && of_x == of_w
+    let channels = [g.c, g.k].into_iter().all(|n| n.is_multiple_of(8) && n <= SLICE);
+    let filter = [g.r, g.s] == [SIDE; 2] && [g.stride, g.pad] == [1; 2];
+    let sums = [dgrad, wgrad].map(|job| (job.out.meta.per_branch, job.all_segments(lowering.branches())));
+    channels && filter && sums[0] == sums[1] && dgrad.by_patches(lowering) && wgrad.by_patches(lowering)
 }
