@@ -127,6 +127,68 @@ DEVICE bool add_runs(const JointParams& params, const ConvPlace& place, JointSum
     return true;
 }
 
+// Lines of an image in a patch, as `prefetch` wants them.
+struct JointLines {
+    int32_t down, across, height, width;  // of each image's, from its first pixel in the image
+
+    DEVICE void prefetch_from(const ConvProduct& p, const Patch& patch, const Source& tensor) const {
+        const int32_t lanes = int32_t(thread_again() % 32), lines = height * p.patch_images;
+        const int32_t first = across < 0 ? 0 : across, end = across + width < p.image_width ? across + width : p.image_width;
+        ROLLED
+        for (int32_t i = lanes; i < lines; i += 32) {
+            const int32_t image = patch.image + i / height, h = down + i % height;
+            if (image >= p.images || h < 0 || h >= p.image_height || end <= first) continue;
+            const int64_t at = ((int64_t(image) * p.image_height + h) * p.image_width + first) * p.image_channels;
+            const int32_t size = tensor.half ? 2 : 4;
+            prefetch(static_cast<const unsigned char*>(tensor.at) + at * size, uint32_t((end - first) * p.image_channels * size));
+        }
+    }
+};
+
+// What follows the products of a patch of dx, once shared memory has the sums and their rows: as `conv_finish_values`, but all that a
+// thread reads is under way before any is used. All threads take part, behind a barrier.
+template <class Operand, class Tile>
+DEVICE void finish_dx(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place) {
+    constexpr int RUN = Tile::RUN, ABREAST = Tile::THREADS * RUN / Tile::COLUMNS, PARTS = Tile::ROWS / ABREAST;
+    const int first = int(thread_again()) * RUN, c = first % Tile::COLUMNS, line = first / Tile::COLUMNS;
+    const bool there = c < p.columns, sums = p.sums.next;
+    Chunk start[PARTS] = {}, next[PARTS] = {};
+    uint32_t at[PARTS];
+    UNROLLED
+    for (int i = 0; i < PARTS; ++i) {
+        const uint32_t row = shared.rows[line + i * ABREAST];
+        at[i] = there && row != NO_ROW ? row * uint32_t(p.columns) + uint32_t(c) : NO_ROW;
+        if (at[i] == NO_ROW) continue;
+        if (p.start) start[i] = chunk_load<Operand>(p.start, place.branch * p.start_branch + at[i], p.start_half);
+        if (sums) next[i] = chunk_load<Operand>(p.sums.next, place.branch * p.sums.next_branch + at[i], p.sums.next_half);
+    }
+    ThreadSums<Operand, false, RUN> mine(p, place.branch, sums ? uint32_t(c) : NO_ROW);
+    UNROLLED
+    for (int i = 0; i < PARTS; ++i) {
+        if (at[i] == NO_ROW) continue;
+        float v[RUN], other[RUN];
+        eight_of(v, shared.values + (line + i * ABREAST) * ConvFinish<Tile>::PITCH + c);
+        if (p.start) {
+            chunk_decode<Operand>(other, start[i], p.start_half);
+            for (int j = 0; j < RUN; ++j) v[j] += other[j];
+        }
+        const int64_t out = place.branch * p.out_branch + at[i];
+        if (p.out_half) {
+            const uint4 coded = chunk_encode<Operand>(v);
+            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + out) = coded;
+            // As later readers will see it.
+            chunk_decode<Operand>(v, {coded, {}}, 1);
+        } else {
+            eight_to(static_cast<float*>(p.out) + out, v);
+        }
+        if (sums) {
+            chunk_decode<Operand>(other, next[i], p.sums.next_half);
+            mine.add(v, other);
+        }
+    }
+    if (sums) conv_sums_of<Operand, Tile, false>(p, place, shared, mine);
+}
+
 // Pixels of δ and of x that a thread loads at a time, eight channels of up to three tensors each: those of a patch of 16 × 16, 324 and
 // 272 for 64 at a time, are all under way before the first is waited for.
 // So are all weights that a thread loads.
@@ -193,12 +255,32 @@ DEVICE void cells_joint(const JointParams& params) {
         copies_done();
         fence_operands();
     };
+    // Each warp has one of the tensors that a turn reads. What is found of dx is found with x.
+    const auto ask = [&](uint32_t number, uint32_t segment) {
+        const uint32_t warp = uniform(thread_again() / 32);
+        const int64_t of = branch + segment;
+        const Patch patch = cell_patch<Form::DGRAD>(d, number);
+        const JointLines halo = {patch.halo_down, patch.halo_across, d.halo_height, d.halo_width};
+        const JointLines pixels = {patch.down, patch.across, w.halo_height, w.halo_width};
+        const ConvPair &delta = w.matrix, &x = w.image;
+        if (warp == 0) halo.prefetch_from(d, patch, {to_x.image, of * to_x.image_branch, to_x.image_half});
+        if (warp == 1) pixels.prefetch_from(w, patch, {to_w.image, of * to_w.image_branch, to_w.image_half});
+        if (warp == 2 && d.start && segment == 0) pixels.prefetch_from(w, patch, {d.start, of * d.start_branch, d.start_half});
+        if constexpr (PAIRS) {
+            if (warp == 3 && delta.at) halo.prefetch_from(d, patch, {delta.at, of * delta.branch, delta.half});
+            if (warp == 4 && delta.residual) {
+                halo.prefetch_from(d, patch, {delta.residual, of * delta.residual_branch, delta.residual_half});
+            }
+            if (warp == 5 && x.at) pixels.prefetch_from(w, patch, {x.at, of * x.branch, x.half});
+        }
+    };
     tables.describe(d, delta_halo, {0, 0, run, branch});
     if (const uint32_t thread = thread_again(); thread < CELLS) tables.x_cells[thread] = x_halo.cell(w, int(thread));
     describe_halo(d, delta_halo, 1, delta_places);
     describe_halo(w, x_halo, 1, x_places);
     for (uint32_t i = 0; i < 2; ++i) describe(i % segments, i);
     sync_threads();
+    if (turns > 1) ask(segments > 1 ? first_patch : first_patch + 1, segments > 1 ? 1 : 0);
     fill(0, first_patch, 0);
     sync_threads();
 
@@ -210,9 +292,8 @@ DEVICE void cells_joint(const JointParams& params) {
     for (int s = 0; s < JOINT_SIDE; ++s) {
         for (int i = 0; i < SLICE; ++i) sums[s][i] = 0.0f;
     }
-    const auto column_of = [](int c) { return uint32_t(c); };
     const auto finish_patch = [&](uint32_t number) {
-        conv_finish_values<Operand, Tile, Form::DGRAD>(finish, d, {number, 0, 0, tables.place.branch}, column_of);
+        finish_dx<Operand>(finish, d, {number, 0, 0, tables.place.branch});
         sync_threads();
     };
     uint32_t number = first_patch, segment = 0;
@@ -261,10 +342,14 @@ DEVICE void cells_joint(const JointParams& params) {
             }
             wgmma_commit();
         }
-        // What follows the products of the patch before.
-        if (segment == 0 && turn > 0) finish_patch(number - 1);
         const uint32_t next_segment = uniform(segment + 1 < segments ? segment + 1 : 0);
         const uint32_t next_number = uniform(next_segment == 0 ? number + 1 : number);
+        if (turn + 2 < turns) {
+            const uint32_t after = next_segment + 1 < segments ? next_segment + 1 : 0;
+            ask(after == 0 ? next_number + 1 : next_number, after);
+        }
+        // What follows the products of the patch before.
+        if (segment == 0 && turn > 0) finish_patch(number - 1);
         // Its slot served this turn's loads, which are done.
         if (segments > 2 && turn + 2 < turns) describe(next_segment + 1 < segments ? next_segment + 1 : 0, turn % 2);
         if (turn + 1 < turns) fill(turn + 1, next_number, next_segment);

@@ -33,12 +33,18 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
     }
 }
 
-// What is left to do where shared memory has the sums of a tile and the rows that they belong to: stores them with what is added, and
-// finds what is found of them. All threads take part, behind a barrier. `column_of` as below.
-template <class Operand, class Tile, Form FORM, class ColumnOf>
-DEVICE void conv_finish_values(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, ColumnOf column_of) {
+// What follows once the product is the whole sum. All threads take part, behind a barrier: `shared` gets another meaning, and if anything
+// is to be found the first word of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile
+// lie, NO_ROW: nowhere. `meanwhile` is called where the product's registers are not needed any more.
+template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf, class Meanwhile>
+DEVICE void conv_finish_sum(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
+                            ColumnOf column_of, Meanwhile meanwhile) {
     constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
     const int thread = int(thread_again());
+    for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
+    product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
+    meanwhile();
+    sync_threads();
     const bool statistics = FORM == Form::FPROP && p.mean, sums = FORM != Form::WGRAD && p.sums.next;
     for (int i = thread * Tile::RUN; i < ELEMENTS; i += Tile::THREADS * Tile::RUN) {
         const int r = i / Tile::COLUMNS, c = i % Tile::COLUMNS;
@@ -53,20 +59,6 @@ DEVICE void conv_finish_values(ConvFinish<Tile>& shared, const ConvProduct& p, c
     if constexpr (FORM != Form::WGRAD) {
         if (sums) conv_sums<Operand, Tile, FORM == Form::FPROP>(p, place, shared, column_of);
     }
-}
-
-// What follows once the product is the whole sum. All threads take part, behind a barrier: `shared` gets another meaning, and if anything
-// is to be found the first word of shared memory. `row_of` and `column_of` say where in the result a row and a run of columns of the tile
-// lie, NO_ROW: nowhere. `meanwhile` is called where the product's registers are not needed any more.
-template <class Operand, class Tile, Form FORM, class RowOf, class ColumnOf, class Meanwhile>
-DEVICE void conv_finish_sum(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of,
-                            ColumnOf column_of, Meanwhile meanwhile) {
-    const int thread = int(thread_again());
-    for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
-    product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
-    meanwhile();
-    sync_threads();
-    conv_finish_values<Operand, Tile, FORM>(shared, p, place, column_of);
 }
 
 // The same of what may be a part of the sum: then the first word of shared memory is overwritten as well, and only one of the blocks with
