@@ -127,20 +127,24 @@ DEVICE bool add_runs(const JointParams& params, const ConvPlace& place, JointSum
     return true;
 }
 
-// Lines of an image in a patch, as `prefetch` wants them.
+// Lines of each image of a patch, counted from the image's first.
 struct JointLines {
-    int32_t down, across, height, width;  // of each image's, from its first pixel in the image
+    int32_t down, across, height, width;
 
+    // Asks for what the lines have of a tensor, by the lanes of a warp: for each image in one piece if a patch has whole lines.
     DEVICE void prefetch_from(const ConvProduct& p, const Patch& patch, const Source& tensor) const {
-        const int32_t lanes = int32_t(thread_again() % 32), lines = height * p.patch_images;
-        const int32_t first = across < 0 ? 0 : across, end = across + width < p.image_width ? across + width : p.image_width;
+        const bool whole = p.patches_across == 1;
+        const int32_t pieces = whole ? 1 : height, lines = whole ? height : 1;
+        const int32_t first = whole || across < 0 ? 0 : across, size = tensor.half ? 2 : 4;
+        const int32_t end = whole || across + width > p.image_width ? p.image_width : across + width;
         ROLLED
-        for (int32_t i = lanes; i < lines; i += 32) {
-            const int32_t image = patch.image + i / height, h = down + i % height;
-            if (image >= p.images || h < 0 || h >= p.image_height || end <= first) continue;
-            const int64_t at = ((int64_t(image) * p.image_height + h) * p.image_width + first) * p.image_channels;
-            const int32_t size = tensor.half ? 2 : 4;
-            prefetch(static_cast<const unsigned char*>(tensor.at) + at * size, uint32_t((end - first) * p.image_channels * size));
+        for (int32_t i = int32_t(thread_again() % 32); i < pieces * p.patch_images; i += 32) {
+            const int32_t of_patch = i / pieces, image = patch.image + of_patch, line = down + (i - of_patch * pieces);
+            const int32_t top = line < 0 ? 0 : line, bottom = line + lines < p.image_height ? line + lines : p.image_height;
+            if (image >= p.images || bottom <= top) continue;
+            const int64_t at = ((int64_t(image) * p.image_height + top) * p.image_width + first) * p.image_channels;
+            const int32_t pixels = whole ? (bottom - top) * p.image_width : end - first;
+            prefetch(static_cast<const unsigned char*>(tensor.at) + at * size, uint32_t(pixels * p.image_channels * size));
         }
     }
 };
@@ -189,9 +193,8 @@ DEVICE void finish_dx(ConvFinish<Tile>& shared, const ConvProduct& p, const Conv
     if (sums) conv_sums_of<Operand, Tile, false>(p, place, shared, mine);
 }
 
-// Pixels of δ and of x that a thread loads at a time, eight channels of up to three tensors each: those of a patch of 16 × 16, 324 and
-// 272 for 64 at a time, are all under way before the first is waited for.
-// So are all weights that a thread loads.
+// Pixels of δ and of x that a thread loads at a time, eight channels of up to three tensors each: those of a patch of 8 × 32, 340 and 288
+// for 64 at a time, are all under way before the first is waited for. So are all weights that a thread loads.
 constexpr int DELTA_FLIGHT = 6, X_FLIGHT = 5, WEIGHT_FLIGHT = 5;
 
 template <class Operand, bool PAIRS>
