@@ -16,8 +16,11 @@
 // of 24. For a patch of 256 pixels: 72 · 24 clocks of dgrad and 48 · 32 of wgrad.
 //
 // Each warpgroup has the products of its two cells with all columns of taps: 96 registers of sums that live as long as the block,
-// beside 32 of the patch's dx. One block has all of a multiprocessor; what hides the time of loads is how many of them each thread has in
-// flight.
+// beside 32 of the patch's dx. So a multiprocessor has one block, and no other hides what it waits for. While the products of a turn, a patch
+// of one branch, are under way, the block asks the second-level cache for what the next turn but one reads, finishes the patch before and
+// loads the next turn to the other slot; each of these has all of its loads in flight at once. Between the last product of a turn and the first
+// of the next are a barrier and, where the patch is done, 32 stores of each thread: tiles of two patches would take more registers than
+// there are.
 #pragma once
 
 #include "conv_cells_tile.cuh"
@@ -248,13 +251,12 @@ DEVICE void cells_joint(const JointParams& params) {
         const Prologue<Operand, Pair::DELTA, PAIRS> delta = {
             {to_x.image, of * to_x.image_branch, to_x.image_half}, of, delta_made};
         load_halo<false, DELTA_FLIGHT>(d, w.matrix, patch, delta_halo, delta_places, delta, 0, tables.image[turn % 2], slot,
-                                             KeepInside(w, of));
+                                       KeepInside(w, of));
         Patch of_x = patch;
         of_x.halo_down = patch.down;
         of_x.halo_across = patch.across;
         const Prologue<Operand, Pair::TANGENT, PAIRS> x = {{to_w.image, of * to_w.image_branch, to_w.image_half}, of, x_made};
-        load_halo<false, X_FLIGHT>(w, w.image, of_x, x_halo, x_places, x, 0, tables.x[turn % 2], slot + tiling.x,
-                                             KeepNone{});
+        load_halo<false, X_FLIGHT>(w, w.image, of_x, x_halo, x_places, x, 0, tables.x[turn % 2], slot + tiling.x, KeepNone{});
         copies_done();
         fence_operands();
     };
