@@ -53,6 +53,10 @@ fn plan_counts_what_the_method_promises() {
     }
     let hopper = mlnt("plan --device simt --precision f16 --kernels hopper --json --launches").stdout;
     assert!(hopper.contains("conv2d_wgmma_fprop") && !listed.to_string().contains("wgmma"), "{hopper}");
+    // The first stage of the step, with what is made of δ and without.
+    for kernel in ["conv2d_wgmma_joint_f16", "conv2d_wgmma_joint_pair_f16"] {
+        assert!(hopper.contains(kernel), "{hopper}");
+    }
     refused("plan --launches", &["--json"]);
     // What is counted only is no flag of what is timed.
     refused("bench-step --as-trained", &["--as-trained"]);

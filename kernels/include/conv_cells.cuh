@@ -88,9 +88,11 @@ struct CellHalo {
     uint32_t of_image;             // pixels of each image: ABREAST at least, since it has a cell
     uint32_t pitch, step, sorted;  // granules of a part; pixels from one of a cell to the next; columns of a remainder
 
-    DEVICE CellHalo(const ConvProduct& p, const CellTiling& tiling, int32_t pixel_step) {
+    DEVICE CellHalo(const ConvProduct& p, const CellTiling& tiling, int32_t pixel_step)
+        : CellHalo(p, tiling.halo_pitch, pixel_step) {}
+    DEVICE CellHalo(const ConvProduct& p, int32_t part_pitch, int32_t pixel_step) {
         of_image = uint32_t(p.halo_height) * uint32_t(p.halo_width);
-        pitch = uint32_t(tiling.halo_pitch);
+        pitch = uint32_t(part_pitch);
         step = uint32_t(pixel_step);
         sorted = (uint32_t(p.halo_width) + step - 1) / step;
     }
@@ -133,10 +135,19 @@ DEVICE uint16_t* operand_place(unsigned char* slot, uint32_t granule) {
 template <int WIDTH>
 constexpr bool HELD_OF = WIDTH == 64;
 
-// Loads the halo of a slice of channels from `slice` on into a slot.
-template <bool HELD, class Image>
-DEVICE void load_halo(const ConvProduct& p, const Patch& patch, const CellHalo& halo, const HaloPixel* places, const Image& image,
-                      int32_t slice, const FactorTable<SLICE>& factors, unsigned char* slot) {
+// Nothing of what is loaded is stored.
+struct KeepNone {
+    DEVICE bool any() const { return false; }
+    DEVICE bool half() const { return false; }
+    DEVICE bool of(const HaloPixel&) const { return false; }
+    DEVICE void store(uint32_t, const uint4&) const {}
+};
+
+// Loads the halo of a slice of channels from `slice` on into a slot, FLIGHT pixels of a thread at a time, and stores of what it makes
+// of `pair` what `keep` wants.
+template <bool HELD, int FLIGHT, class Image, class Keep>
+DEVICE void load_halo(const ConvProduct& p, const ConvPair& pair, const Patch& patch, const CellHalo& halo, const HaloPixel* places,
+                      const Image& image, int32_t slice, const FactorTable<SLICE>& factors, unsigned char* slot, const Keep& keep) {
     const uint32_t thread = thread_again(), part = thread % PARTS;
     const uint32_t channel = uint32_t(slice) + part * 8;
     const bool has = channel < uint32_t(p.image_channels);
@@ -145,14 +156,16 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, const CellHalo& 
     uint32_t at = thread / PARTS;
     int32_t image_of = 0;
     const auto more = [&] { return image_of < p.patch_images; };
-    // Of that pixel: whether the image has it, its first element, and its granule.
-    const auto inside = [&](uint32_t& offset, uint32_t& granule) {
+    // Of that pixel: whether the image has it, whether it is kept, its first element, and its granule.
+    const auto inside = [&](bool& keeps, uint32_t& offset, uint32_t& granule) {
         const HaloPixel pixel = places[at];
         granule = pixel.granule + uint32_t(image_of) * uint32_t(p.halo_height) * halo.line();
         const int32_t n = patch.image + image_of;
         const uint32_t h = uint32_t(patch.halo_down + pixel.down), w = uint32_t(patch.halo_across + pixel.across);
         offset = ((uint32_t(n) * uint32_t(p.image_height) + h) * uint32_t(p.image_width) + w) * uint32_t(p.image_channels) + channel;
-        return more() && has && n < p.images && h < uint32_t(p.image_height) && w < uint32_t(p.image_width);
+        const bool there = more() && has && n < p.images && h < uint32_t(p.image_height) && w < uint32_t(p.image_width);
+        keeps = there && keep.of(pixel);
+        return there;
     };
     const auto next = [&] {
         at += CellHalo::ABREAST;
@@ -161,47 +174,59 @@ DEVICE void load_halo(const ConvProduct& p, const Patch& patch, const CellHalo& 
             ++image_of;
         }
     };
+    bool keeps;
     if (image.plain()) {
         ROLLED
         for (; more(); next()) {
             uint32_t offset, granule;
-            const bool there = inside(offset, granule);
+            const bool there = inside(keeps, offset, granule);
             copy_async(operand_place(slot, granule), image.of.place(offset, there), there);
         }
         return;
     }
-    if (!image.waits(p.image, false)) {
+    if (!image.waits(pair, keep.any())) {
         ROLLED
         for (; more(); next()) {
             uint32_t offset, granule;
-            const bool there = inside(offset, granule);
+            const bool there = inside(keeps, offset, granule);
             uint16_t* place = operand_place(slot, granule);
-            const auto loaded = image.load(p.image, false, offset, there, factors, int(part * 8), place);
-            store_operand(place, image.round(p.image, false, loaded, factors, int(part * 8), place));
+            const auto loaded = image.load(pair, keeps, offset, there, factors, int(part * 8), place);
+            const uint4 coded = image.round(pair, keeps, loaded, factors, int(part * 8), place);
+            store_operand(place, coded);
+            if (keeps && keep.half()) keep.store(offset, coded);
         }
         return;
     }
     const EightFactors<Image::PAIRED, HELD> eight = {factors, int(part * 8)};
     ROLLED
     while (more()) {
-        typename Image::Waiting flight[HALO_FLIGHT];
-        uint32_t granules[HALO_FLIGHT] = {};
-        bool stored[HALO_FLIGHT] = {};
+        typename Image::Waiting flight[FLIGHT];
+        uint32_t granules[FLIGHT] = {}, kept_at[FLIGHT];
+        bool stored[FLIGHT] = {};
         const auto place = [&](int i) { return operand_place(slot, granules[i]); };
         UNROLLED
-        for (int i = 0; i < HALO_FLIGHT; ++i) {
+        for (int i = 0; i < FLIGHT; ++i) {
             uint32_t offset;
             stored[i] = more();
-            const bool there = inside(offset, granules[i]);
-            flight[i] = image.fetch(p.image, offset, there, place(i));
+            const bool there = inside(keeps, offset, granules[i]);
+            kept_at[i] = keeps ? offset : NO_ROW;
+            flight[i] = image.fetch(pair, offset, there, place(i));
             next();
         }
-        image.round_all(p.image, flight, eight, place);
+        image.round_all(pair, flight, eight, place);
         UNROLLED
-        for (int i = 0; i < HALO_FLIGHT; ++i) {
+        for (int i = 0; i < FLIGHT; ++i) {
             if (stored[i]) store_operand(place(i), flight[i].of);
+            if (kept_at[i] != NO_ROW) keep.store(kept_at[i], flight[i].of);
         }
     }
+}
+
+// The same of a product's image, of which nothing is stored.
+template <bool HELD, class Image>
+DEVICE void load_halo(const ConvProduct& p, const Patch& patch, const CellHalo& halo, const HaloPixel* places, const Image& image,
+                      int32_t slice, const FactorTable<SLICE>& factors, unsigned char* slot) {
+    load_halo<HELD, HALO_FLIGHT>(p, p.image, patch, halo, places, image, slice, factors, slot, KeepNone{});
 }
 
 // The beginning of a block's shared memory.

@@ -33,9 +33,16 @@ DEVICE void conv_put(const ConvProduct& p, const ConvPlace& place, uint32_t elem
     }
 }
 
-// The first part: `product` is that of all splits, and lies in shared memory. All threads take part, behind a barrier: `shared` gets another
-// meaning, and with several splits the first word of shared memory. `row_of` says where in the result a row of the tile lies, NO_ROW:
-// nowhere. False, the same in all threads: another split's block goes on, and nothing is in shared memory.
+// The first part of what follows a tile's product: it lies in shared memory. All threads take part, behind a barrier: `shared` gets another
+// meaning. `row_of` says where in the result a row of the tile lies, NO_ROW: nowhere.
+template <class Tile, class RowOf>
+DEVICE void conv_stage_sum(ConvFinish<Tile>& shared, Tile& product, RowOf row_of) {
+    for (int r = int(thread_again()); r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
+    product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
+}
+
+// The same of what may be the product of one of several splits; then the first word of shared memory is overwritten as well. False, the same
+// in all threads: another split's block goes on with the sum, and nothing is in shared memory.
 template <class Tile, class RowOf>
 DEVICE bool conv_stage(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place, Tile& product, RowOf row_of) {
     constexpr int ELEMENTS = Tile::ROWS * Tile::COLUMNS;
@@ -53,8 +60,7 @@ DEVICE bool conv_stage(ConvFinish<Tile>& shared, const ConvProduct& p, const Con
             partial += ELEMENTS;
         }
     }
-    for (int r = thread; r < Tile::ROWS; r += Tile::THREADS) shared.rows[r] = row_of(r);
-    product.each([&](int, int r, int c, float v) { shared.values[r * ConvFinish<Tile>::PITCH + c] = v; });
+    conv_stage_sum<Tile>(shared, product, row_of);
     return true;
 }
 

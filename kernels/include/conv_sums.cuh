@@ -173,6 +173,26 @@ struct ThreadSums {
     }
 };
 
+// What the sums are for, from those of the threads. All take part: the values in shared memory are overwritten.
+template <class Operand, class Tile, bool TANGENT>
+DEVICE void conv_sums_of(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared,
+                         const ThreadSums<Operand, TANGENT, Tile::RUN>& mine) {
+    const ConvSums& sums = p.sums;
+    sync_threads();
+    reduce_records<Tile>(p, place, shared, mine.record(shared), [&](uint32_t at, const SumRecord& record) {
+        const float variance = sums.norm.var[place.branch * sums.norm.var_branch + at];
+        const float with_x = record.of[0] / sqrtf(variance + sums.norm.epsilon), count = float(p.rows);
+        const int64_t to = int64_t(place.branch) * p.columns + at;
+        if constexpr (TANGENT) {
+            sums.results[0][to] = record.of[1] / count;
+            sums.results[1][to] = with_x / count;
+        } else {
+            sums.results[0][to] = with_x;
+            sums.results[1][to] = record.of[1];
+        }
+    });
+}
+
 // The sums of the columns of the result. Each thread reads back the values that it stored itself.
 template <class Operand, class Tile, bool TANGENT, class ColumnOf>
 DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, ColumnOf column_of) {
@@ -212,17 +232,5 @@ DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<T
             mine.add(v, x);
         }
     }
-    sync_threads();
-    reduce_records<Tile>(p, place, shared, mine.record(shared), [&](uint32_t at, const SumRecord& record) {
-        const float variance = sums.norm.var[place.branch * sums.norm.var_branch + at];
-        const float with_x = record.of[0] / sqrtf(variance + sums.norm.epsilon), count = float(p.rows);
-        const int64_t to = int64_t(place.branch) * p.columns + at;
-        if constexpr (TANGENT) {
-            sums.results[0][to] = record.of[1] / count;
-            sums.results[1][to] = with_x / count;
-        } else {
-            sums.results[0][to] = with_x;
-            sums.results[1][to] = record.of[1];
-        }
-    });
+    conv_sums_of<Operand, Tile, TANGENT>(p, place, shared, mine);
 }

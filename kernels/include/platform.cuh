@@ -340,6 +340,27 @@ DEVICE void copies_pending() {
 
 #endif
 
+// ---- Reads ahead (PTX ISA, "cp.async.bulk.prefetch"; sm_90 and later) ----
+//
+// Asks that the second-level cache load these bytes, which all belong to a tensor; address and number are multiples of 16. On the host the first
+// and the last are read, for whatever watches over memory.
+
+#if defined(__CUDACC__)
+
+DEVICE void prefetch(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+#else
+
+DEVICE void prefetch(const void* from, uint32_t bytes) {
+    const volatile uint32_t* words = static_cast<const volatile uint32_t*>(from);
+    (void)words[0];
+    (void)words[bytes / 4 - 1];
+}
+
+#endif
+
 // ---- Products of a warpgroup: D [64, N] += A [64, 16] · B [16, N], operands in shared memory (PTX ISA, "wgmma"; sm_90a alone) ----
 //
 // Without `accumulates` D is the product, whatever it was before: no thread has to write zeros, for which it would wait for products

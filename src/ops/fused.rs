@@ -18,7 +18,7 @@ pub enum ConvForm {
     /// `(x, dy) → dw = wgrad(x, dy)`
     Wgrad,
     /// `(x, w, dy) → (dx, dw) = (dgrad(dy, w), wgrad(x, dy))`: in one launch, so that what both read of `dy` comes from
-    /// memory once: blocks of either role that need the same part of it run at about the same time.
+    /// memory once: blocks that need the same part of it for either run at about the same time, or, with few channels, make both of it.
     Backward,
     /// `(ẋ, ẇ, x, w) → ẏ = fprop(ẋ, w) + fprop(x, ẇ)`: one product whose inner dimension is that of both.
     Tangent,

@@ -1,10 +1,10 @@
-//! Convolutions, plain and fused: `kernels/conv.cu`, `kernels/conv_direct.cu` and `kernels/conv_wgmma.cu`.
+//! Convolutions, plain and fused: `kernels/conv.cu`, `kernels/conv_direct.cu`, `kernels/conv_wgmma.cu` and `kernels/conv_wgmma_joint.cu`.
 
 use super::conv_around::{Found, Pair, Sums};
 use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
 use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_tiles::Tiling;
-use super::{Lowering, Operand, Operands};
+use super::{Lowering, Operand, Operands, joint_cells};
 use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
@@ -59,11 +59,11 @@ impl Shape {
 }
 
 /// Operands and results of one product. The image is x or dy; the matrix is w, or dy of a weight gradient.
-struct Job<'a> {
+pub(super) struct Job<'a> {
     kind: ConvKind,
-    geom: &'a ConvGeom,
+    pub geom: &'a ConvGeom,
     /// Image and matrix of each term.
-    terms: &'a [[Operand; 2]],
+    pub terms: &'a [[Operand; 2]],
     /// The term whose image is `relu(bn(·))` of what is given, and the batch norm's `g, b, mean, var`.
     norm: Option<(usize, [Operand; 4])>,
     /// The pair that the first term's image is: delta in dgrad, else a tangent.
@@ -71,7 +71,7 @@ struct Job<'a> {
     /// The pair that the matrix of a weight gradient is: delta.
     matrix: Option<Pair>,
     start: Option<Operand>,
-    out: Operand,
+    pub out: Operand,
     found: Found,
 }
 
@@ -84,12 +84,14 @@ impl<'a> Job<'a> {
 
 /// What runs beside a product in the same launch.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Beside {
+pub(super) enum Beside {
     Nothing,
     /// The gradient of the input, per branch.
     Dgrad,
     /// The gradient of the input, summed over the branches.
     SummedDgrad,
+    /// Both gradients are made by the same blocks, so many for each branch of the results.
+    OneTile(usize),
 }
 
 impl Job<'_> {
@@ -101,7 +103,7 @@ impl Job<'_> {
         if branched && !self.out.meta.per_branch { branches } else { 1 }
     }
 
-    fn pairs(&self) -> impl Iterator<Item = &Pair> {
+    pub fn pairs(&self) -> impl Iterator<Item = &Pair> {
         self.image.iter().chain(&self.matrix)
     }
 
@@ -120,12 +122,12 @@ impl Job<'_> {
     }
 
     /// Segments of all terms.
-    fn all_segments(&self, branches: usize) -> usize {
+    pub fn all_segments(&self, branches: usize) -> usize {
         (0..self.terms.len()).map(|i| self.segments(i, branches)).sum()
     }
 
     /// Whether kernels can take it that work on patches: if they can take its sizes.
-    fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
+    pub fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
         let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
         let aligned = self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN));
         halves && aligned && self.out.len() > 0
@@ -157,7 +159,7 @@ impl Job<'_> {
     }
 
     /// Its parameters and its number of blocks; none where the result has no elements.
-    fn lower(&self, lowering: &mut Lowering<'_>, tiling: &Tiling, beside: Beside) -> Result<(ConvProduct, usize)> {
+    pub fn lower(&self, lowering: &mut Lowering<'_>, tiling: &Tiling, beside: Beside) -> Result<(ConvProduct, usize)> {
         let narrow = |v: usize| lowering.narrow("elements of a branch", v);
         let g = self.geom;
         self.operands().try_for_each(|o| narrow(o.len()).map(drop))?;
@@ -257,6 +259,7 @@ fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, besid
     let wanted = match beside {
         Beside::Nothing => idle,
         Beside::Dgrad | Beside::SummedDgrad => idle.max(iterations.div_ceil(tiling.joint)),
+        Beside::OneTile(runs) => return runs,
     };
     let worth = iterations / tiling.least;
     let fit = PARTIAL_BYTES / (4 * tiling.size[0] * tiling.size[1] * tiles);
@@ -359,6 +362,11 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
     let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
     let leading = dgrad.unwrap_or(&jobs[0]);
+    if let [dgrad, wgrad] = jobs
+        && joint_cells::launch(lowering, dgrad, wgrad)?
+    {
+        return Ok(());
+    }
     // Both gradients go one way: that of warpgroups, else on patches, else gathered.
     let width = conv_cells::width(leading.kind, leading.geom);
     let cells: Option<Vec<_>> = jobs.iter().map(|job| job.cells(lowering, width)).collect();

@@ -14,17 +14,17 @@ const SIDE: usize = 8;
 /// `CELLS`: cells of a patch.
 const CELLS: usize = 4;
 /// Pixels of a patch.
-const PIXELS: usize = CELLS * SIDE * SIDE;
+pub(super) const PIXELS: usize = CELLS * SIDE * SIDE;
 /// `GRANULE`: bytes of eight elements.
-const GRANULE: usize = 16;
+pub(super) const GRANULE: usize = 16;
 /// `PARTS`: granules of a pixel of a slice.
-const PARTS: usize = SLICE / 8;
+pub(super) const PARTS: usize = SLICE / 8;
 /// Bytes of `CellRows`, the tables of a product of the other forms.
 const ROWS_TABLES: usize = 3120;
 /// Bytes of `CellTaps`, those of a weight gradient.
 const TAPS_TABLES: usize = 4192;
 /// Bytes of a `HaloPixel`.
-const PLACE: usize = 8;
+pub(super) const PLACE: usize = 8;
 /// Bytes of shared memory with which two blocks fit a multiprocessor: each takes 1 KiB more for the system.
 const OF_TWO: usize = (228 << 10) / 2 - (1 << 10);
 
@@ -97,7 +97,7 @@ pub(super) fn cells(kind: ConvKind, g: &ConvGeom, scale: Scale) -> Option<(Tilin
 }
 
 /// All shapes of a patch, the widest first: of equals it reads the longest runs of memory.
-fn patches(kind: ConvKind, g: &ConvGeom) -> Option<Vec<Patches>> {
+pub(super) fn patches(kind: ConvKind, g: &ConvGeom) -> Option<Vec<Patches>> {
     let (grid, taps, step) = Patches::reach(kind, g)?;
     let fill = grid.map(|v| v.div_ceil(SIDE));
     let mut all = Vec::new();
