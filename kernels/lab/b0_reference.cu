@@ -34,7 +34,7 @@ DEVICE void wgrad_of_thread(const LabBackParams& p, uint32_t block) {
     const int32_t branch = int32_t(of_tap / 9 / uint32_t(p.filters));
     if (branch >= p.branches) return;
     const int32_t r = tap / 3 - 1, s = tap % 3 - 1;
-    const LabNorms norm = p.norms[c / 4];
+    const float scale = p.norms[c / 4].scale[c % 4], shift = p.norms[c / 4].shift[c % 4];
     float sum = 0.0f;
     for (int32_t image = branch * p.images; image < (branch + 1) * p.images; ++image) {
         float of_image = 0.0f;
@@ -43,7 +43,7 @@ DEVICE void wgrad_of_thread(const LabBackParams& p, uint32_t block) {
             for (int32_t across = s < 0 ? 1 : 0; across < p.width - (s > 0 ? 1 : 0); ++across) {
                 const int64_t row = int64_t(image * p.height + down) * p.width + across;
                 const float x = f16_to_float(p.x[(row + r * p.width + s) * p.channels + c]);
-                const float h = lab_norm(x, norm.scale[c % 4], norm.shift[c % 4]);
+                const float h = lab_norm(x, scale, shift);
                 of_line = fmaf(delta_at(p, row * p.filters + k, k), f16_to_float(float_to_f16(h)), of_line);
             }
             of_image += of_line;

@@ -79,14 +79,15 @@ DEVICE void dgrad_of_block(const LabBackParams& p, uint32_t block) {
         }
         slot = 1 - slot;
     }
-    back_store_dx<WIDTH>(p, p.dx + lab_before(p, branch, p.channels), patch, column, d);
+    back_store_dx<WIDTH>(p, p.dx + lab_before(p, branch, p.channels), patch, column, d,
+                         [&](int32_t i) { return lab_pixel(p, i); });
 }
 
 DEVICE void wgrad_of_block(const LabBackParams& p, uint32_t block) {
     const uint32_t across = uint32_t(p.channels + BACK_SLICE - 1) / BACK_SLICE, down = uint32_t(p.filters + BACK_SLICE - 1) / BACK_SLICE;
     const uint32_t split = block % uint32_t(p.splits), tile = block / uint32_t(p.splits), branch = tile / across / down;
     const int32_t c = int32_t(tile % across) * BACK_SLICE, k = int32_t(tile / across % down) * BACK_SLICE;
-    const int32_t first = int32_t(int64_t(p.patches) * split / p.splits), last = int32_t(int64_t(p.patches) * (split + 1) / p.splits);
+    const int32_t first = lab_part(p, split), last = lab_part(p, split + 1);
     const uint16_t *dy = p.dy + lab_before(p, branch, p.filters), *y = p.y + lab_before(p, branch, p.filters);
     const uint16_t* x = p.x + lab_before(p, branch, p.channels);
     LabDeltas* deltas = shared_memory<LabDeltas>();                         // [K / 4]
@@ -103,7 +104,7 @@ DEVICE void wgrad_of_block(const LabBackParams& p, uint32_t block) {
     LabHalo<BACK_THREADS / 4> halo;
     halo.begin(p);
     const uint32_t halos = PATCH_PIXELS * PIXEL_BYTES, slot_bytes = halos + back_bytes(halo.pixels);
-    LabPatch patch = lab_patch(p, uint32_t(first));
+    LabPatch patch = lab_patch_of_block(p, first);
     int32_t delta_at = thread / 4;
     const auto load_delta = [&](int32_t at) {
         const uint32_t pixel = pixels[at];
@@ -149,7 +150,7 @@ DEVICE void wgrad_of_block(const LabBackParams& p, uint32_t block) {
     for (int32_t number = first; number < last; ++number) {
         const bool more = number + 1 < last;
         const uint32_t other = slots + slots + slot_bytes - slot;
-        if (more) patch = lab_patch(p, uint32_t(number + 1));
+        if (more) patch = lab_patch_of_block(p, number + 1);
         halo.begin(p);
         delta_at = thread / 4;
         ROLLED

@@ -13,8 +13,8 @@ DEVICE void dgrad_of_cells(const LabBackParams& p, uint32_t block) {
     using Weights = BackWeights<WIDTH>;
     const uint32_t tiles = uint32_t(p.channels + WIDTH - 1) / WIDTH, runs = uint32_t(p.patches + p.run - 1) / uint32_t(p.run);
     const int32_t column = int32_t(block % tiles * WIDTH);
-    const uint32_t branch = block / tiles / runs;
-    const int32_t first = int32_t(block / tiles % runs) * p.run;
+    const uint32_t branch = uniform(block / tiles / runs);
+    const int32_t first = int32_t(uniform(block / tiles % runs)) * p.run;
     const int32_t last = p.patches - first < p.run ? p.patches : first + p.run;
     const uint16_t *dy = p.dy + lab_before(p, branch, p.filters), *y = p.y + lab_before(p, branch, p.filters);
     uint16_t* dx = p.dx + lab_before(p, branch, p.channels);
@@ -31,10 +31,10 @@ DEVICE void dgrad_of_cells(const LabBackParams& p, uint32_t block) {
     area.describe(places);
     sync_threads();
     const auto fill = [&](const LabPatch& of, int32_t slice, uint32_t slot) {
-        cell_fill<true, CELL_PARTS>(p, of, places, area.pixels, area.border, area.pitch, {dy, y, slice, p.filters}, deltas,
+        cell_fill<true, CELL_PARTS, 2>(p, of, places, area.pixels, area.border, area.pitch, {dy, y, slice, p.filters}, deltas,
                                     halos + slot * area.bytes());
     };
-    LabPatch patch = lab_patch(p, uint32_t(first));
+    LabPatch patch = lab_patch_of_block(p, first);
     Weights::fill(p, 0, column, weights);
     fill(patch, 0, 0);
     copies_done();
@@ -55,7 +55,7 @@ DEVICE void dgrad_of_cells(const LabBackParams& p, uint32_t block) {
             // What comes next: a slice of this patch, or the first of the next.
             const bool within = slice + CELL_SLICE < p.filters, more = within || number + 1 < last;
             const int32_t next_slice = within ? slice + CELL_SLICE : 0;
-            if (!within) next_patch = lab_patch(p, uint32_t(number + 1));
+            if (!within) next_patch = lab_patch_of_block(p, number + 1);
             for (int m = 0; m < 2; ++m) wgmma_settle(d[m]);
             wgmma_fence();
             cell_dgrad<WIDTH>(d, area, wgmma_behind(halo_matrix, slot * (area.bytes() / GRANULE_BYTES)), corners,
@@ -86,9 +86,10 @@ DEVICE void wgrad_of_cells(const LabBackParams& p, uint32_t block) {
     // δ: for each eight channels all pixels of the patch, cell by cell. Stores of eight threads meet no bank twice.
     constexpr uint32_t PARTS = WIDTH / 8, PITCH = CELL_PATCH + (WIDTH == 64 ? 1 : 2), DELTA_BYTES = PARTS * PITCH * GRANULE_BYTES;
     const uint32_t across = uint32_t(p.channels + CELL_SLICE - 1) / CELL_SLICE, down = uint32_t(p.filters + WIDTH - 1) / WIDTH;
-    const uint32_t split = block % uint32_t(p.splits), tile = block / uint32_t(p.splits), branch = tile / across / down;
+    const uint32_t split = uniform(block % uint32_t(p.splits)), tile = uniform(block / uint32_t(p.splits));
+    const uint32_t branch = uniform(tile / across / down);
     const int32_t c = int32_t(tile % across) * CELL_SLICE, k = int32_t(tile / across % down) * WIDTH;
-    const int32_t first = int32_t(int64_t(p.patches) * split / p.splits), last = int32_t(int64_t(p.patches) * (split + 1) / p.splits);
+    const int32_t first = lab_part(p, split), last = lab_part(p, split + 1);
     const uint16_t *dy = p.dy + lab_before(p, branch, p.filters), *y = p.y + lab_before(p, branch, p.filters);
     const uint16_t* x = p.x + lab_before(p, branch, p.channels);
     const CellArea area(p, p.patch_height + 2, p.patch_width + 2, 1);
@@ -107,12 +108,12 @@ DEVICE void wgrad_of_cells(const LabBackParams& p, uint32_t block) {
     area.describe(places);
     sync_threads();
     const auto fill = [&](const LabPatch& of, uint32_t slot) {
-        cell_fill<false, CELL_PARTS>(p, of, places, area.pixels, area.border, area.pitch, {x, nullptr, c, p.channels}, norms,
+        cell_fill<false, CELL_PARTS, 3>(p, of, places, area.pixels, area.border, area.pitch, {x, nullptr, c, p.channels}, norms,
                                      halos + slot * area.bytes());
-        cell_fill<true, int(PARTS)>(p, of, own_places, CELL_PATCH, 0, PITCH, {dy, y, k, p.filters}, deltas, of_delta + slot * DELTA_BYTES);
+        cell_fill<true, int(PARTS), 2>(p, of, own_places, CELL_PATCH, 0, PITCH, {dy, y, k, p.filters}, deltas, of_delta + slot * DELTA_BYTES);
         fence_operands();
     };
-    fill(lab_patch(p, uint32_t(first)), 0);
+    fill(lab_patch_of_block(p, first), 0);
     sync_threads();
 
     const uint64_t input_matrix = wgmma_matrix(shared_address(halos), area.line() * GRANULE_BYTES, area.pitch * GRANULE_BYTES);
@@ -136,7 +137,7 @@ DEVICE void wgrad_of_cells(const LabBackParams& p, uint32_t block) {
             }
         }
         wgmma_commit();
-        if (number + 1 < last) fill(lab_patch(p, uint32_t(number + 1)), 1 - slot);
+        if (number + 1 < last) fill(lab_patch_of_block(p, number + 1), 1 - slot);
         wgmma_wait();
         for (int pair = 0; pair < OWN_PAIRS; ++pair) wgmma_settle(d[pair]);
         sync_threads();
@@ -144,7 +145,9 @@ DEVICE void wgrad_of_cells(const LabBackParams& p, uint32_t block) {
     }
     if (!lab_sum(p, tile, split, CELL_THREADS, d)) return;
     const int32_t own = int32_t(thread_again()), line = own % 128 / 32 * 16 + own % 32 / 4;
+    UNROLLED
     for (int pair = 0; pair < OWN_PAIRS; ++pair) {
+        UNROLLED
         for (int i = 0; i < WIDTH / 2; ++i) {
             const int32_t at = line + i % 4 / 2 * 8, r = own / 128 * 2 + at / CELL_SLICE;
             const int32_t of_c = c + at % CELL_SLICE, of_k = k + i / 4 * 8 + own % 4 * 2 + i % 2;

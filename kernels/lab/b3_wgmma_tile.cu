@@ -12,8 +12,8 @@
 
 DEVICE void tile_of_cells(const LabBackParams& p) {
     using Weights = BackWeights<CELL_SLICE>;
-    const uint32_t split = blockIdx.x % uint32_t(p.splits), branch = blockIdx.x / uint32_t(p.splits);
-    const int32_t first = int32_t(int64_t(p.patches) * split / p.splits), last = int32_t(int64_t(p.patches) * (split + 1) / p.splits);
+    const uint32_t split = uniform(blockIdx.x % uint32_t(p.splits)), branch = uniform(blockIdx.x / uint32_t(p.splits));
+    const int32_t first = lab_part(p, split), last = lab_part(p, split + 1);
     const uint16_t *dy = p.dy + lab_before(p, branch, p.filters), *y = p.y + lab_before(p, branch, p.filters);
     const uint16_t* x = p.x + lab_before(p, branch, p.channels);
     uint16_t* dx = p.dx + lab_before(p, branch, p.channels);
@@ -32,14 +32,14 @@ DEVICE void tile_of_cells(const LabBackParams& p) {
     of_input.describe(input_places);
     sync_threads();
     const auto fill = [&](const LabPatch& of, uint32_t slot) {
-        cell_fill<true, CELL_PARTS>(p, of, delta_places, of_delta.pixels, of_delta.border, of_delta.pitch, {dy, y, 0, p.filters}, deltas,
+        cell_fill<true, CELL_PARTS, 2>(p, of, delta_places, of_delta.pixels, of_delta.border, of_delta.pitch, {dy, y, 0, p.filters}, deltas,
                                     halos + slot * of_delta.bytes());
-        cell_fill<false, CELL_PARTS>(p, of, input_places, of_input.pixels, of_input.border, of_input.pitch, {x, nullptr, 0, p.channels},
+        cell_fill<false, CELL_PARTS, 3>(p, of, input_places, of_input.pixels, of_input.border, of_input.pitch, {x, nullptr, 0, p.channels},
                                      norms, inputs + slot * of_input.bytes());
         copies_done();
         fence_operands();
     };
-    LabPatch patch = lab_patch(p, uint32_t(first)), before = patch;
+    LabPatch patch = lab_patch_of_block(p, first), before = patch;
     Weights::fill(p, 0, 0, weights);
     fill(patch, 0);
     sync_threads();
@@ -79,7 +79,7 @@ DEVICE void tile_of_cells(const LabBackParams& p) {
         wgmma_commit();
         if (number > first) packed.store(p, dx, before, pixels, 0);
         if (number + 1 < last) {
-            next_patch = lab_patch(p, uint32_t(number + 1));
+            next_patch = lab_patch_of_block(p, number + 1);
             fill(next_patch, 1 - slot);
         }
         wgmma_wait();
@@ -97,24 +97,32 @@ DEVICE void tile_of_cells(const LabBackParams& p) {
     const uint32_t own = thread_again();
     float* other = reinterpret_cast<float*>(halos) + own % 128;
     if (own >= 128) {
+        UNROLLED
         for (int s = 0; s < 3; ++s) {
+            UNROLLED
             for (int i = 0; i < 32; ++i) other[(s * 32 + i) * 128] = sums[s][i];
         }
     }
     sync_threads();
     if (own < 128) {
+        UNROLLED
         for (int s = 0; s < 3; ++s) {
+            UNROLLED
             for (int i = 0; i < 32; ++i) sums[s][i] += other[(s * 32 + i) * 128];
         }
     }
-    if (!lab_sum(p, branch, split, 128, sums) || own >= 128) return;
+    // Found again: no register has kept them.
+    const uint32_t at_end = again(blockIdx.x), tile = at_end / uint32_t(p.splits);
+    if (!lab_sum(p, tile, at_end % uint32_t(p.splits), 128, sums) || own >= 128) return;
     const int32_t first_line = int32_t(own) / 32 * 16 + int32_t(own) % 32 / 4, first_column = int32_t(own) % 4 * 2;
+    UNROLLED
     for (int32_t s = 0; s < 3; ++s) {
+        UNROLLED
         for (int32_t i = 0; i < 32; i += 2) {
             const int32_t lines = first_line + i % 4 / 2 * 8, columns = first_column + i / 4 * 8;
             const int32_t a = lines / CELL_SLICE, b = columns / CELL_SLICE, k = lines % CELL_SLICE, c = columns % CELL_SLICE;
             if (a == 1 && b == 1) continue;
-            lab_store_pair(p, branch, k, 3 * (1 - a + b) + s, c, sums[s][i], sums[s][i + 1]);
+            lab_store_pair(p, tile, k, 3 * (1 - a + b) + s, c, sums[s][i], sums[s][i + 1]);
         }
     }
 }

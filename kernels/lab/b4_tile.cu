@@ -3,7 +3,7 @@
 // A block goes from patch to patch of a branch. It makes δ of a patch and its halo once: dgrad's products read it as in version 1, and wgrad's take
 // their taps from it too, so that h needs no halo: the pair of a pixel of h and one of δ is met in the patch that has the former. Each warp has eight
 // channels of δ by 32 of h. The sums of dw stay in registers for all of the run, and the weights in shared memory.
-#define KERNEL_BLOCKS 3
+#define KERNEL_BLOCKS 2
 #include "lab_back_patches.cuh"
 
 constexpr int AT_ONCE = 4;  // pieces that a thread loads at a time where it has nothing else to do
@@ -11,7 +11,7 @@ constexpr int AT_ONCE = 4;  // pieces that a thread loads at a time where it has
 DEVICE void tile_of_block(const LabBackParams& p) {
     constexpr uint32_t WEIGHTS = 2 * BACK_SLICE * BACK_SLICE;  // bytes of a tap's
     const uint32_t split = blockIdx.x % uint32_t(p.splits), branch = blockIdx.x / uint32_t(p.splits);
-    const int32_t first = int32_t(int64_t(p.patches) * split / p.splits), last = int32_t(int64_t(p.patches) * (split + 1) / p.splits);
+    const int32_t first = lab_part(p, split), last = lab_part(p, split + 1);
     const uint16_t *dy = p.dy + lab_before(p, branch, p.filters), *y = p.y + lab_before(p, branch, p.filters);
     const uint16_t* x = p.x + lab_before(p, branch, p.channels);
     LabDeltas* deltas = shared_memory<LabDeltas>();                         // [K / 4]
@@ -30,7 +30,7 @@ DEVICE void tile_of_block(const LabBackParams& p) {
     LabHalo<BACK_THREADS / 4> halo;
     halo.begin(p);
     const uint32_t halos = PATCH_PIXELS * PIXEL_BYTES, slot_bytes = halos + back_bytes(halo.pixels);
-    LabPatch patch = lab_patch(p, uint32_t(first)), next = patch;
+    LabPatch patch = lab_patch_of_block(p, first), next = patch;
     int32_t input_at = thread / 4;
     const auto load_delta = [&](const LabHalo<BACK_THREADS / 4>& at) {
         return back_load_delta(dy, y, at.offset(p, next, eighth, p.filters));
@@ -41,9 +41,11 @@ DEVICE void tile_of_block(const LabBackParams& p) {
         if (halo.at < halo.pixels) back_store_delta(to, piece, factors);
         halo.next(p);
     };
+    const auto pixel_of = [&](int32_t i) -> LabPixel {
+        return {int32_t(pixels[i] >> 16), int32_t(pixels[i] >> 8 & 0xff), int32_t(pixels[i] & 0xff)};
+    };
     const auto load_input = [&](int32_t at) {
-        const uint32_t pixel = pixels[at];
-        const uint32_t row = lab_row(p, next, {int32_t(pixel >> 16), int32_t(pixel >> 8 & 0xff), int32_t(pixel & 0xff)});
+        const uint32_t row = lab_row(p, next, pixel_of(at));
         const bool there = row != NOWHERE && eighth < p.channels;
         return back_load_input(x, there ? row * uint32_t(p.channels) + uint32_t(eighth) : NOWHERE);
     };
@@ -81,7 +83,7 @@ DEVICE void tile_of_block(const LabBackParams& p) {
     for (int32_t number = first; number < last; ++number) {
         const bool more = number + 1 < last;
         const uint32_t other = slots + slots + slot_bytes - slot;
-        if (more) next = lab_patch(p, uint32_t(number + 1));
+        if (more) next = lab_patch_of_block(p, number + 1);
         halo.begin(p);
         input_at = thread / 4;
         float d[8][4] = {};
@@ -97,7 +99,7 @@ DEVICE void tile_of_block(const LabBackParams& p) {
             for (int k = 0; k < BACK_SLICE / 16; ++k) back_add_dgrad<BACK_SLICE>(d, here, weight_row + uint32_t(tap) * WEIGHTS, k);
             if (loads) store_delta(other, piece);
         }
-        back_store_dx<BACK_SLICE>(p, p.dx + lab_before(p, branch, p.channels), patch, 0, d);
+        back_store_dx<BACK_SLICE>(p, p.dx + lab_before(p, branch, p.channels), patch, 0, d, pixel_of);
         ROLLED
         for (int pixel = 0; pixel < PATCH_PIXELS; pixel += 16) {
             const bool loads = more && input_at < PATCH_PIXELS;
@@ -110,12 +112,14 @@ DEVICE void tile_of_block(const LabBackParams& p) {
         slot = other;
         patch = next;
     }
-    if (!lab_sum(p, branch, split, BACK_THREADS, sums)) return;
+    // Found again: no register has kept them.
+    const uint32_t at_end = again(blockIdx.x), tile = at_end / uint32_t(p.splits);
+    if (!lab_sum(p, tile, at_end % uint32_t(p.splits), BACK_THREADS, sums)) return;
     const int32_t own = int32_t(thread_again()), c = own % 32 / 4, k = own / 32 * 8 + own % 4 * 2;
     for (int tap = 0; tap < 9; ++tap) {
         for (int i = 0; i < 2 * 4; ++i) {
             const int32_t of_c = c + i / 2 * 8, of_k = k + i % 2;
-            const int64_t at = ((int64_t(branch) * p.filters + of_k) * 9 + tap) * p.channels + of_c;
+            const int64_t at = ((int64_t(tile) * p.filters + of_k) * 9 + tap) * p.channels + of_c;
             if (of_k < p.filters && of_c < p.channels) p.dw[at] = sums[2 * tap + i / 4][i % 4];
         }
     }

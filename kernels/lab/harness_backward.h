@@ -111,7 +111,7 @@ Launch plan(const Version& version, LabBackParams p) {
                                      aligned + 1024 + 2 * (8192 + halo_bytes));
             break;
         case Blocks::tile:
-            with.splits = runs_of(p, 3);
+            with.splits = runs_of(p, 2);
             launch.tiles = size_t(p.branches);
             launch.partials = 72 * 128;
             launch.dgrad_blocks = int64_t(p.branches) * with.splits;

@@ -51,6 +51,17 @@ DEVICE int64_t lab_before(const LabBackParams& p, uint32_t branch, int32_t chann
     return int64_t(branch) * p.images * p.height * p.width * channels;
 }
 
+// The first patch of a part of wgrad's.
+DEVICE int32_t lab_part(const LabBackParams& p, uint32_t split) {
+    return int32_t(uint32_t(p.patches) * split / uint32_t(p.splits));
+}
+
+// A patch, the same for all threads.
+DEVICE LabPatch lab_patch_of_block(const LabBackParams& p, int32_t number) {
+    const LabPatch patch = lab_patch(p, uint32_t(number));
+    return {uniform(patch.image), uniform(patch.down), uniform(patch.across)};
+}
+
 // Eight channels of N pixels, the same of all, that wait in registers: dy becomes δ, or x becomes h; what is not there becomes zero.
 // Their factors are read once for all.
 template <int N>
@@ -113,18 +124,24 @@ DEVICE bool lab_sum(const LabBackParams& p, uint32_t tile, uint32_t split, uint3
     float* partial = p.partial + int64_t(tile) * p.splits * (A * B * threads) + thread;
     if (thread < threads) {
         float* to = partial + int64_t(split) * (A * B * threads);
+        UNROLLED
         for (int a = 0; a < A; ++a) {
+            UNROLLED
             for (int b = 0; b < B; ++b) to[(a * B + b) * threads] = d[a][b];
         }
     }
     if (!last_to_arrive(p.arrivals + tile, uint32_t(p.splits))) return false;
     if (thread >= threads) return true;
+    UNROLLED
     for (int a = 0; a < A; ++a) {
+        UNROLLED
         for (int b = 0; b < B; ++b) d[a][b] = 0.0f;
     }
     ROLLED
     for (int32_t i = 0; i < p.splits; ++i) {
+        UNROLLED
         for (int a = 0; a < A; ++a) {
+            UNROLLED
             for (int b = 0; b < B; ++b) d[a][b] += partial[(a * B + b) * threads];
         }
         partial += A * B * threads;

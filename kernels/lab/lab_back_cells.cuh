@@ -5,7 +5,6 @@
 
 constexpr int CELL_THREADS = 256, CELL_SLICE = 32, CELL_PARTS = CELL_SLICE / 8;
 constexpr uint32_t GRANULE_BYTES = 16;  // eight channels of a pixel
-constexpr int CELL_FLIGHT = 3;          // granules that a thread loads at a time
 constexpr int CELL_PATCH = 256;         // pixels
 
 // A pixel of what is loaded: counted from its first, and the granule of its first channels in a slot.
@@ -46,8 +45,8 @@ struct CellSource {
     int32_t slice, channels;
 };
 
-// Loads the pixels at `places`, each PARTS granules `pitch` apart, into `slot`: δ of dy and y, or h of x.
-template <bool DELTA, int PARTS, class Factors>
+// Loads the pixels at `places`, each PARTS granules `pitch` apart, into `slot`: δ of dy and y, or h of x; a thread FLIGHT granules at a time.
+template <bool DELTA, int PARTS, int FLIGHT, class Factors>
 DEVICE void cell_fill(const LabBackParams& p, const LabPatch& of, const CellPlace* places, uint32_t pixels, int32_t border, uint32_t pitch,
                       const CellSource& source, const Factors* factors, unsigned char* slot) {
     constexpr uint32_t ABREAST = CELL_THREADS / PARTS;
@@ -58,11 +57,11 @@ DEVICE void cell_fill(const LabBackParams& p, const LabPatch& of, const CellPlac
     factors += (images > 0 ? channel : 0) / 4;
     slot += part * pitch * GRANULE_BYTES;
     ROLLED
-    for (uint32_t at = own; at - own < pixels; at += CELL_FLIGHT * ABREAST) {
-        uint4 eights[CELL_FLIGHT], others[CELL_FLIGHT];
-        bool there[CELL_FLIGHT];
-        uint32_t granules[CELL_FLIGHT] = {};
-        for (int i = 0; i < CELL_FLIGHT; ++i) {
+    for (uint32_t at = own; at - own < pixels; at += FLIGHT * ABREAST) {
+        uint4 eights[FLIGHT], others[FLIGHT];
+        bool there[FLIGHT];
+        uint32_t granules[FLIGHT] = {};
+        for (int i = 0; i < FLIGHT; ++i) {
             const uint32_t pixel = at + i * ABREAST;
             const CellPlace place = places[pixel < pixels ? pixel : 0];
             granules[i] = place.granule;
@@ -78,7 +77,7 @@ DEVICE void cell_fill(const LabBackParams& p, const LabPatch& of, const CellPlac
         } else {
             lab_make_norms(eights, there, factors);
         }
-        for (int i = 0; i < CELL_FLIGHT; ++i) {
+        for (int i = 0; i < FLIGHT; ++i) {
             if (at + i * ABREAST < pixels) store_operand(slot + granules[i] * GRANULE_BYTES, eights[i]);
         }
     }

@@ -85,14 +85,14 @@ DEVICE void back_copy_weights(const LabBackParams& p, uint32_t to, int32_t slice
         copy_async(back_at(to + back_swizzled<2 * WIDTH>(uint32_t(number) * 16)), from, there);
     }
 }
-// A warp's part of dx of a patch.
-template <int WIDTH>
+// A warp's part of dx of a patch; `pixel(i)`: where its pixel i is.
+template <int WIDTH, class Pixel>
 DEVICE void back_store_dx(const LabBackParams& p, uint16_t* dx, const LabPatch& patch, int32_t column,
-                          const float (&d)[2 * WIDTH / 8][4]) {
+                          const float (&d)[2 * WIDTH / 8][4], Pixel pixel) {
     const int32_t thread = int32_t(thread_again()), lane = thread % 32;
     for (int m = 0; m < 2; ++m) {
         for (int half = 0; half < 2; ++half) {
-            const uint32_t row = lab_row(p, patch, lab_pixel(p, thread / 32 * 32 + 16 * m + 8 * half + lane / 4));
+            const uint32_t row = lab_row(p, patch, pixel(thread / 32 * 32 + 16 * m + 8 * half + lane / 4));
             if (row == NOWHERE) continue;
             for (int n = 0; n < WIDTH / 8; ++n) {
                 const uint32_t c = uint32_t(column + 8 * n + lane % 4 * 2);
