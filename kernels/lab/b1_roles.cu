@@ -23,7 +23,7 @@ DEVICE void dgrad_of_block(const LabBackParams& p, uint32_t block) {
     halo.begin(p);
     const uint32_t halo_bytes = back_bytes(halo.pixels);
     const auto load = [&](const LabHalo<BACK_THREADS / 4>& at, int32_t slice) {
-        return back_load_delta(dy, y, at.offset(p, patch, slice + eighth, p.filters));
+        return back_load_delta(dy, y, back_offset(p, patch, at, slice + eighth));
     };
     const auto store = [&](uint32_t to, int32_t slice, const BackDelta& piece) {
         // Factors of channels that there are not are not read.
@@ -31,9 +31,9 @@ DEVICE void dgrad_of_block(const LabBackParams& p, uint32_t block) {
         if (halo.at < halo.pixels) back_store_delta(to + uint32_t(halo.at) * PIXEL_BYTES + uint32_t(eighth) * 2, piece, factors);
         halo.next(p);
     };
-    lab_load_factors<BACK_THREADS>(p, deltas, reinterpret_cast<LabNorms*>(deltas + p.filters / 4));
+    lab_load_deltas<BACK_THREADS>(p, deltas);
     for (int stage = 0; stage < STAGES - 1; ++stage) {
-        back_copy_weights<WIDTH>(p, weights + stage * WEIGHTS, 0, stage, column);
+        back_copy_weights<WIDTH>(p, weights + stage * WEIGHTS, 0, stage, column, true);
         copies_commit();
     }
     sync_threads();
@@ -54,17 +54,17 @@ DEVICE void dgrad_of_block(const LabBackParams& p, uint32_t block) {
     const uint32_t weight_row = back_weight_row<WIDTH>(uint32_t(lane));
     uint32_t stage = weights, free_stage = weights + (STAGES - 1) * WEIGHTS, slot = 0;
     float d[2 * WIDTH / 8][4] = {};
+    ROLLED
     for (int32_t slice = 0; slice < p.filters; slice += BACK_SLICE) {
         const bool more = slice + BACK_SLICE < p.filters;
         halo.begin(p);
+        ROLLED
         for (int32_t tap = 0; tap < 9; ++tap) {
             // Behind the barrier this step's weights are there, and nobody reads those of the step before.
             copies_pending<STAGES - 2>();
             sync_threads();
             const int32_t ahead = tap + STAGES - 1, tap_ahead = ahead < 9 ? ahead : ahead - 9;
-            if (ahead < 9 || more) {
-                back_copy_weights<WIDTH>(p, free_stage, ahead < 9 ? slice : slice + BACK_SLICE, tap_ahead, column);
-            }
+            back_copy_weights<WIDTH>(p, free_stage, ahead < 9 ? slice : slice + BACK_SLICE, tap_ahead, column, ahead < 9 || more);
             copies_commit();
             const bool loads = more && halo.more();
             BackDelta piece = {};
@@ -100,7 +100,8 @@ DEVICE void wgrad_of_block(const LabBackParams& p, uint32_t block) {
     const LabPixel mine = lab_pixel(p, thread);
     pixels[thread] = uint32_t(mine.image << 16 | mine.down << 8 | mine.across);
     places[thread] = uint32_t(lab_place(p, mine)) * PIXEL_BYTES;
-    lab_load_factors<BACK_THREADS>(p, deltas, norms);
+    lab_load_deltas<BACK_THREADS>(p, deltas);
+    lab_load_norms<BACK_THREADS>(p, norms);
     LabHalo<BACK_THREADS / 4> halo;
     halo.begin(p);
     const uint32_t halos = PATCH_PIXELS * PIXEL_BYTES, slot_bytes = halos + back_bytes(halo.pixels);

@@ -21,12 +21,11 @@ DEVICE void dgrad_of_cells(const LabBackParams& p, uint32_t block) {
     const CellArea area(p, p.patch_height + 2, p.patch_width + 2, 1);
     const bool stays = p.filters <= CELL_SLICE;
     LabDeltas* deltas = shared_memory<LabDeltas>();                                 // [K / 4]
-    LabNorms* norms = reinterpret_cast<LabNorms*>(deltas + p.filters / 4);          // [C / 4]
-    uint32_t* pixels = reinterpret_cast<uint32_t*>(norms + p.channels / 4);         // [256]
+    uint32_t* pixels = reinterpret_cast<uint32_t*>(deltas + p.filters / 4);         // [256]
     CellPlace* places = reinterpret_cast<CellPlace*>(pixels + CELL_PATCH);          // [area.pixels]
     unsigned char* halos = reinterpret_cast<unsigned char*>(places + area.places());  // two
     unsigned char* weights = halos + 2 * area.bytes();                              // [1 or 2, 9, TAP] granules
-    lab_load_factors<CELL_THREADS>(p, deltas, norms);
+    lab_load_deltas<CELL_THREADS>(p, deltas);
     cell_describe_pixels(p, pixels);
     area.describe(places);
     sync_threads();
@@ -42,7 +41,7 @@ DEVICE void dgrad_of_cells(const LabBackParams& p, uint32_t block) {
     sync_threads();
 
     const uint32_t group = uniform(threadIdx.x / 128);
-    const uint32_t corners[2] = {cell_corner(p, area, 2 * group), cell_corner(p, area, 2 * group + 1)};
+    const uint32_t corners[2] = {uniform(cell_corner(p, area, 2 * group)), uniform(cell_corner(p, area, 2 * group + 1))};
     const uint64_t halo_matrix = wgmma_matrix(shared_address(halos), area.pitch * GRANULE_BYTES, area.line() * GRANULE_BYTES);
     const uint64_t weight_matrix = Weights::matrix(weights);
     CellPacked<WIDTH> packed;
@@ -95,17 +94,20 @@ DEVICE void wgrad_of_cells(const LabBackParams& p, uint32_t block) {
     const CellArea area(p, p.patch_height + 2, p.patch_width + 2, 1);
     LabDeltas* deltas = shared_memory<LabDeltas>();                             // [K / 4]
     LabNorms* norms = reinterpret_cast<LabNorms*>(deltas + p.filters / 4);      // [C / 4]
-    CellPlace* own_places = reinterpret_cast<CellPlace*>(norms + p.channels / 4);  // [256], of δ
+    uint32_t* corners = reinterpret_cast<uint32_t*>(norms + p.channels / 4);    // [4], of the cells in a halo
+    CellPlace* own_places = reinterpret_cast<CellPlace*>(corners + 4);          // [256], of δ
     CellPlace* places = own_places + CELL_PATCH;                                // [area.pixels], of h
     unsigned char* halos = reinterpret_cast<unsigned char*>(places + area.places());  // two
     // Two; the fourth line of taps reads a line of a halo too far.
     unsigned char* of_delta = halos + 2 * area.bytes();
-    lab_load_factors<CELL_THREADS>(p, deltas, norms);
+    lab_load_deltas<CELL_THREADS>(p, deltas);
+    lab_load_norms<CELL_THREADS>(p, norms);
     const LabPixel mine = cell_pixel(p, int32_t(threadIdx.x));
     // A pixel that a patch of fewer cells has not is of an image that there is not.
     const uint16_t image = mine.image < p.patch_images ? uint16_t(mine.image) : uint16_t(0xffff);
     own_places[threadIdx.x] = {image, uint16_t(mine.down), uint16_t(mine.across), uint16_t(threadIdx.x)};
     area.describe(places);
+    if (threadIdx.x < 4) corners[threadIdx.x] = cell_corner(p, area, threadIdx.x);
     sync_threads();
     const auto fill = [&](const LabPatch& of, uint32_t slot) {
         cell_fill<false, CELL_PARTS, 3>(p, of, places, area.pixels, area.border, area.pitch, {x, nullptr, c, p.channels}, norms,
@@ -127,7 +129,7 @@ DEVICE void wgrad_of_cells(const LabBackParams& p, uint32_t block) {
         wgmma_fence();
         ROLLED
         for (uint32_t cell = 0; cell < 4; ++cell) {
-            const uint32_t at = slot * (area.bytes() / GRANULE_BYTES) + cell_corner(p, area, cell) + lines;
+            const uint32_t at = slot * (area.bytes() / GRANULE_BYTES) + uniform(corners[cell]) + lines;
             const uint32_t delta = slot * (DELTA_BYTES / GRANULE_BYTES) + cell * 64;
             for (uint32_t line = 0; line < 8; line += 2) {
                 for (int pair = 0; pair < OWN_PAIRS; ++pair) {

@@ -26,7 +26,8 @@ DEVICE void tile_of_cells(const LabBackParams& p) {
     unsigned char* halos = reinterpret_cast<unsigned char*>(input_places + of_input.places());  // two
     unsigned char* inputs = halos + 2 * of_delta.bytes();                                       // two
     unsigned char* weights = inputs + 2 * of_input.bytes();                                     // [9, TAP] granules
-    lab_load_factors<CELL_THREADS>(p, deltas, norms);
+    lab_load_deltas<CELL_THREADS>(p, deltas);
+    lab_load_norms<CELL_THREADS>(p, norms);
     cell_describe_pixels(p, pixels);
     of_delta.describe(delta_places);
     of_input.describe(input_places);
@@ -46,8 +47,8 @@ DEVICE void tile_of_cells(const LabBackParams& p) {
 
     const uint32_t group = uniform(threadIdx.x / 128), cells = uint32_t(p.patch_images * p.patch_height * p.patch_width) / 64;
     const uint32_t own_cells = cells > 2 * group ? (cells - 2 * group < 2 ? cells - 2 * group : 2) : 0;
-    const uint32_t corners[2] = {cell_corner(p, of_delta, 2 * group), cell_corner(p, of_delta, 2 * group + 1)};
-    const uint32_t input_corners[2] = {cell_corner(p, of_input, 2 * group), cell_corner(p, of_input, 2 * group + 1)};
+    const uint32_t corners[2] = {uniform(cell_corner(p, of_delta, 2 * group)), uniform(cell_corner(p, of_delta, 2 * group + 1))};
+    const uint32_t input_corners[2] = {uniform(cell_corner(p, of_input, 2 * group)), uniform(cell_corner(p, of_input, 2 * group + 1))};
     const uint32_t halo_at = shared_address(halos), line = of_delta.line(), input_line = of_input.line();
     const uint64_t pixels_by_channels = wgmma_matrix(halo_at, of_delta.pitch * GRANULE_BYTES, line * GRANULE_BYTES);
     const uint64_t channels_by_pixels = wgmma_matrix(halo_at, line * GRANULE_BYTES, of_delta.pitch * GRANULE_BYTES);

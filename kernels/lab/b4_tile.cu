@@ -25,15 +25,16 @@ DEVICE void tile_of_block(const LabBackParams& p) {
     const LabPixel mine = lab_pixel(p, thread);
     pixels[thread] = uint32_t(mine.image << 16 | mine.down << 8 | mine.across);
     places[thread] = uint32_t(lab_place(p, mine)) * PIXEL_BYTES;
-    lab_load_factors<BACK_THREADS>(p, deltas, norms);
-    for (int32_t tap = 0; tap < 9; ++tap) back_copy_weights<BACK_SLICE>(p, weights + uint32_t(tap) * WEIGHTS, 0, tap, 0);
+    lab_load_deltas<BACK_THREADS>(p, deltas);
+    lab_load_norms<BACK_THREADS>(p, norms);
+    for (int32_t tap = 0; tap < 9; ++tap) back_copy_weights<BACK_SLICE>(p, weights + uint32_t(tap) * WEIGHTS, 0, tap, 0, true);
     LabHalo<BACK_THREADS / 4> halo;
     halo.begin(p);
     const uint32_t halos = PATCH_PIXELS * PIXEL_BYTES, slot_bytes = halos + back_bytes(halo.pixels);
     LabPatch patch = lab_patch_of_block(p, first), next = patch;
     int32_t input_at = thread / 4;
     const auto load_delta = [&](const LabHalo<BACK_THREADS / 4>& at) {
-        return back_load_delta(dy, y, at.offset(p, next, eighth, p.filters));
+        return back_load_delta(dy, y, back_offset(p, next, at, eighth));
     };
     const auto store_delta = [&](uint32_t slot, const BackDelta& piece) {
         const LabDeltas* factors = deltas + (eighth < p.filters ? eighth : 0) / 4;

@@ -69,7 +69,7 @@ struct Launch {
 };
 
 // A part of wgrad's patches is 32 of 128 pixels, as in the library; in small problems two patches.
-int32_t splits_of(int64_t patches, int64_t most) { return int32_t(ceil_div(patches, patches > 2 * most ? most : 2)); }
+int32_t splits_of(int64_t patches, int64_t most) { return int32_t(ceil_div(patches, patches >= 2 * most ? most : 2)); }
 
 // Parts of a branch's patches that fill a card of 132 multiprocessors once with so many blocks each; in small problems of two patches.
 int32_t runs_of(const LabBackParams& p, int64_t blocks) {
@@ -129,7 +129,7 @@ Launch plan(const Version& version, LabBackParams p) {
             const size_t weights = 16 * 9 * size_t(width / 8) * (32 + (wide ? 1 : 2)), halos = 2 * 64 * lines * pitch;
             const size_t delta = 16 * size_t(width / 8) * (256 + (wide ? 1 : 2));
             launch.shared = factors + places(halo_of(p)) + halos +
-                            std::max(4 * 256 + (p.filters > 32 ? 2 : 1) * weights, 8 * 256 + 2 * delta);
+                            std::max(4 * 256 + (p.filters > 32 ? 2 : 1) * weights, 16 + 8 * 256 + 2 * delta);
             break;
         }
         case Blocks::cell_tile: {

@@ -111,15 +111,10 @@ struct LabHalo {
     // The element of x from `channel` on; NOWHERE if x does not have it.
     template <class Params>
     DEVICE uint32_t offset(const Params& p, const LabPatch& patch, int32_t channel) const {
-        return offset(p, patch, channel, p.channels);
-    }
-    // The same of a tensor with so many channels.
-    template <class Params>
-    DEVICE uint32_t offset(const Params& p, const LabPatch& patch, int32_t channel, int32_t channels) const {
         const int32_t n = patch.image + image, h = patch.down + down - 1, w = patch.across + across - 1;
         const bool there = at < pixels && n < p.images && uint32_t(h) < uint32_t(p.height) &&
-                           uint32_t(w) < uint32_t(p.width) && channel < channels;
+                           uint32_t(w) < uint32_t(p.width) && channel < p.channels;
         const uint32_t row = (uint32_t(n) * uint32_t(p.height) + uint32_t(h)) * uint32_t(p.width) + uint32_t(w);
-        return there ? row * uint32_t(channels) + uint32_t(channel) : NOWHERE;
+        return there ? row * uint32_t(p.channels) + uint32_t(channel) : NOWHERE;
     }
 };

@@ -97,13 +97,20 @@ DEVICE void lab_make_norms(uint4 (&x)[N], const bool (&there)[N], const LabNorms
     }
 }
 
-// All factors, those of δ first, at the beginning of a block's shared memory.
+// The factors of all channels, to a block's shared memory: those of δ, then those of h.
 template <int THREADS>
-DEVICE void lab_load_factors(const LabBackParams& p, LabDeltas* deltas, LabNorms* norms) {
-    uint4* to = reinterpret_cast<uint4*>(deltas);
-    for (int32_t i = int32_t(threadIdx.x); i < p.filters; i += THREADS) to[i] = reinterpret_cast<const uint4*>(p.deltas)[i];
-    to = reinterpret_cast<uint4*>(norms);
-    for (int32_t i = int32_t(threadIdx.x); i < p.channels / 2; i += THREADS) to[i] = reinterpret_cast<const uint4*>(p.norms)[i];
+DEVICE void lab_load_deltas(const LabBackParams& p, LabDeltas* to) {
+    ROLLED
+    for (int32_t i = int32_t(threadIdx.x); i < p.filters; i += THREADS) {
+        reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(p.deltas)[i];
+    }
+}
+template <int THREADS>
+DEVICE void lab_load_norms(const LabBackParams& p, LabNorms* to) {
+    ROLLED
+    for (int32_t i = int32_t(threadIdx.x); i < p.channels / 2; i += THREADS) {
+        reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(p.norms)[i];
+    }
 }
 
 // Whether a block is one of wgrad's, which lie evenly among those of dgrad, so that both are about the same part of δ; `block`: which of

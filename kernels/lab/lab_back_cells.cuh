@@ -26,6 +26,7 @@ struct CellArea {
     DEVICE uint32_t bytes() const { return pixels / width * line() * GRANULE_BYTES; }
     DEVICE uint32_t places() const { return (pixels + 1) / 2 * 2; }
     DEVICE void describe(CellPlace* places) const {
+        ROLLED
         for (uint32_t at = threadIdx.x; at < pixels; at += CELL_THREADS) {
             const uint32_t lines = at / width, image = lines / height, across = at - lines * width;
             places[at] = {uint16_t(image), uint16_t(lines - image * height), uint16_t(across), uint16_t(lines * line() + across)};
@@ -93,6 +94,7 @@ struct BackWeights {
     }
     static DEVICE void fill(const LabBackParams& p, int32_t slice, int32_t column, unsigned char* slot) {
         const int32_t thread = int32_t(thread_again()), along = thread % LINE, c = column + along * 8;
+        ROLLED
         for (int32_t i = thread / LINE; i < 9 * CELL_SLICE; i += CELL_THREADS / LINE) {
             const int32_t tap = i / CELL_SLICE, k = slice + i % CELL_SLICE;
             const bool there = c < p.channels && k < p.filters;
@@ -156,5 +158,5 @@ DEVICE void cell_dgrad(float (&d)[2][WIDTH / 2], const CellArea& area, uint64_t 
 DEVICE uint32_t cell_corner(const LabBackParams& p, const CellArea& area, uint32_t cell) {
     const LabPixel first = cell_pixel(p, int32_t(cell) * 64);
     if (first.image >= p.patch_images) return 0;
-    return uniform((uint32_t(first.image) * area.height + uint32_t(first.down)) * area.line() + uint32_t(first.across));
+    return (uint32_t(first.image) * area.height + uint32_t(first.down)) * area.line() + uint32_t(first.across);
 }

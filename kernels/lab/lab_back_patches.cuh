@@ -22,6 +22,15 @@ DEVICE uint32_t back_bytes(int32_t pixels) { return uint32_t(pixels + 7) / 8 * (
 // Where what comes behind the factors begins.
 DEVICE uint32_t back_factors(const LabBackParams& p) { return uint32_t(16 * p.filters + 8 * p.channels + 1023) / 1024 * 1024; }
 
+// The element of dy and y, from `channel` on, of a halo's next pixel; NOWHERE if they do not have it.
+DEVICE uint32_t back_offset(const LabBackParams& p, const LabPatch& patch, const LabHalo<BACK_THREADS / 4>& halo, int32_t channel) {
+    const int32_t n = patch.image + halo.image, h = patch.down + halo.down - 1, w = patch.across + halo.across - 1;
+    const bool there = halo.at < halo.pixels && n < p.images && uint32_t(h) < uint32_t(p.height) && uint32_t(w) < uint32_t(p.width) &&
+                       channel < p.filters;
+    const uint32_t row = (uint32_t(n) * uint32_t(p.height) + uint32_t(h)) * uint32_t(p.width) + uint32_t(w);
+    return there ? row * uint32_t(p.filters) + uint32_t(channel) : NOWHERE;
+}
+
 // Eight channels of a pixel, on their way: of dy and y, or of x.
 struct BackDelta {
     uint4 dy, y;
@@ -74,13 +83,14 @@ template <int WIDTH>
 DEVICE uint32_t back_weight_row(uint32_t lane) {
     return back_swizzled<2 * WIDTH>((lane / 8 % 2 * 8 + lane % 8) * 2 * WIDTH + lane / 16 * 16);
 }
-// Granules of a tap's weights that come to [32, WIDTH] at `to`.
+// Granules of a tap's weights that come to [32, WIDTH] at `to`; zeros where they are not `wanted`.
 template <int WIDTH>
-DEVICE void back_copy_weights(const LabBackParams& p, uint32_t to, int32_t slice, int32_t tap, int32_t column) {
+DEVICE void back_copy_weights(const LabBackParams& p, uint32_t to, int32_t slice, int32_t tap, int32_t column,
+                              bool wanted) {
     for (int i = 0; i < WIDTH / 32; ++i) {
         const int32_t number = int32_t(threadIdx.x) + i * BACK_THREADS;
         const int32_t k = slice + number / (WIDTH / 8), c = column + number % (WIDTH / 8) * 8;
-        const bool there = k < p.filters && c < p.channels;
+        const bool there = wanted && k < p.filters && c < p.channels;
         const uint16_t* from = there ? p.w + uint32_t((k * 9 + tap) * p.channels + c) : p.w;
         copy_async(back_at(to + back_swizzled<2 * WIDTH>(uint32_t(number) * 16)), from, there);
     }
