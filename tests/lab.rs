@@ -102,12 +102,15 @@ fn every_version_is_right_whatever_the_order_of_its_threads() {
         let all = shapes.iter().flat_map(|&shape| found.iter().map(move |&version| (shape.clone(), version.clone())));
         let expected: Vec<_> = all.filter(|(shape, version)| takes(shape, version)).collect();
         assert_eq!(of(backward).cloned().collect::<Vec<_>>(), expected);
-        assert!(shapes.iter().filter(|shape| takes(shape, NARROW[0])).count() >= 5, "{shapes:?}");
+        assert!(!backward || shapes.iter().filter(|shape| takes(shape, NARROW[0])).count() >= 5, "{shapes:?}");
     }
     let found: BTreeSet<&str> = rows.keys().map(|(_, version)| version.as_str()).collect();
     for version in versions() {
         let results = if version.starts_with('b') { vec![" dx", " dw"] } else { vec![""] };
-        assert!(results.iter().all(|result| found.contains(format!("{version}{result}").as_str())), "{version}: {found:?}");
+        assert!(
+            results.iter().all(|result| found.contains(format!("{version}{result}").as_str())),
+            "{version}: {found:?}"
+        );
     }
     for seed in ["2", "3"] {
         assert_eq!(check(&program, &[seed]), (true, rows.clone()), "seed {seed}");

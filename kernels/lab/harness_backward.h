@@ -257,6 +257,7 @@ bool check(bool spoil) {
         if (spoil) {
             problem.w[problem.w.size() / 2] ^= 0x8000;
             for (auto& v : problem.x) v ^= 0x8000;
+            for (auto& v : problem.dy) v ^= 0x8000;
         }
         const Array<uint16_t> of_dy(problem.dy), of_y(problem.y), of_x(problem.x), of_w(problem.w);
         const Array<LabDeltas> deltas(problem.deltas);
