@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The laboratory of convolution kernels, kernels/lab: what nvcc makes of each version, forward and backward, the time predicted, the time taken.
+"""The laboratory of convolution kernels, kernels/lab: what nvcc makes of each version, forward and backward, the time
+predicted, the time taken.
 
     scripts/lab.py               compiles all versions and writes the tables of kernels/lab/README.md
     scripts/lab.py --check       fails when the tables are not up to date, or a version spills or does not compile

@@ -1,5 +1,5 @@
-"""The model of scripts/lab.py for the backward's versions: `lab_model.py` says what it is, kernels/lab/README.md describes it. A launch has up to
-two roles, each with loops of its own in the machine code of one kernel."""
+"""The model of scripts/lab.py for the backward's versions: `lab_model.py` says what it is, kernels/lab/README.md
+describes it. A launch has up to two roles, each with loops of its own in the machine code of one kernel."""
 
 import math
 from collections import namedtuple
@@ -8,8 +8,9 @@ from kernel_report import Failure
 from lab_model import BANDWIDTH, CLOCK, DRAM, L2, MMA_FLOPS, MMA_PART, MULTIPROCESSORS, NOTHING, PARTITIONS, ROOF
 from lab_model import Work, add, loops_of, parse, walk
 
-# A role of a launch of `plan`: its blocks; how often a warp goes round in each of its loops, in order of their beginning in the code, or (turns, part):
-# part of what a turn does only at times is done; the products of a warp; clocks of loads that a block waits for one after the other.
+# A role of a launch of `plan`: its blocks; how often a warp goes round in each of its loops, in order of their
+# beginning in the code, or (turns, part): part of what a turn does only at times is done; the products of a warp;
+# clocks of loads that a block waits for one after the other.
 Role = namedtuple("Role", "name blocks loops products waits")
 # Work of a warp of a role, and of a turn of its innermost loop of products: shortest, longest.
 Found = namedtuple("Found", "role work turn")

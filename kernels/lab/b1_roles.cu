@@ -1,7 +1,8 @@
 // Backward, version 1: two roles in one launch, products by `mma.sync`. Cut down from `conv_direct.cu`.
 //
-// A block of dgrad has a patch of dx: the halo of δ, 32 channels at a time, and a tap's weights for each step, asked for two steps before. A block of
-// wgrad has 32 by 32 channels of all taps of dw and a part of the patches: the patch's pixels of δ, and the halo of h. Both make δ as they load it.
+// A block of dgrad has a patch of dx: the halo of δ, 32 channels at a time, and a tap's weights for each step, asked
+// for two steps before. A block of wgrad has 32 by 32 channels of all taps of dw and a part of the patches: the patch's
+// pixels of δ, and the halo of h. Both make δ as they load it.
 #define KERNEL_BLOCKS 3
 #include "lab_back_patches.cuh"
 

@@ -1,8 +1,9 @@
 // Backward, version 2: two roles in one launch, products of warpgroups. Cut down from `conv_wgmma.cu`; sm_90a alone.
 //
-// A block of dgrad works as version 7 of the forward does, on the halo of δ. A block of wgrad has six pairs of taps, one below the other, of 32
-// channels of h by WIDTH of δ: lines of its products are the channels of both taps, 64, and their depth is two lines of a cell. Three pairs are of a
-// fourth line of taps, which there is not: 12 taps are computed for 9.
+// A block of dgrad works as version 7 of the forward does, on the halo of δ. A block of wgrad has six pairs of taps,
+// one below the other, of 32 channels of h by WIDTH of δ: lines of its products are the channels of both taps, 64, and
+// their depth is two lines of a cell. Three pairs are of a fourth line of taps, which there is not: 12 taps are
+// computed for 9.
 #define KERNEL_SM_90A
 #include "lab_back_cells.cuh"
 

@@ -1,12 +1,13 @@
 // Backward, version 3: both gradients of one δ, products of warpgroups; up to 32 channels on both sides; sm_90a alone.
 //
-// A block goes from patch to patch of a branch. It makes δ of a patch and its halo once: dgrad's products read it as in version 2, and wgrad's take
-// their taps from it too, so that h needs no halo but for a line below.
+// A block goes from patch to patch of a branch. It makes δ of a patch and its halo once: dgrad's products read it as in
+// version 2, and wgrad's take their taps from it too, so that h needs no halo but for a line below.
 //
-// A product of wgrad is of two lines of δ, a and a + 1, by two of h, b and b + 1, for each 64 lines and columns: 32 channels of both. Of a column of taps
-// that is r = 1, 0 and 2, and r = 1 once more, which is left alone: the pair of line g of δ and line g + 1 of h is met where g is the patch's. Three
-// products of 32 clocks for 16 pixels take the place of six of 24. A warpgroup has its own two cells of both gradients, and the sums of both
-// warpgroups are added up when the run is over.
+// A product of wgrad is of two lines of δ, a and a + 1, by two of h, b and b + 1, for each 64 lines and columns: 32
+// channels of both. Of a column of taps that is r = 1, 0 and 2, and r = 1 once more, which is left alone: the pair of
+// line g of δ and line g + 1 of h is met where g is the patch's. Three products of 32 clocks for 16 pixels take the
+// place of six of 24. A warpgroup has its own two cells of both gradients, and the sums of both warpgroups are added up
+// when the run is over.
 #define KERNEL_SM_90A
 #include "lab_back_cells.cuh"
 

@@ -1,8 +1,9 @@
 // Backward, version 4: both gradients of one δ, products by `mma.sync`; up to 32 channels on both sides.
 //
-// A block goes from patch to patch of a branch. It makes δ of a patch and its halo once: dgrad's products read it as in version 1, and wgrad's take
-// their taps from it too, so that h needs no halo: the pair of a pixel of h and one of δ is met in the patch that has the former. Each warp has eight
-// channels of δ by 32 of h. The sums of dw stay in registers for all of the run, and the weights in shared memory.
+// A block goes from patch to patch of a branch. It makes δ of a patch and its halo once: dgrad's products read it as in
+// version 1, and wgrad's take their taps from it too, so that h needs no halo: the pair of a pixel of h and one of δ is
+// met in the patch that has the former. Each warp has eight channels of δ by 32 of h. The sums of dw stay in registers
+// for all of the run, and the weights in shared memory.
 #define KERNEL_BLOCKS 2
 #include "lab_back_patches.cuh"
 

@@ -71,7 +71,8 @@ struct Launch {
 // A part of wgrad's patches is 32 of 128 pixels, as in the library; in small problems two patches.
 int32_t splits_of(int64_t patches, int64_t most) { return int32_t(ceil_div(patches, patches >= 2 * most ? most : 2)); }
 
-// Parts of a branch's patches that fill a card of 132 multiprocessors once with so many blocks each; in small problems of two patches.
+// Parts of a branch's patches that fill a card of 132 multiprocessors once with so many blocks each; in small problems
+// of two patches.
 int32_t runs_of(const LabBackParams& p, int64_t blocks) {
     const int64_t of_branch = std::max(int64_t(1), 132 * blocks / p.branches);
     return int32_t(ceil_div(p.patches, std::max(int64_t(2), ceil_div(p.patches, of_branch))));
@@ -244,7 +245,8 @@ struct Problem {
 };
 
 bool check(bool spoil) {
-    // Images of odd sizes, slices that are not full, tiles of pixels and of channels that are not; half of them for one tile.
+    // Images of odd sizes, slices that are not full, tiles of pixels and of channels that are not; half of them for one
+    // tile.
     const LabBackParams shapes[] = {shape(2, 2, 32, 32, 32, 32), shape(1, 2, 16, 16, 64, 64), shape(1, 3, 8, 8, 128, 128),
                                     shape(2, 3, 15, 11, 40, 24), shape(2, 3, 7, 5, 8, 72),    shape(1, 2, 1, 130, 72, 40),
                                     shape(3, 1, 40, 1, 16, 8),   shape(2, 3, 15, 11, 24, 32), shape(1, 7, 7, 5, 32, 16),

@@ -1,7 +1,8 @@
 // What the versions of the backward have in common: the problem, what δ and h are made of, and the sums of dw.
 //
-// The problem is that of `lab.cuh` with batch norm and ReLU before and behind it, backwards: of dy, the cotangent of `relu(bn(y))`, and y,
-// the convolution's output, comes δ, that of y; of δ come dx, the cotangent of h = `relu(bn(x))`, and dw, for each branch of images one:
+// The problem is that of `lab.cuh` with batch norm and ReLU before and behind it, backwards: of dy, the cotangent of
+// `relu(bn(y))`, and y, the convolution's output, comes δ, that of y; of δ come dx, the cotangent of h = `relu(bn(x))`,
+// and dw, for each branch of images one:
 //
 //   dx(h, w) = Σ δ(h + 1 - r, w + 1 - s) · w[r, s]        dw[r, s] = Σ δ(h, w) · h(h + r - 1, w + s - 1)
 #pragma once
@@ -9,7 +10,8 @@
 #include "lab.cuh"
 #include "last_block.cuh"
 
-// The factors of four channels: δ = g r (m dy − db/n − x̂ dg/n) is affine in dy, where the batch norm of y is positive, and in y.
+// The factors of four channels: δ = g r (m dy − db/n − x̂ dg/n) is affine in dy, where the batch norm of y is positive,
+// and in y.
 struct alignas(16) LabDeltas {
     float scale[4], shift[4], slope[4], rest[4];
 };
@@ -62,8 +64,8 @@ DEVICE LabPatch lab_patch_of_block(const LabBackParams& p, int32_t number) {
     return {uniform(patch.image), uniform(patch.down), uniform(patch.across)};
 }
 
-// Eight channels of N pixels, the same of all, that wait in registers: dy becomes δ, or x becomes h; what is not there becomes zero.
-// Their factors are read once for all.
+// Eight channels of N pixels, the same of all, that wait in registers: dy becomes δ, or x becomes h; what is not there
+// becomes zero. Their factors are read once for all.
 template <int N>
 DEVICE void lab_make_deltas(uint4 (&dy)[N], const uint4 (&y)[N], const bool (&there)[N], const LabDeltas* factors) {
     for (int four = 0; four < 2; ++four) {
@@ -113,8 +115,8 @@ DEVICE void lab_load_norms(const LabBackParams& p, LabNorms* to) {
     }
 }
 
-// Whether a block is one of wgrad's, which lie evenly among those of dgrad, so that both are about the same part of δ; `block`: which of
-// its role.
+// Whether a block is one of wgrad's, which lie evenly among those of dgrad, so that both are about the same part of δ;
+// `block`: which of its role.
 DEVICE bool lab_is_wgrad(const LabBackParams& p, uint32_t& block) {
     const uint32_t before = uint32_t(uint64_t(blockIdx.x) * uint32_t(p.wgrad_blocks) / gridDim.x);
     const uint32_t with = uint32_t(uint64_t(blockIdx.x + 1) * uint32_t(p.wgrad_blocks) / gridDim.x);
@@ -122,8 +124,9 @@ DEVICE bool lab_is_wgrad(const LabBackParams& p, uint32_t& block) {
     return with > before;
 }
 
-// Of a tile of dw the sum over its splits, of which `d` is one in the first so many threads of the block. True in the block that has it, which is
-// the last to arrive. All threads take part, and the beginning of shared memory is overwritten.
+// Of a tile of dw the sum over its splits, of which `d` is one in the first so many threads of the block. True in the
+// block that has it, which is the last to arrive. All threads take part, and the beginning of shared memory is
+// overwritten.
 template <int A, int B>
 DEVICE bool lab_sum(const LabBackParams& p, uint32_t tile, uint32_t split, uint32_t threads, float (&d)[A][B]) {
     if (p.splits == 1) return true;

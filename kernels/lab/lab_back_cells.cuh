@@ -1,4 +1,5 @@
-// Patches of four cells of 8 × 8 pixels in shared memory, of the backward's versions with products of warpgroups: see `v6_wgmma.cu`.
+// Patches of four cells of 8 × 8 pixels in shared memory, of the backward's versions with products of warpgroups: see
+// `v6_wgmma.cu`.
 #pragma once
 
 #include "lab_back.cuh"
@@ -12,8 +13,8 @@ struct alignas(8) CellPlace {
     uint16_t image, down, across, granule;
 };
 
-// Pixels of a patch's images in shared memory: so many lines and columns of each, beginning so many above and left of the patch.
-// Line by line, for each eight channels the line's pixels.
+// Pixels of a patch's images in shared memory: so many lines and columns of each, beginning so many above and left of
+// the patch. Line by line, for each eight channels the line's pixels.
 struct CellArea {
     uint32_t height, width;
     int32_t border;
@@ -46,7 +47,8 @@ struct CellSource {
     int32_t slice, channels;
 };
 
-// Loads the pixels at `places`, each PARTS granules `pitch` apart, into `slot`: δ of dy and y, or h of x; a thread FLIGHT granules at a time.
+// Loads the pixels at `places`, each PARTS granules `pitch` apart, into `slot`: δ of dy and y, or h of x; a thread
+// FLIGHT granules at a time.
 template <bool DELTA, int PARTS, int FLIGHT, class Factors>
 DEVICE void cell_fill(const LabBackParams& p, const LabPatch& of, const CellPlace* places, uint32_t pixels, int32_t border, uint32_t pitch,
                       const CellSource& source, const Factors* factors, unsigned char* slot) {
@@ -154,7 +156,8 @@ DEVICE void cell_dgrad(float (&d)[2][WIDTH / 2], const CellArea& area, uint64_t 
     }
 }
 
-// The granule of the first pixel of a cell, counted in an area from its first line on; 0 for cells that a patch of fewer has not.
+// The granule of the first pixel of a cell, counted in an area from its first line on; 0 for cells that a patch of
+// fewer has not.
 DEVICE uint32_t cell_corner(const LabBackParams& p, const CellArea& area, uint32_t cell) {
     const LabPixel first = cell_pixel(p, int32_t(cell) * 64);
     if (first.image >= p.patch_images) return 0;

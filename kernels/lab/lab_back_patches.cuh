@@ -1,4 +1,5 @@
-// Patches of 128 pixels in shared memory, of the backward's versions with `mma.sync`: 32 channels of a pixel are a line of 64 bytes.
+// Patches of 128 pixels in shared memory, of the backward's versions with `mma.sync`: 32 channels of a pixel are a line
+// of 64 bytes.
 #pragma once
 
 #include "lab_back.cuh"
@@ -7,9 +8,10 @@ constexpr int BACK_THREADS = 128, BACK_SLICE = 32;
 constexpr int PATCH_PIXELS = 128;
 constexpr uint32_t PIXEL_BYTES = 2 * BACK_SLICE;
 
-// Byte `at` of shared memory, in lines of LINE bytes, lies at `swizzled(at)`: pieces of 16 bytes change places in their line with the number of the 128
-// bytes where they are, so that neither a matrix as it is loaded nor pieces that eight threads store meet a bank twice. Where `at` goes on by eight
-// lines, or piece i becomes piece i ^ j, so does what is made of it.
+// Byte `at` of shared memory, in lines of LINE bytes, lies at `swizzled(at)`: pieces of 16 bytes change places in their
+// line with the number of the 128 bytes where they are, so that neither a matrix as it is loaded nor pieces that eight
+// threads store meet a bank twice. Where `at` goes on by eight lines, or piece i becomes piece i ^ j, so does what is
+// made of it.
 template <uint32_t LINE>
 DEVICE uint32_t back_swizzled(uint32_t at) {
     return at ^ (at >> 3 & (LINE - 16));
@@ -63,8 +65,8 @@ DEVICE void back_store_input(uint32_t to, const BackInput& piece, const LabNorms
     *reinterpret_cast<uint4*>(back_at(back_swizzled<PIXEL_BYTES>(to))) = eight[0];
 }
 
-// Adds the products of 16 channels of δ, the k-th of a slice, to a warp's 32 pixels of dx. `rows`: this lane's rows of the first matrices;
-// `weights`: that of a tap's, [32, WIDTH].
+// Adds the products of 16 channels of δ, the k-th of a slice, to a warp's 32 pixels of dx. `rows`: this lane's rows of
+// the first matrices; `weights`: that of a tap's, [32, WIDTH].
 template <int WIDTH>
 DEVICE void back_add_dgrad(float (&d)[2 * WIDTH / 8][4], const uint32_t (&rows)[2], uint32_t weights, int k) {
     uint32_t a[2][4];
@@ -114,8 +116,9 @@ DEVICE void back_store_dx(const LabBackParams& p, uint16_t* dx, const LabPatch& 
     }
 }
 
-// Adds the products of 16 pixels to nine taps of 32 channels by a warp's eight, with those 32 as rows: `lines`, this lane's row of the matrices of
-// the tensor without taps; `halo`, its pixel's of the other, `taps` further for two taps at a time.
+// Adds the products of 16 pixels to nine taps of 32 channels by a warp's eight, with those 32 as rows: `lines`, this
+// lane's row of the matrices of the tensor without taps; `halo`, its pixel's of the other, `taps` further for two taps
+// at a time.
 DEVICE void back_add_wgrad(float (&d)[18][4], uint32_t lines, uint32_t halo, const uint32_t (&taps)[5]) {
     uint32_t a[2][4];
     for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], back_at(lines ^ 32 * m));
