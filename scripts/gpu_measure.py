@@ -39,7 +39,7 @@ PARTS = ["check", "roof", "step", "kernels", "compare", "ops", "first", "lab", "
 ON_DEMAND = ["lab", "profile"]
 # The longest each part may take, seconds.
 LIMITS = {"check": 300, "step": 200, "kernels": 60, "roof": 60, "compare": 720, "ops": 400, "profile": 240}
-LIMITS |= {"first": 480, "lab": 120, "roofline": 10}
+LIMITS |= {"first": 480, "lab": 240, "roofline": 10}
 TO_END = 70  # seconds that a comparison has to come to its end, of its limit
 LEAST = 120  # seconds that one in first order is begun for
 # What each part writes, beside its log.

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The laboratory of convolution kernels, kernels/lab: what nvcc makes of each version, the time predicted, the time taken.
+"""The laboratory of convolution kernels, kernels/lab: what nvcc makes of each version, forward and backward, the time
+predicted, the time taken.
 
     scripts/lab.py               compiles all versions and writes the tables of kernels/lab/README.md
     scripts/lab.py --check       fails when the tables are not up to date, or a version spills or does not compile
@@ -25,7 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel_report
+import lab_backward
 from kernel_report import ROOT, Failure, parse_resources, run
+from lab_backward import BACKWARD
 from lab_model import VERSIONS, flops_of, parse, self_test, times, work_of
 
 LAB = ROOT / "kernels" / "lab"
@@ -50,7 +53,7 @@ def version_of(nvcc):
 
 
 def sources():
-    return sorted(LAB.glob("v*.cu"))
+    return sorted(LAB.glob("*.cu"))
 
 
 def sources_for(arch):
@@ -96,7 +99,8 @@ def plans(folder):
 
 # ---- Tables ----
 
-Row = namedtuple("Row", "plan registers warps work turn times")
+# Of a version in a stage; `work`: of a warp, or of all warps, and `turns` of its main loop, or of the main loop of each role.
+Row = namedtuple("Row", "plan registers warps work turns times")
 
 
 def examine(nvcc, folder):
@@ -114,13 +118,19 @@ def examine(nvcc, folder):
                 code.update(parse(run(cuobjdump, "-sass", cubin), spread))
     rows = []
     for plan in all_plans:
-        known = VERSIONS[plan["version"]]
-        if known is None:
+        version, kernel = plan["version"], plan["kernel"]
+        if version in VERSIONS and VERSIONS[version] is None:
             continue
-        registers = resources["sm_90a", plan["kernel"]]["REG"]
+        registers = resources["sm_90a", kernel]["REG"]
         warps, _ = kernel_report.occupancy("sm_90a", plan["threads"], registers, plan["shared"])
-        work, turn = work_of(code[plan["kernel"]], plan["version"], plan, known)
-        rows.append(Row(plan, registers, warps, work, turn, times(plan["version"], plan, work, warps)))
+        if version in BACKWARD:
+            found = lab_backward.works_of(code[kernel], plan, BACKWARD[version](plan))
+            work, turns = lab_backward.total_of(plan, found), [(one.role.name, one.turn) for one in found]
+            time = lab_backward.times(version, plan, found, warps)
+        else:
+            work, turn = work_of(code[kernel], version, plan, VERSIONS[version])
+            turns, time = [(None, turn)], times(version, plan, work, warps)
+        rows.append(Row(plan, registers, warps, work, turns, time))
     return rows, resources, wrong
 
 
@@ -134,39 +144,63 @@ def measured():
     return {}, None
 
 
-def render(nvcc_version, rows, resources, found, card):
-    text = lambda seconds: f"{1e6 * seconds:,.1f}" if seconds < 1e-2 else f"{1e6 * seconds:,.0f}"
-    lines = [f"Made by nvcc {nvcc_version} for sm_90a.", ""]
-    lines.append("| kernel | registers, sm_80 | sm_90a | local memory | instructions of a turn of its main loop | products |")
+def text_of(seconds):
+    return f"{1e6 * seconds:,.1f}" if seconds < 1e-2 else f"{1e6 * seconds:,.0f}"
+
+
+def render_kernels(rows, resources):
+    lines = ["| kernel | registers, sm_80 | sm_90a | local memory | instructions of a turn of its main loop | products |"]
     lines.append("|---|--:|--:|--:|--:|--:|")
-    turns = {row.plan["kernel"]: row.turn for row in rows}
+    of_kernel = {row.plan["kernel"]: row.turns for row in rows}
     for arch, name in sorted(resources):
-        if arch == "sm_90a" and name in turns:
-            turn = turns[name]
+        if arch != "sm_90a" or name not in of_kernel:
+            continue
+        old, new = resources.get(("sm_80", name), {"REG": "–"}), resources[arch, name]
+        for role, turn in of_kernel[name]:
             counts = ["–", "–"]
             if turn:
                 least, most = (round(w.instructions) for w in turn)
                 counts = [str(most) if least == most else f"{least} to {most}", str(round(turn[0].tensor))]
-            old, new = resources.get(("sm_80", name), {"REG": "–"}), resources[arch, name]
-            cells = [f"`{name}`", old["REG"], new["REG"], new["STACK"] + new["LOCAL"], *counts]
+            of_role = f"`{name}`, {role}" if role else f"`{name}`"
+            cells = [of_role, old["REG"], new["REG"], new["STACK"] + new["LOCAL"], *counts]
             lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def render_rows(rows, found):
+    lines = ["", "| version | shared memory | warps | per product: instructions | wavefronts "
+             "| tensor | issue | shared | memory | waits | **predicted** | measured |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for row in rows:
+        each = [row.work.instructions, row.work.wavefronts]
+        per = [f"{v / row.work.tensor:.1f}" if row.work.tensor else "–" for v in each]
+        reason = max(row.times, key=row.times.get)
+        cells = [row.plan["version"], row.plan["shared"], row.warps, *per]
+        cells += [text_of(row.times[key]) for key in ("tensor", "issue", "shared", "memory", "waits")]
+        time = found.get((row.plan["stage"], row.plan["version"]))
+        cells += [f"**{text_of(row.times[reason])}** ({reason})", f"{time:,.1f}" if time else "not measured"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def render(nvcc_version, rows, resources, found, card):
+    lines = [f"Made by nvcc {nvcc_version} for sm_90a.", ""]
+    forward = [row for row in rows if row.plan["version"] in VERSIONS]
+    backward = [row for row in rows if row.plan["version"] in BACKWARD]
+    lines += render_kernels(forward, resources)
     for stage in (1, 2, 3):
-        of_stage = [row for row in rows if row.plan["stage"] == stage]
+        of_stage = [row for row in forward if row.plan["stage"] == stage]
         p = of_stage[0].plan
         shape = f"{p['images']} × {p['height']} × {p['width']} × {p['channels']} → {p['filters']}"
         lines += ["", f"Stage {stage}: {shape}, {flops_of(p) / 1e9:.1f} GFLOP. Times in µs."]
-        lines += ["", "| version | shared memory | warps | per product: instructions | wavefronts "
-                  "| tensor | issue | shared | memory | waits | **predicted** | measured |"]
-        lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-        for row in of_stage:
-            each = [row.work.instructions, row.work.wavefronts]
-            per = [f"{v / row.work.tensor:.1f}" if row.work.tensor else "–" for v in each]
-            reason = max(row.times, key=row.times.get)
-            cells = [row.plan["version"], row.plan["shared"], row.warps, *per]
-            cells += [text(row.times[key]) for key in ("tensor", "issue", "shared", "memory", "waits")]
-            time = found.get((stage, row.plan["version"]))
-            cells += [f"**{text(row.times[reason])}** ({reason})", f"{time:,.1f}" if time else "not measured"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines += render_rows(of_stage, found)
+    lines += ["", "The backward:", "", *render_kernels(backward, resources)]
+    for stage in (1, 2, 3):
+        of_stage = [row for row in backward if row.plan["stage"] == stage]
+        p = of_stage[0].plan
+        shape = f"{p['branches']} × {p['images']} × {p['height']} × {p['width']} × {p['channels']} ← {p['filters']}"
+        flops = lab_backward.flops_of(p)
+        lines += ["", f"Stage {stage}, backward: {shape}, {flops / 1e9:.1f} GFLOP. Times in µs.", *render_rows(of_stage, found)]
     if card:
         lines += ["", f"Measured on {card}."]
     return "\n".join(lines)
@@ -241,7 +275,7 @@ def main():
     arguments = parser.parse_args()
     try:
         if arguments.self_test:
-            wrong = self_test()
+            wrong = self_test() + lab_backward.self_test()
         elif arguments.time:
             wrong = take_times(arguments.build, arguments.out)
         else:

@@ -148,6 +148,9 @@ def parse(text, spread=1):
                 m, n, k = (int(size) for size in op.split(".")[1].split("x"))
                 tensor = m * n * k // (16 * 8 * 16) // 4
             work = Work(1, wavefronts(op, predicate, spread), tensor)
+            if op.startswith("HGMMA.") and "gdesc[URZ]" in found[4]:
+                # A product of nothing, that only marks the end of a group.
+                work = Work(1, 0, 0)
             current.append(Instruction(int(found[1], 16), op, predicate, int(target[1], 16) if target else None, work))
     return functions
 
@@ -198,7 +201,8 @@ def walk(code, loops, loop, turn, longest):
         work = add(so_far, i.work)
         ends = i.op.startswith("EXIT") and not i.predicate
         if (loop is None and ends) or (loop and i.at == loop.end):
-            last = work
+            # Of several ends the longest path's.
+            last = work if last is None or work.instructions > last.instructions else last
             if loop is None and not longest:
                 return last
         if i.target is not None and i.target > i.at:

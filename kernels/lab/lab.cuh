@@ -1,6 +1,6 @@
-// What the versions have in common: the problem, and the patches into which all but the first two divide it.
+// What the versions have in common: the forward problem, and the patches into which all but the first two divide it.
 //
-// The problem is the convolution that a step does most: 3 × 3, stride 1, padding 1, f16 operands and result, f32 sums.
+// That is the convolution that a step does most: 3 × 3, stride 1, padding 1, f16 operands and result, f32 sums.
 #pragma once
 
 #include "platform.cuh"
@@ -29,13 +29,15 @@ DEVICE float lab_norm(float x, float scale, float shift) {
 }
 
 // Tiles of so many output channels. Blocks of one patch are neighbours.
-DEVICE uint32_t lab_tiles(const LabParams& p, uint32_t columns) { return (uint32_t(p.filters) + columns - 1) / columns; }
+template <class Params>
+DEVICE uint32_t lab_tiles(const Params& p, uint32_t columns) { return (uint32_t(p.filters) + columns - 1) / columns; }
 
 // The first pixel of a patch.
 struct LabPatch {
     int32_t image, down, across;
 };
-DEVICE LabPatch lab_patch(const LabParams& p, uint32_t number) {
+template <class Params>
+DEVICE LabPatch lab_patch(const Params& p, uint32_t number) {
     LabPatch patch;
     const uint32_t patches_across = uint32_t(p.width + p.patch_width - 1) / uint32_t(p.patch_width);
     const uint32_t patches_down = uint32_t(p.height + p.patch_height - 1) / uint32_t(p.patch_height);
@@ -50,18 +52,21 @@ DEVICE LabPatch lab_patch(const LabParams& p, uint32_t number) {
 struct LabPixel {
     int32_t image, down, across;
 };
-DEVICE LabPixel lab_pixel(const LabParams& p, int32_t i) {
+template <class Params>
+DEVICE LabPixel lab_pixel(const Params& p, int32_t i) {
     const int32_t line = i / p.patch_width, image = line / p.patch_height;
     return {image, line - image * p.patch_height, i - line * p.patch_width};
 }
 // Its number among those of x and y; NOWHERE if they do not have it.
-DEVICE uint32_t lab_row(const LabParams& p, const LabPatch& patch, const LabPixel& pixel) {
+template <class Params>
+DEVICE uint32_t lab_row(const Params& p, const LabPatch& patch, const LabPixel& pixel) {
     const int32_t n = patch.image + pixel.image, h = patch.down + pixel.down, w = patch.across + pixel.across;
     const bool there = pixel.image < p.patch_images && n < p.images && h < p.height && w < p.width;
     return there ? (uint32_t(n) * uint32_t(p.height) + uint32_t(h)) * uint32_t(p.width) + uint32_t(w) : NOWHERE;
 }
 // Where the halo holds its tap (0, 0): a number of pixels.
-DEVICE int32_t lab_place(const LabParams& p, const LabPixel& pixel) {
+template <class Params>
+DEVICE int32_t lab_place(const Params& p, const LabPixel& pixel) {
     if (pixel.image >= p.patch_images) return 0;
     return (pixel.image * (p.patch_height + 2) + pixel.down) * (p.patch_width + 2) + pixel.across;
 }
@@ -74,7 +79,8 @@ struct LabHalo {
     int32_t image, down, across;
     int32_t step_image, step_down, step_across;  // ABREAST as such coordinates
 
-    DEVICE void begin(const LabParams& p) {
+    template <class Params>
+    DEVICE void begin(const Params& p) {
         const int32_t height = p.patch_height + 2, width = p.patch_width + 2;
         at = int32_t(threadIdx.x) / 4;
         pixels = p.patch_images * height * width;
@@ -87,7 +93,8 @@ struct LabHalo {
     }
     // Whether any thread of the block has a pixel left.
     DEVICE bool more() const { return at - int32_t(threadIdx.x) / 4 < pixels; }
-    DEVICE void next(const LabParams& p) {
+    template <class Params>
+    DEVICE void next(const Params& p) {
         at += ABREAST;
         across += step_across;
         down += step_down;
@@ -102,7 +109,8 @@ struct LabHalo {
         }
     }
     // The element of x from `channel` on; NOWHERE if x does not have it.
-    DEVICE uint32_t offset(const LabParams& p, const LabPatch& patch, int32_t channel) const {
+    template <class Params>
+    DEVICE uint32_t offset(const Params& p, const LabPatch& patch, int32_t channel) const {
         const int32_t n = patch.image + image, h = patch.down + down - 1, w = patch.across + across - 1;
         const bool there = at < pixels && n < p.images && uint32_t(h) < uint32_t(p.height) &&
                            uint32_t(w) < uint32_t(p.width) && channel < p.channels;
