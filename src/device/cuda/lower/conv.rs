@@ -4,7 +4,7 @@ use super::conv_around::{Found, Pair, Sums};
 use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
 use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_tiles::Tiling;
-use super::{Lowering, Operand, Operands};
+use super::{Lowering, Operand, Operands, joint, joint_direct};
 use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
@@ -61,9 +61,9 @@ impl Shape {
 }
 
 /// Operands and results of one product. The image is x or dy; the matrix is w, or dy of a weight gradient.
-struct Job<'a> {
+pub(super) struct Job<'a> {
     kind: ConvKind,
-    geom: &'a ConvGeom,
+    pub geom: &'a ConvGeom,
     /// Image and matrix of each term.
     terms: &'a [[Operand; 2]],
     /// The term whose image is `relu(bn(·))` of what is given, and the batch norm's `g, b, mean, var`.
@@ -73,7 +73,7 @@ struct Job<'a> {
     /// The pair that the matrix of a weight gradient is: delta.
     matrix: Option<Pair>,
     start: Option<Operand>,
-    out: Operand,
+    pub out: Operand,
     found: Found,
 }
 
@@ -92,6 +92,8 @@ enum Beside {
     Dgrad,
     /// The gradient of the input, summed over the branches.
     SummedDgrad,
+    /// Both gradients are made by the same blocks, so many for each branch of the results.
+    OneTile(usize),
 }
 
 impl Job<'_> {
@@ -122,12 +124,12 @@ impl Job<'_> {
     }
 
     /// Segments of all terms.
-    fn all_segments(&self, branches: usize) -> usize {
+    pub fn all_segments(&self, branches: usize) -> usize {
         (0..self.terms.len()).map(|i| self.segments(i, branches)).sum()
     }
 
     /// Whether kernels can take it that work on patches: if they can take its sizes.
-    fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
+    pub fn by_patches(&self, lowering: &Lowering<'_>) -> bool {
         let halves = matches!(lowering.operands, Operands::F16 | Operands::Bf16);
         let aligned = self.tensors().all(|o| o.at.0.is_multiple_of(ALIGN));
         halves && aligned && self.out.len() > 0
@@ -259,6 +261,7 @@ fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, besid
     let wanted = match beside {
         Beside::Nothing => idle,
         Beside::Dgrad | Beside::SummedDgrad => idle.max(iterations.div_ceil(tiling.joint)),
+        Beside::OneTile(runs) => return runs,
     };
     let worth = iterations / tiling.least;
     let fit = PARTIAL_BYTES / (4 * tiling.size[0] * tiling.size[1] * tiles);
@@ -321,6 +324,7 @@ enum Way {
     Gathered,
     Direct(usize),
     Cells(usize),
+    Joint,
 }
 
 /// The kernel of fprop, or else of the gradients; `pairs`: whether any operand is one, for which there are variants, since it takes
@@ -337,6 +341,8 @@ fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static st
         (true, Way::Cells(_), false) => kernels!("conv2d_wgmma_fprop_64"),
         (true, Way::Cells(32), true) => kernels!("conv2d_wgmma_fprop_pair_32"),
         (true, Way::Cells(_), true) => kernels!("conv2d_wgmma_fprop_pair_64"),
+        (_, Way::Joint, false) => kernels!("conv2d_direct_joint"),
+        (_, Way::Joint, true) => kernels!("conv2d_direct_joint_pair"),
         (false, Way::Gathered, false) => kernels!("conv2d_backward"),
         (false, Way::Gathered, true) => kernels!("conv2d_backward_pair"),
         (false, Way::Direct(32), false) => kernels!("conv2d_direct_backward_32"),
@@ -356,10 +362,33 @@ fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static st
     }
 }
 
+/// Appends the launch of both gradients from one tile of delta, if there is a kernel that can take them.
+fn launch_joint(lowering: &mut Lowering<'_>, dgrad: &Job<'_>, wgrad: &Job<'_>) -> Result<bool> {
+    let tiles = joint_direct::tiles(dgrad.geom)
+        .filter(|_| lowering.generation == Generation::Portable && joint::one_tile(dgrad, wgrad, lowering));
+    let Some([of_x, of_w]) = tiles else { return Ok(false) };
+    let (segments, branches) = (wgrad.all_segments(lowering.branches()), wgrad.out.branches(lowering.branches()));
+    let most = splits(&of_w, [branches; 2], of_w.tiles[2] * segments, Beside::Dgrad);
+    let runs = joint_direct::runs(of_w.tiles[2], most);
+    let mut params = ConvBackwardParams::zeroed();
+    (params.dgrad, _) = dgrad.lower(lowering, &of_x, Beside::OneTile(1))?;
+    let blocks;
+    (params.wgrad, blocks) = wgrad.lower(lowering, &of_w, Beside::OneTile(runs))?;
+    let pairs = [dgrad, wgrad].into_iter().any(|job| job.pairs().next().is_some());
+    let kernel = kernel(lowering.operands, false, Way::Joint, pairs);
+    lowering.push(kernel, &params, [blocks, 1, 1], THREADS, of_w.shared);
+    Ok(true)
+}
+
 /// Appends the launch of one product, or of the gradients of the input and of the weights together.
 fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> Result<()> {
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
     let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
+    if let [dgrad, wgrad] = jobs
+        && launch_joint(lowering, dgrad, wgrad)?
+    {
+        return Ok(());
+    }
     let leading = dgrad.unwrap_or(&jobs[0]);
     // Both gradients go one way: that of warpgroups, else on patches, else gathered.
     let width = conv_cells::width(leading.kind, leading.geom);

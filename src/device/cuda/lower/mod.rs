@@ -10,6 +10,8 @@ mod conv_params;
 mod conv_tiles;
 mod elementwise;
 mod finite;
+mod joint;
+mod joint_direct;
 mod neighbours;
 mod pool;
 mod rows;

@@ -1,0 +1,91 @@
+//! Both gradients from one tile of delta by `mma.sync`: how patches are divided among blocks, and shared memory
+//! (`kernels/include/conv_direct_joint.cuh`).
+
+use super::conv_tiles::{MOST_SHARED, MOST_TAPS, PATCH, PIXEL, Patches, SLICE, Tiling};
+use super::joint::SIDE;
+use crate::ops::{ConvGeom, ConvKind};
+
+/// Bytes of `JointTables`.
+const TABLES: usize = 2576;
+/// Bytes of a `JointPixel`.
+const PLACE: usize = 8;
+/// `DELTA_STEP`: the halo has room for whole flights of so many pixels.
+const STEP: usize = 96;
+/// Bytes of which the areas are multiples: eight lines.
+const LINES: usize = 8 * PIXEL;
+/// `JOINT_WEIGHTS`: bytes of the weights of all taps.
+const WEIGHTS: usize = SIDE * SIDE * SLICE * PIXEL;
+/// Bytes of `ConvFinish` of a tile of so many rows and columns.
+const fn finish(rows: usize, columns: usize) -> usize {
+    4 * rows * (columns + 8) + 16 * PATCH + 4 * rows
+}
+
+/// The tiles of both gradients, that of the input first: the same patches. None where there are no pixels, or no patches that fit shared memory.
+pub(super) fn tiles(g: &ConvGeom) -> Option<[Tiling; 2]> {
+    let (patches, shared) = Patches::choose(ConvKind::Dgrad, g, |halo| {
+        let halo = halo.next_multiple_of(STEP);
+        let patch = (PIXEL * (PATCH + halo)).max(finish(PATCH, SLICE));
+        let all = (TABLES + PLACE * halo).next_multiple_of(LINES) + WEIGHTS + patch;
+        all.max(finish(SLICE, MOST_TAPS * SLICE))
+    })?;
+    debug_assert!(shared <= MOST_SHARED);
+    let number = patches.number(ConvKind::Dgrad, g);
+    let dgrad =
+        Tiling { patches, tiles: [number, 1, 1], size: [PATCH, SLICE], run: 1, least: 1, joint: usize::MAX, shared };
+    let size = [SLICE, MOST_TAPS * SLICE];
+    let wgrad = Tiling { patches, tiles: [1, 1, number], size, run: 1, least: 4, joint: 32, shared };
+    Some([dgrad, wgrad])
+}
+
+/// Runs into which the patches of a result are divided, all of about the same length: each leaves a partial sum of the weights' gradient.
+/// `most`: more would be too small, or too many.
+pub(super) fn runs(patches: usize, most: usize) -> usize {
+    patches.div_ceil(patches.div_ceil(most.min(patches)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geom([n, c, h, w, k]: [usize; 5]) -> ConvGeom {
+        ConvGeom { n, c, h, w, k, r: SIDE, s: SIDE, p: h, q: w, stride: 1, pad: 1 }
+    }
+
+    /// Three blocks fit a multiprocessor of 164 KiB, and two one of 100, each with 1 KiB for the system.
+    #[test]
+    fn blocks_of_a_step_fit_a_multiprocessor() {
+        let [dgrad, wgrad] = tiles(&geom([128, 32, 32, 32, 32])).unwrap();
+        assert_eq!(dgrad.patches.size, [8, 16]);
+        assert_eq!([dgrad.tiles, wgrad.tiles], [[1024, 1, 1], [1, 1, 1024]]);
+        assert_eq!(dgrad.shared, wgrad.shared);
+        assert!(3 * (dgrad.shared + 1024) <= 164 << 10 && 2 * (dgrad.shared + 1024) <= 100 << 10, "{}", dgrad.shared);
+    }
+
+    /// Every size has patches, but images of one pixel by the hundred.
+    #[test]
+    fn all_sizes_have_patches() {
+        for (h, w, n) in (1..=20).flat_map(|h| (1..=20).flat_map(move |w| [1, 3, 300].map(|n| (h, w, n)))) {
+            let found = tiles(&geom([n, 8, h, w, 32]));
+            assert_eq!(found.is_some(), [h, w] != [1, 1] || n < 100, "{n} {h} {w}");
+            let Some([dgrad, wgrad]) = found else { continue };
+            let Patches { images, size, count, halo } = dgrad.patches;
+            assert!(images * size[0] * size[1] <= PATCH && dgrad.shared <= MOST_SHARED);
+            assert_eq!(halo, size.map(|v| v + SIDE - 1));
+            assert!(count[0] * size[0] >= h && count[1] * size[1] >= w);
+            assert_eq!(wgrad.tiles[2], n.div_ceil(images) * count[0] * count[1]);
+        }
+        assert!(tiles(&geom([0, 8, 4, 4, 8])).is_none());
+    }
+
+    /// Runs cover all patches, none is empty, and there are no more than wanted.
+    #[test]
+    fn runs_are_even() {
+        for (patches, most, expected) in
+            [(1024, 320, 256), (1024, 32, 32), (8, 264, 8), (8, 3, 3), (7, 1, 1), (1, 9, 1)]
+        {
+            assert_eq!(runs(patches, most), expected);
+            let first = |run: usize| patches * run / expected;
+            assert!((0..expected).all(|run| first(run) < first(run + 1)));
+        }
+    }
+}
