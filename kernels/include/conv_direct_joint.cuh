@@ -19,9 +19,10 @@
 #include "conv_direct_product.cuh"
 
 constexpr int JOINT_SIDE = 3, JOINT_TAPS = JOINT_SIDE * JOINT_SIDE;
-// Chunks that a thread loads at a time, of delta's halo and of x; the halo has room for whole flights.
-constexpr int DELTA_FLIGHT = 3, X_FLIGHT = 2;
-constexpr uint32_t DELTA_STEP = DELTA_FLIGHT * ABREAST;  // pixels
+// Chunks that a thread loads at a time, of delta's halo and of x: what the registers have room for.
+constexpr int DELTA_FLIGHT = 2;
+template <bool PAIRS>
+constexpr int X_FLIGHT = PAIRS ? 2 : 4;
 constexpr uint32_t JOINT_WEIGHTS = JOINT_TAPS * SLICE * PIXEL;  // bytes of all taps
 
 // A thread's part of the filter's gradient. The four warps have 8 output channels each, with all taps.
@@ -59,7 +60,7 @@ struct alignas(8) JointPixel {
     uint32_t row, at;
 };
 
-// The first pixel of a patch.
+// The first pixel of a patch; neighbours in an image run fastest.
 struct JointPatch {
     int32_t image, down, across;
 
@@ -68,16 +69,6 @@ struct JointPatch {
         number /= p.patches_across;
         down = int32_t(number % p.patches_down) * p.patch_height;
         image = int32_t(number / p.patches_down) * p.patch_images;
-    }
-    // Goes on to the next patch: neighbours in an image run fastest.
-    DEVICE void next(const ConvProduct& p) {
-        across += p.patch_width;
-        if (across < p.grid_width) return;
-        across = 0;
-        down += p.patch_height;
-        if (down < p.grid_height) return;
-        down = 0;
-        image += p.patch_images;
     }
     // Whether the image has a pixel, and its number.
     DEVICE bool has(const ConvProduct& p, const JointPixel& pixel, uint32_t& row) const {
@@ -91,8 +82,12 @@ struct JointPatch {
 
 // The beginning of a block's shared memory.
 struct JointTables {
-    uint32_t arrived[4];  // `last_to_arrive`
+    uint32_t arrived;            // `last_to_arrive`
+    // Of the block, which has no registers for them: its patches end before `last`. The present patch.
+    uint32_t branch, run, last, number;
+    JointPatch patch;
     FactorTable<SLICE> delta, x;
+    FactorTable<SLICE> sums;    // of the batch norm of which sums are found, with its mean for a slope
     uint32_t places[PATCH];     // where delta's halo has what tap (2, 2) of the patch's pixels reads: bytes, before they are swizzled
     JointPixel pixels[PATCH];
     JointPixel halo[];          // in whole flights
@@ -114,20 +109,58 @@ struct JointTables {
         }
     }
 };
-static_assert(sizeof(JointTables) == 2576);
+static_assert(sizeof(JointTables) == 3104);
 
-// Bytes of shared memory before the weights; areas begin at multiples of eight lines.
-DEVICE uint32_t joint_tables(uint32_t halo_pixels) {
-    return (uint32_t(sizeof(JointTables)) + halo_pixels * uint32_t(sizeof(JointPixel)) + 511) / 512 * 512;
-}
+// A thread's part of a patch of the input's gradient. What the sums of a batch norm want is found once for a run: roots and quotients are calls,
+// and there are no registers for those beside the other gradient.
+template <class Operand>
+struct JointRows : DirectTile<Operand, SLICE> {};
+template <class Operand>
+struct SumFlight<JointRows<Operand>> {
+    template <class, class Sums>
+    static DEVICE void add(const ConvProduct& p, const ConvPlace& place, ConvFinish<JointRows<Operand>>& shared, uint32_t column,
+                           Sums& mine) {
+        if (p.sums.next_half) {
+            sum_rows<Operand, JointRows<Operand>, 4>(p, place, shared, column, 1, mine);
+        } else {
+            sum_rows<Operand, JointRows<Operand>, 1>(p, place, shared, column, 0, mine);
+        }
+    }
+};
+template <class Operand>
+struct SumNorms<JointRows<Operand>> {
+    template <bool TANGENT, int RUN>
+    static DEVICE void find(const ConvProduct&, int64_t, uint32_t column, BnScaleShift (&norm)[RUN], float (&mean)[RUN]) {
+        for (int c = 0; c < RUN; c += 4) {
+            const FourFactors four = shared_memory<JointTables>()->sums.template four<true>(int(column) + c);
+            for (int i = 0; i < 4; ++i) {
+                norm[c + i] = four.norm(i);
+                mean[c + i] = four.slope[i];
+            }
+        }
+    }
+};
+
+// How a block uses its shared memory: bytes from its beginning, where the tables are, multiples of eight lines.
+struct JointAreas {
+    int32_t weights, x, delta;
+    int32_t halo_pixels;  // delta's, in whole flights
+};
+
+// `conv2d_direct_joint_*`: the runs of patches are the splits of wgrad.
+struct ConvJointParams {
+    ConvBackwardParams both;
+    JointAreas areas;
+};
+static_assert(sizeof(ConvJointParams) == 1784);
 
 // Loads pixels of a tensor, or of what is made of it, to lines of shared memory from `to` on. `first`: of the patch; `kept`: where what is
 // made of its interior is stored as well, in 16 bits, or null; `keeps`: whether it is stored at all.
 template <int FLIGHT, class Operand, class Image>
-DEVICE void joint_load(const ConvProduct& p, const ConvPair& pair, const Image& image, const JointPatch& first, uint32_t channels,
+DEVICE void joint_load(const ConvProduct& p, const ConvPair& pair, const Image& image, const JointPatch& of_patch, uint32_t channels,
                        const JointPixel* pixels, uint32_t count, const FactorTable<SLICE>& factors, uint32_t to, bool keeps) {
+    const JointPatch first = of_patch;
     const uint32_t thread = thread_again(), channel = thread % CHUNKS * 8;
-    const bool has = channel < channels;
     pixels += thread / CHUNKS;
     to = swizzled<PIXEL>(to + thread * 16);
     // Of the pixel `at` further on: whether the tensor has it, and its first element.
@@ -135,11 +168,12 @@ DEVICE void joint_load(const ConvProduct& p, const ConvPair& pair, const Image& 
         uint32_t row;
         const bool there = first.has(p, pixels[at], row);
         offset = row * channels + channel;
-        return has && there;
+        return channel < channels && there;
     };
     const auto place = [&](uint32_t at) { return shared_at(to + at * PIXEL); };
     const auto keeps_pixel = [&](uint32_t at) { return keeps && (pixels[at].at & JointPixel::INTERIOR); };
-    uint16_t* kept = static_cast<uint16_t*>(pair.kept) + image.branch * pair.kept_branch;
+    // Made again for each flight: no registers keep it.
+    const auto kept = [&] { return static_cast<uint16_t*>(pair.kept) + again(image.branch) * pair.kept_branch; };
     if (image.plain()) {
         for (uint32_t at = 0; at < count; at += ABREAST) {
             uint32_t offset;
@@ -156,7 +190,7 @@ DEVICE void joint_load(const ConvProduct& p, const ConvPair& pair, const Image& 
             const auto loaded = image.load(pair, keep, offset, there, factors, int(channel), place(at));
             const uint4 coded = image.round(pair, keep, loaded, factors, int(channel), place(at));
             store_operand(place(at), coded);
-            if (keep && there && pair.kept_half) *reinterpret_cast<uint4*>(kept + offset) = coded;
+            if (keep && there && pair.kept_half) *reinterpret_cast<uint4*>(kept() + offset) = coded;
         }
         return;
     }
@@ -175,48 +209,53 @@ DEVICE void joint_load(const ConvProduct& p, const ConvPair& pair, const Image& 
         UNROLLED
         for (int i = 0; i < FLIGHT; ++i) store_operand(place_in(i), flight[i].of);
         if (keeps) {
+            uint16_t* to = kept();
             UNROLLED
             for (int i = 0; i < FLIGHT; ++i) {
                 uint32_t offset;
                 const bool there = inside(at + uint32_t(i) * ABREAST, offset);
-                if (there && keeps_pixel(at + uint32_t(i) * ABREAST)) *reinterpret_cast<uint4*>(kept + offset) = flight[i].of;
+                if (there && keeps_pixel(at + uint32_t(i) * ABREAST)) *reinterpret_cast<uint4*>(to + offset) = flight[i].of;
             }
         }
     }
 }
 
-// Loads the weights of all taps of a branch: [C, K] each, as `Weights` has them.
-template <class Operand>
+// Loads the weights of all taps of a branch: [C, K] each, as `Weights` has them. FLIGHT of those of 32 bits are loaded at a time.
+template <class Operand, int FLIGHT>
 DEVICE void joint_weights(const ConvProduct& p, uint32_t branch, uint32_t to) {
-    using Matrix = Weights<Form::DGRAD, Operand, SLICE>;
-    static_assert(Matrix::BYTES * JOINT_TAPS == JOINT_WEIGHTS && Matrix::HELD == 1);
+    constexpr int TAP = Weights<Form::DGRAD, Operand, SLICE>::BYTES;
+    static_assert(TAP * JOINT_TAPS == JOINT_WEIGHTS && TAP == DIRECT_THREADS * 16);
     const ConvTerm& term = p.terms[0];
-    Matrix matrix;
-    matrix.begin(p, {term.matrix, branch * term.matrix_branch, term.matrix_half}, 0, 0);
-    if (term.matrix_half) {
-        for (int tap = 0; tap < JOINT_TAPS; ++tap) matrix.copy(tap * uint32_t(p.columns), to + tap * Matrix::BYTES, 0);
+    const Source from = {term.matrix, branch * term.matrix_branch, term.matrix_half};
+    const uint32_t thread = thread_again(), k = thread / CHUNKS, c = thread % CHUNKS * 8;
+    const bool there = k < uint32_t(p.image_channels) && c < uint32_t(p.columns);
+    const auto at = [&](int tap) { return k * uint32_t(p.filter) + uint32_t(tap) * uint32_t(p.columns) + c; };
+    to = swizzled<PIXEL>(to + thread * 16);
+    if (from.half) {
+        ROLLED
+        for (int tap = 0; tap < JOINT_TAPS; ++tap) copy_async(shared_at(to + tap * TAP), from.place(at(tap), there), there);
         return;
     }
     ROLLED
-    for (int first = 0; first < JOINT_TAPS; first += JOINT_SIDE) {
-        Chunk wide[JOINT_SIDE];
+    for (int first = 0; first < JOINT_TAPS; first += FLIGHT) {
+        static_assert(JOINT_TAPS % FLIGHT == 0);
+        Chunk wide[FLIGHT];
         UNROLLED
-        for (int i = 0; i < JOINT_SIDE; ++i) wide[i] = matrix.load((first + i) * uint32_t(p.columns), 0);
+        for (int i = 0; i < FLIGHT; ++i) wide[i] = there ? from.load<Operand>(at(first + i)) : Chunk{};
         UNROLLED
-        for (int i = 0; i < JOINT_SIDE; ++i) Matrix::store(to + (first + i) * Matrix::BYTES, 0, wide[i]);
+        for (int i = 0; i < FLIGHT; ++i) store_operand(shared_at(to + (first + i) * TAP), chunk_round<Operand>(wide[i], false, true));
     }
 }
 
 template <class Operand, bool PAIRS>
-DEVICE void direct_joint(const ConvBackwardParams& params) {
-    const ConvProduct &p = params.dgrad, &wgrad = params.wgrad;
+DEVICE void direct_joint(const ConvJointParams& params) {
+    const ConvProduct &p = params.both.dgrad, &wgrad = params.both.wgrad;
+    const uint32_t halo_pixels = uint32_t(params.areas.halo_pixels);
+    const uint32_t weights = uint32_t(params.areas.weights), x_at = uint32_t(params.areas.x), delta_at = uint32_t(params.areas.delta);
     auto& tables = *shared_memory<JointTables>();
-    const uint32_t halo_pixels =
-        (uint32_t(p.patch_images) * uint32_t(p.halo_height) * uint32_t(p.halo_width) + DELTA_STEP - 1) / DELTA_STEP * DELTA_STEP;
-    const uint32_t weights = joint_tables(halo_pixels), x_at = weights + JOINT_WEIGHTS, delta_at = x_at + PATCH * PIXEL;
-    const uint32_t branch = uniform(blockIdx.x % uint32_t(wgrad.branches)), run = uniform(blockIdx.x / uint32_t(wgrad.branches));
-    uint32_t number = uniform(uint32_t(uint64_t(uint32_t(p.row_tiles)) * run / uint32_t(wgrad.splits)));
-    const uint32_t last = uniform(uint32_t(uint64_t(uint32_t(p.row_tiles)) * (run + 1) / uint32_t(wgrad.splits)));
+    const auto patches_before = [&](uint32_t run) {
+        return uint32_t(uint64_t(uint32_t(p.row_tiles)) * run / uint32_t(wgrad.splits));
+    };
     const uint32_t segments = uint32_t(p.segments);
     const bool weights_stay = segments == 1 || p.terms[0].matrix_branch == 0;
 
@@ -230,38 +269,61 @@ DEVICE void direct_joint(const ConvBackwardParams& params) {
             put_matrix(wgrad, of, 0, tables.delta, thread - SLICE);
         }
     };
-    const auto load = [&](const JointPatch& patch, uint32_t of) {
+    // The branch of a segment.
+    const auto branch_of = [&](uint32_t segment) { return uniform(tables.branch) + segment; };
+    const auto load_delta = [&](uint32_t of) {
         const ConvTerm& term = wgrad.terms[0];
         const Prologue<Operand, Pair::DELTA, PAIRS> delta = {
             {term.matrix, of * term.matrix_branch, term.matrix_half}, of, delta_made};
         // Of a delta that is the same in all branches the first stores it.
         const bool keeps = PAIRS && wgrad.matrix.kept && (wgrad.matrix.kept_branch != 0 || of == 0);
-        joint_load<DELTA_FLIGHT, Operand>(p, wgrad.matrix, delta, patch, uint32_t(p.image_channels), tables.halo, halo_pixels,
+        joint_load<DELTA_FLIGHT, Operand>(p, wgrad.matrix, delta, tables.patch, uint32_t(p.image_channels), tables.halo, halo_pixels,
                                           tables.delta, delta_at, keeps);
-        const Prologue<Operand, Pair::TANGENT, PAIRS> x = {{term.image, of * term.image_branch, term.image_half}, of, x_made};
-        joint_load<X_FLIGHT, Operand>(p, wgrad.image, x, patch, uint32_t(p.columns), tables.pixels, PATCH, tables.x, x_at, false);
     };
-
-    tables.describe(p, halo_pixels);
-    describe(branch);
-    if (weights_stay) joint_weights<Operand>(p, branch, weights);
+    const auto load_x = [&](uint32_t of) {
+        const ConvTerm& term = wgrad.terms[0];
+        const Prologue<Operand, Pair::TANGENT, PAIRS> x = {{term.image, of * term.image_branch, term.image_half}, of, x_made};
+        joint_load<X_FLIGHT<PAIRS>, Operand>(p, wgrad.image, x, tables.patch, uint32_t(p.columns), tables.pixels, PATCH, tables.x, x_at, false);
+    };
+    // By one thread.
+    const auto begin = [&](uint32_t number) {
+        tables.number = number;
+        tables.patch = JointPatch(p, number);
+    };
+    {
+        const uint32_t branch = blockIdx.x % uint32_t(wgrad.branches), run = blockIdx.x / uint32_t(wgrad.branches);
+        if (threadIdx.x == 0) {
+            tables.branch = branch;
+            tables.run = run;
+            tables.last = patches_before(run + 1);
+            begin(patches_before(run));
+        }
+        tables.describe(p, halo_pixels);
+        describe(branch);
+        const uint32_t c = threadIdx.x - 2 * SLICE;
+        if (p.sums.next && c < uint32_t(p.columns)) {
+            const ConvNorm& norm = p.sums.norm;
+            tables.sums.put(int(c), {norm.of(branch, c), norm.mean[branch * norm.mean_branch + c], 0.0f});
+        }
+        if (weights_stay) joint_weights<Operand, JOINT_TAPS>(p, branch, weights);
+    }
     JointTile<Operand> sums;
     sums.clear();
-    JointPatch patch(p, number);
     sync_threads();
 
     ROLLED
-    for (; number < last; ++number) {
-        DirectTile<Operand, SLICE> tile;
+    while (tables.number < tables.last) {
+        JointRows<Operand> tile;
         tile.clear();
         ROLLED
         for (uint32_t segment = 0; segment < segments; ++segment) {
-            load(patch, branch + segment);
-            if (!weights_stay) joint_weights<Operand>(p, branch + segment, weights);
+            if (!weights_stay) joint_weights<Operand, 1>(p, branch_of(segment), weights);
+            load_delta(branch_of(segment));
+            load_x(branch_of(segment));
             copies_done();
             sync_threads();
             // The tables are read again behind the next barrier.
-            if (segments > 1) describe(branch + (segment + 1 < segments ? segment + 1 : 0));
+            if (segments > 1) describe(branch_of(segment + 1 < segments ? segment + 1 : 0));
             const uint32_t thread = thread_again(), lane = thread % 32, warp = thread / 32;
 
             // Two taps share a load of matrices: this lane's, in each pair.
@@ -273,6 +335,7 @@ DEVICE void direct_joint(const ConvBackwardParams& params) {
                 tap_offsets[pair] = delta_at + line * PIXEL + warp * 16;
             }
             const uint32_t x_row = x_at + swizzled<PIXEL>((lane / 16 * 8 + lane % 8) * PIXEL + lane / 8 % 2 * 16);
+            ROLLED
             for (int pixel = 0; pixel < PATCH; pixel += 16) {
                 const uint32_t at = tables.places[pixel + lane % 16];
                 uint32_t a[2][4];
@@ -293,6 +356,7 @@ DEVICE void direct_joint(const ConvBackwardParams& params) {
                 image_rows[m] = delta_at + tables.places[32 * warp + 16 * m + lane % 16] + lane / 16 * 16;
             }
             uint32_t weight_row = weights + Matrix::row(lane);
+            ROLLED
             for (int r = 0; r < JOINT_SIDE; ++r) {
                 for (int s = 0; s < JOINT_SIDE; ++s) {
                     const uint32_t at = (uint32_t(JOINT_SIDE - 1 - r) * uint32_t(p.halo_width) + uint32_t(JOINT_SIDE - 1 - s)) * PIXEL;
@@ -303,15 +367,15 @@ DEVICE void direct_joint(const ConvBackwardParams& params) {
             }
             sync_threads();
         }
-        const ConvPlace place = {number, 0, 0, branch};
+        const ConvPlace place = {tables.number, 0, 0, tables.branch};
+        const JointPatch patch = tables.patch;
         const auto row = [&](int r) {
             uint32_t row;
             return patch.has(p, tables.pixels[r], row) ? row : NO_ROW;
         };
-        conv_finish<Operand, DirectTile<Operand, SLICE>, Form::DGRAD>(
-            *reinterpret_cast<ConvFinish<DirectTile<Operand, SLICE>>*>(shared_memory<unsigned char>() + x_at), p, place, tile, row,
-            [](int c) { return uint32_t(c); }, [] {});
-        patch.next(p);
+        auto& finish = *reinterpret_cast<ConvFinish<JointRows<Operand>>*>(shared_memory<unsigned char>() + x_at);
+        conv_finish<Operand, JointRows<Operand>, Form::DGRAD>(finish, p, place, tile, row, [](int c) { return uint32_t(c); }, [] {});
+        if (thread_again() == 0) begin(tables.number + 1);
         // What follows is loaded to where the tile was.
         sync_threads();
     }
@@ -320,5 +384,8 @@ DEVICE void direct_joint(const ConvBackwardParams& params) {
         const int32_t c = at % SLICE;
         return c < wgrad.image_channels ? uint32_t(at / SLICE * wgrad.image_channels + c) : NO_ROW;
     };
-    conv_finish<Operand, JointTile<Operand>, Form::WGRAD>(wgrad, {0, 0, run, branch}, sums, row, column);
+    const ConvPlace place = {0, 0, tables.run, tables.branch};
+    // The tables are overwritten.
+    sync_threads();
+    conv_finish<Operand, JointTile<Operand>, Form::WGRAD>(wgrad, place, sums, row, column);
 }

@@ -4,7 +4,8 @@ use super::conv_around::{Found, Pair, Sums};
 use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
 use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_tiles::Tiling;
-use super::{Lowering, Operand, Operands, joint, joint_direct};
+use super::joint_direct::{self, ConvJointParams};
+use super::{Lowering, Operand, Operands, joint};
 use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
@@ -366,17 +367,17 @@ fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static st
 fn launch_joint(lowering: &mut Lowering<'_>, dgrad: &Job<'_>, wgrad: &Job<'_>) -> Result<bool> {
     let tiles = joint_direct::tiles(dgrad.geom)
         .filter(|_| lowering.generation == Generation::Portable && joint::one_tile(dgrad, wgrad, lowering));
-    let Some([of_x, of_w]) = tiles else { return Ok(false) };
+    let Some(([of_x, of_w], areas)) = tiles else { return Ok(false) };
     let (segments, branches) = (wgrad.all_segments(lowering.branches()), wgrad.out.branches(lowering.branches()));
     let most = splits(&of_w, [branches; 2], of_w.tiles[2] * segments, Beside::Dgrad);
     let runs = joint_direct::runs(of_w.tiles[2], most);
-    let mut params = ConvBackwardParams::zeroed();
-    (params.dgrad, _) = dgrad.lower(lowering, &of_x, Beside::OneTile(1))?;
+    let mut both = ConvBackwardParams::zeroed();
+    (both.dgrad, _) = dgrad.lower(lowering, &of_x, Beside::OneTile(1))?;
     let blocks;
-    (params.wgrad, blocks) = wgrad.lower(lowering, &of_w, Beside::OneTile(runs))?;
+    (both.wgrad, blocks) = wgrad.lower(lowering, &of_w, Beside::OneTile(runs))?;
     let pairs = [dgrad, wgrad].into_iter().any(|job| job.pairs().next().is_some());
     let kernel = kernel(lowering.operands, false, Way::Joint, pairs);
-    lowering.push(kernel, &params, [blocks, 1, 1], THREADS, of_w.shared);
+    lowering.push(kernel, &ConvJointParams { both, areas }, [blocks, 1, 1], THREADS, of_w.shared);
     Ok(true)
 }
 

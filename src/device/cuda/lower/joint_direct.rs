@@ -1,16 +1,18 @@
 //! Both gradients from one tile of delta by `mma.sync`: how patches are divided among blocks, and shared memory
 //! (`kernels/include/conv_direct_joint.cuh`).
 
-use super::conv_tiles::{MOST_SHARED, MOST_TAPS, PATCH, PIXEL, Patches, SLICE, Tiling};
+use super::conv_params::ConvBackwardParams;
+use super::conv_tiles::{MOST_TAPS, PATCH, PIXEL, Patches, SLICE, Tiling};
 use super::joint::SIDE;
 use crate::ops::{ConvGeom, ConvKind};
+use bytemuck::{Pod, Zeroable};
 
 /// Bytes of `JointTables`.
-const TABLES: usize = 2576;
+const TABLES: usize = 3104;
 /// Bytes of a `JointPixel`.
 const PLACE: usize = 8;
-/// `DELTA_STEP`: the halo has room for whole flights of so many pixels.
-const STEP: usize = 96;
+/// Pixels of a flight (`DELTA_FLIGHT`), of which the halo has whole ones.
+const STEP: usize = 64;
 /// Bytes of which the areas are multiples: eight lines.
 const LINES: usize = 8 * PIXEL;
 /// `JOINT_WEIGHTS`: bytes of the weights of all taps.
@@ -20,21 +22,49 @@ const fn finish(rows: usize, columns: usize) -> usize {
     4 * rows * (columns + 8) + 16 * PATCH + 4 * rows
 }
 
-/// The tiles of both gradients, that of the input first: the same patches. None where there are no pixels, or no patches that fit shared memory.
-pub(super) fn tiles(g: &ConvGeom) -> Option<[Tiling; 2]> {
-    let (patches, shared) = Patches::choose(ConvKind::Dgrad, g, |halo| {
+/// Twin of `JointAreas`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct JointAreas {
+    weights: i32,
+    x: i32,
+    delta: i32,
+    halo_pixels: i32,
+}
+
+impl JointAreas {
+    /// Those of a block with a halo of so many pixels, and all bytes of its shared memory: what follows the dgrad's product lies where x and
+    /// delta were, and what follows the other from the beginning on.
+    fn of(halo: usize) -> (Self, usize) {
         let halo = halo.next_multiple_of(STEP);
-        let patch = (PIXEL * (PATCH + halo)).max(finish(PATCH, SLICE));
-        let all = (TABLES + PLACE * halo).next_multiple_of(LINES) + WEIGHTS + patch;
-        all.max(finish(SLICE, MOST_TAPS * SLICE))
-    })?;
-    debug_assert!(shared <= MOST_SHARED);
+        let weights = (TABLES + PLACE * halo).next_multiple_of(LINES);
+        let x = weights + WEIGHTS;
+        let delta = x + PIXEL * PATCH;
+        let [weights_at, x_at, delta_at, halo_pixels] = [weights, x, delta, halo].map(|v| v as i32);
+        let areas = JointAreas { weights: weights_at, x: x_at, delta: delta_at, halo_pixels };
+        (areas, (delta + PIXEL * halo).max(x + finish(PATCH, SLICE)).max(finish(SLICE, MOST_TAPS * SLICE)))
+    }
+}
+
+/// Twin of `ConvJointParams`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct ConvJointParams {
+    pub both: ConvBackwardParams,
+    pub areas: JointAreas,
+}
+const _: () = assert!(size_of::<ConvJointParams>() == 1784);
+
+/// The tiles of both gradients, that of the input first: the same patches. None where there are no pixels, or no patches that fit shared memory.
+pub(super) fn tiles(g: &ConvGeom) -> Option<([Tiling; 2], JointAreas)> {
+    let (patches, shared) = Patches::choose(ConvKind::Dgrad, g, |halo| JointAreas::of(halo).1)?;
+    let (areas, _) = JointAreas::of(patches.images * patches.halo[0] * patches.halo[1]);
     let number = patches.number(ConvKind::Dgrad, g);
     let dgrad =
         Tiling { patches, tiles: [number, 1, 1], size: [PATCH, SLICE], run: 1, least: 1, joint: usize::MAX, shared };
     let size = [SLICE, MOST_TAPS * SLICE];
     let wgrad = Tiling { patches, tiles: [1, 1, number], size, run: 1, least: 4, joint: 32, shared };
-    Some([dgrad, wgrad])
+    Some(([dgrad, wgrad], areas))
 }
 
 /// Runs into which the patches of a result are divided, all of about the same length: each leaves a partial sum of the weights' gradient.
@@ -45,6 +75,7 @@ pub(super) fn runs(patches: usize, most: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::conv_tiles::MOST_SHARED;
     use super::*;
 
     fn geom([n, c, h, w, k]: [usize; 5]) -> ConvGeom {
@@ -54,7 +85,7 @@ mod tests {
     /// Three blocks fit a multiprocessor of 164 KiB, and two one of 100, each with 1 KiB for the system.
     #[test]
     fn blocks_of_a_step_fit_a_multiprocessor() {
-        let [dgrad, wgrad] = tiles(&geom([128, 32, 32, 32, 32])).unwrap();
+        let ([dgrad, wgrad], _) = tiles(&geom([128, 32, 32, 32, 32])).unwrap();
         assert_eq!(dgrad.patches.size, [8, 16]);
         assert_eq!([dgrad.tiles, wgrad.tiles], [[1024, 1, 1], [1, 1, 1024]]);
         assert_eq!(dgrad.shared, wgrad.shared);
@@ -67,7 +98,8 @@ mod tests {
         for (h, w, n) in (1..=20).flat_map(|h| (1..=20).flat_map(move |w| [1, 3, 300].map(|n| (h, w, n)))) {
             let found = tiles(&geom([n, 8, h, w, 32]));
             assert_eq!(found.is_some(), [h, w] != [1, 1] || n < 100, "{n} {h} {w}");
-            let Some([dgrad, wgrad]) = found else { continue };
+            let Some(([dgrad, wgrad], areas)) = found else { continue };
+            assert!([areas.weights, areas.x, areas.delta].iter().all(|at| at % LINES as i32 == 0));
             let Patches { images, size, count, halo } = dgrad.patches;
             assert!(images * size[0] * size[1] <= PATCH && dgrad.shared <= MOST_SHARED);
             assert_eq!(halo, size.map(|v| v + SIDE - 1));
