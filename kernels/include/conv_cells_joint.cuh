@@ -169,7 +169,8 @@ DEVICE void finish_dx(ConvFinish<Tile>& shared, const ConvProduct& p, const Conv
         if (p.start) start[i] = chunk_load<Operand>(p.start, place.branch * p.start_branch + at[i], p.start_half);
         if (sums) next[i] = chunk_load<Operand>(p.sums.next, place.branch * p.sums.next_branch + at[i], p.sums.next_half);
     }
-    ThreadSums<Operand, false, RUN> mine(p, place.branch, sums ? uint32_t(c) : NO_ROW);
+    ThreadSums<Operand, false, RUN> mine = {};
+    if (there && sums) SumNorms<Tile>::template find<false>(p, place.branch, uint32_t(c), mine.norm, mine.mean);
     UNROLLED
     for (int i = 0; i < PARTS; ++i) {
         if (at[i] == NO_ROW) continue;

@@ -124,7 +124,7 @@ static_assert(sizeof(ConvParams) == 880);
 // same part of dy run at about the same time.
 struct ConvBackwardParams {
     ConvProduct dgrad, wgrad;
-    int32_t dgrad_blocks, wgrad_blocks;
+    int32_t dgrad_blocks, wgrad_blocks;  // 0 where the same blocks make both: the runs of patches are the splits of wgrad
 };
 static_assert(sizeof(ConvBackwardParams) == 1768);
 

@@ -125,6 +125,20 @@ struct SumOperand<Operand, 1> {
     DEVICE void unpack(float (&v)[1], int) const { v[0] = value; }
 };
 
+// What the sums of columns from `column` on, which the result has all of, want of the batch norm: found of its tensors, unless a tile says
+// where it has them.
+template <class Tile>
+struct SumNorms {
+    template <bool TANGENT, int RUN>
+    static DEVICE void find(const ConvProduct& p, int64_t branch, uint32_t column, BnScaleShift (&norm)[RUN], float (&mean)[RUN]) {
+        const ConvNorm& of_next = p.sums.norm;
+        for (int c = 0; c < RUN; ++c) {
+            if (!TANGENT) norm[c] = of_next.of(branch, column + c);
+            mean[c] = of_next.mean[branch * of_next.mean_branch + column + c];
+        }
+    }
+};
+
 // The sums of the present thread's columns, RUN neighbours, over its rows.
 template <class Operand, bool TANGENT, int RUN>
 struct ThreadSums {
@@ -133,15 +147,6 @@ struct ThreadSums {
     float mean[RUN];
     float of[COUNT][RUN];
 
-    // Of columns from `column` on, which the result has all or none of.
-    DEVICE ThreadSums(const ConvProduct& p, int64_t branch, uint32_t column) : norm(), mean(), of() {
-        if (column >= uint32_t(p.columns)) return;
-        const ConvNorm& of_next = p.sums.norm;
-        for (int c = 0; c < RUN; ++c) {
-            if (!TANGENT) norm[c] = of_next.of(branch, column + c);
-            mean[c] = of_next.mean[branch * of_next.mean_branch + column + c];
-        }
-    }
     DEVICE void add(const float (&v)[RUN], const float (&x)[RUN]) {
         for (int c = 0; c < RUN; ++c) {
             const float counted = TANGENT || norm[c].passes(x[c]) ? v[c] : 0.0f;
@@ -193,18 +198,14 @@ DEVICE void conv_sums_of(const ConvProduct& p, const ConvPlace& place, ConvFinis
     });
 }
 
-// The sums of the columns of the result. Each thread reads back the values that it stored itself.
-template <class Operand, class Tile, bool TANGENT, class ColumnOf>
-DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, ColumnOf column_of) {
+// Adds up the rows of a thread's columns from `column` on, AHEAD of them in flight at a time. `half`: `next` has 16 bits.
+template <class Operand, class Tile, int AHEAD, class Sums>
+DEVICE void sum_rows(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, uint32_t column, int half, Sums& mine) {
     constexpr int RUN = Tile::RUN, ROWS_ABREAST = Tile::THREADS * RUN / Tile::COLUMNS, PARTS = Tile::ROWS / ROWS_ABREAST;
-    // Rows that a thread has in flight at a time. More threads hide as much with fewer, and have fewer registers.
-    constexpr int AHEAD = Tile::THREADS > 128 ? 1 : 4;
     static_assert(Tile::THREADS * RUN % Tile::COLUMNS == 0 && Tile::ROWS % (ROWS_ABREAST * AHEAD) == 0);
     const ConvSums& sums = p.sums;
     const int first = int(thread_again()) * RUN, c = first % Tile::COLUMNS;
-    const uint32_t column = column_of(c);
     const bool there = column < uint32_t(p.columns);
-    ThreadSums<Operand, TANGENT, RUN> mine(p, place.branch, column);
     ROLLED
     for (int part = 0; part < PARTS; part += AHEAD) {
         SumOperand<Operand, RUN> next[AHEAD];
@@ -213,9 +214,9 @@ DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<T
         for (int i = 0; i < AHEAD; ++i) {
             const uint32_t row = shared.rows[first / Tile::COLUMNS + (part + i) * ROWS_ABREAST];
             has[i] = there && row != NO_ROW;
-            if (!has[i]) continue;
-            const uint32_t at = row * uint32_t(p.columns) + column;
-            next[i].load(sums.next, place.branch * sums.next_branch + at, sums.next_half);
+            // Without a condition, for which registers would be kept over the loop.
+            const uint32_t at = has[i] ? row * uint32_t(p.columns) + column : 0;
+            next[i].load(sums.next, place.branch * sums.next_branch + at, half);
         }
         UNROLLED
         for (int i = 0; i < AHEAD; ++i) {
@@ -228,9 +229,29 @@ DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<T
             } else {
                 eight_of(v, values);
             }
-            next[i].unpack(x, sums.next_half);
+            next[i].unpack(x, half);
             mine.add(v, x);
         }
     }
+}
+
+// How many rows are in flight. More threads hide as much with fewer, and have fewer registers.
+template <class Tile>
+struct SumFlight {
+    template <class Operand, class Sums>
+    static DEVICE void add(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, uint32_t column, Sums& mine) {
+        sum_rows<Operand, Tile, (Tile::THREADS > 128 ? 1 : 4)>(p, place, shared, column, p.sums.next_half, mine);
+    }
+};
+
+// The sums of the columns of the result. Each thread reads back the values that it stored itself.
+template <class Operand, class Tile, bool TANGENT, class ColumnOf>
+DEVICE void conv_sums(const ConvProduct& p, const ConvPlace& place, ConvFinish<Tile>& shared, ColumnOf column_of) {
+    const uint32_t column = column_of(int(thread_again()) * Tile::RUN % Tile::COLUMNS);
+    ThreadSums<Operand, TANGENT, Tile::RUN> mine = {};
+    if (column < uint32_t(p.columns)) {
+        SumNorms<Tile>::template find<TANGENT>(p, place.branch, column, mine.norm, mine.mean);
+    }
+    SumFlight<Tile>::template add<Operand>(p, place, shared, column, mine);
     conv_sums_of<Operand, Tile, TANGENT>(p, place, shared, mine);
 }

@@ -4,7 +4,8 @@ use super::conv_around::{Found, Pair, Sums};
 use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
 use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_tiles::Tiling;
-use super::{Lowering, Operand, Operands, joint_cells};
+use super::joint_direct::{self, ConvJointParams};
+use super::{Lowering, Operand, Operands, joint, joint_cells};
 use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
@@ -322,6 +323,7 @@ enum Way {
     Gathered,
     Direct(usize),
     Cells(usize),
+    Joint,
 }
 
 /// The kernel of fprop, or else of the gradients; `pairs`: whether any operand is one, for which there are variants, since it takes
@@ -338,6 +340,8 @@ fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static st
         (true, Way::Cells(_), false) => kernels!("conv2d_wgmma_fprop_64"),
         (true, Way::Cells(32), true) => kernels!("conv2d_wgmma_fprop_pair_32"),
         (true, Way::Cells(_), true) => kernels!("conv2d_wgmma_fprop_pair_64"),
+        (_, Way::Joint, false) => kernels!("conv2d_direct_joint"),
+        (_, Way::Joint, true) => kernels!("conv2d_direct_joint_pair"),
         (false, Way::Gathered, false) => kernels!("conv2d_backward"),
         (false, Way::Gathered, true) => kernels!("conv2d_backward_pair"),
         (false, Way::Direct(32), false) => kernels!("conv2d_direct_backward_32"),
@@ -357,16 +361,34 @@ fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static st
     }
 }
 
+/// Appends the launch of both gradients from one tile of delta, if there is a kernel that can take them.
+fn launch_joint(lowering: &mut Lowering<'_>, dgrad: &Job<'_>, wgrad: &Job<'_>) -> Result<bool> {
+    let tiles = joint_direct::tiles(dgrad.geom)
+        .filter(|_| lowering.generation == Generation::Portable && joint::one_tile(dgrad, wgrad, lowering));
+    let Some(([of_x, of_w], areas)) = tiles else { return Ok(false) };
+    let (segments, branches) = (wgrad.all_segments(lowering.branches()), wgrad.out.branches(lowering.branches()));
+    let most = splits(&of_w, [branches; 2], of_w.tiles[2] * segments, Beside::Dgrad);
+    let runs = joint_direct::runs(of_w.tiles[2], most);
+    let mut both = ConvBackwardParams::zeroed();
+    (both.dgrad, _) = dgrad.lower(lowering, &of_x, Beside::OneTile(1))?;
+    let blocks;
+    (both.wgrad, blocks) = wgrad.lower(lowering, &of_w, Beside::OneTile(runs))?;
+    let pairs = [dgrad, wgrad].into_iter().any(|job| job.pairs().next().is_some());
+    let kernel = kernel(lowering.operands, false, Way::Joint, pairs);
+    lowering.push(kernel, &ConvJointParams { both, areas }, [blocks, 1, 1], THREADS, of_w.shared);
+    Ok(true)
+}
+
 /// Appends the launch of one product, or of the gradients of the input and of the weights together.
 fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> Result<()> {
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
     let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
-    let leading = dgrad.unwrap_or(&jobs[0]);
     if let [dgrad, wgrad] = jobs
-        && joint_cells::launch(lowering, dgrad, wgrad)?
+        && (joint_cells::launch(lowering, dgrad, wgrad)? || launch_joint(lowering, dgrad, wgrad)?)
     {
         return Ok(());
     }
+    let leading = dgrad.unwrap_or(&jobs[0]);
     // Both gradients go one way: that of warpgroups, else on patches, else gathered.
     let width = conv_cells::width(leading.kind, leading.geom);
     let cells: Option<Vec<_>> = jobs.iter().map(|job| job.cells(lowering, width)).collect();

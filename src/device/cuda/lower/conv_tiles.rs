@@ -8,23 +8,23 @@ const TILE: usize = 64;
 /// Inner indices of a gathered tile.
 const DEPTH: usize = 32;
 /// `PATCH`: pixels of a patch.
-const PATCH: usize = 128;
+pub(super) const PATCH: usize = 128;
 /// Blocks that keep any present card busy.
 pub(super) const ABREAST: usize = 264;
 /// `SLICE`: channels of a halo.
 pub(super) const SLICE: usize = 32;
 /// `MOST_TAPS`: taps of a tile of a weight gradient.
-const MOST_TAPS: usize = 9;
+pub(super) const MOST_TAPS: usize = 9;
 /// `MOST_PATCH_TAPS`: taps of fprop and dgrad on patches.
 const MOST_PATCH_TAPS: usize = 128;
 /// Bytes of `DirectTables`.
 const TABLES: usize = 3072;
 /// Bytes of a pixel of a halo, of a pixel of dy in a weight gradient, and of a column's weights of a tap.
-const PIXEL: usize = 64;
+pub(super) const PIXEL: usize = 64;
 /// `STAGES`: places for the weights of taps.
 const STAGES: usize = 3;
 /// Most bytes of shared memory of a direct kernel: what every card has.
-const MOST_SHARED: usize = 99 << 10;
+pub(super) const MOST_SHARED: usize = 99 << 10;
 /// The direct kernels add up small numbers without a thought of overflow.
 pub(super) const MOST_PADDING: usize = 1 << 10;
 
@@ -154,7 +154,7 @@ impl Patches {
     }
 
     /// The patches with the least to compute and to load, and the bytes of shared memory that `shared` gives for their halo.
-    fn choose(kind: ConvKind, g: &ConvGeom, shared: impl Fn(usize) -> usize) -> Option<(Self, usize)> {
+    pub fn choose(kind: ConvKind, g: &ConvGeom, shared: impl Fn(usize) -> usize) -> Option<(Self, usize)> {
         let (grid, taps, step) = Self::reach(kind, g)?;
         let with_width = |width: usize| {
             let most = (PATCH / width).min(grid[0]);

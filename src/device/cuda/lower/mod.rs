@@ -12,6 +12,7 @@ mod elementwise;
 mod finite;
 mod joint;
 mod joint_cells;
+mod joint_direct;
 mod neighbours;
 mod pool;
 mod rows;
