@@ -4,7 +4,7 @@
 mod common;
 
 use common::on_two_threads;
-use mlnt::cases::{LOADED, Mixture, Planned, convolutions};
+use mlnt::cases::{LOADED, Mixture, NORM, Planned, RESIDUAL, Y, convolutions};
 use mlnt::check::{Deviation, deviations, same_bits, sum_deviation};
 use mlnt::device::cpu::Cpu;
 use mlnt::device::cuda::driver::Generation;
@@ -51,7 +51,23 @@ fn on_simt(case: &Planned, values: &[HostVec], operands: Operands, seed: u64) ->
     let tally = tally.lock().unwrap();
     let (kernel, _) = tally.keys().find(|(_, label)| label.starts_with(case.case.op_name())).unwrap();
     assert!(kernel.contains("wgmma") == groups, "{} ran {kernel}", case.case.name);
+    let joint = generation == Generation::Portable && operands.is_half() && eights && one_tile(case);
+    assert!(kernel.contains("joint") == joint, "{} ran {kernel}", case.case.name);
     results
+}
+
+/// Whether both gradients come from one tile of delta: few channels, the usual filter, and sums over the same branches. Channels are in eights.
+fn one_tile(case: &Planned) -> bool {
+    let FusedConv { form, geom: g, .. } = convolution(case);
+    if form != ConvForm::Backward || g.c.max(g.k) > 32 || [g.r, g.s, g.stride, g.pad] != [3, 3, 1, 1] {
+        return false;
+    }
+    let branched = |names: &[&str]| case.case.operands.iter().any(|o| o.meta.per_branch && names.contains(&o.name));
+    let delta = branched(&["dy", "y", "y_g", "y_b", "y_mean", "y_var", "dg", "db", "residual"]);
+    let x = branched(&["x", "x_dot", "g", "b", "mean", "var", "g_dot", "b_dot", "x_dot_mean", "rho"]);
+    let results = case.plan(true).unwrap().outputs;
+    let [of_x, of_w] = [0, 1].map(|i| results[i].meta.per_branch);
+    of_x == of_w && (of_x || (delta || branched(&["w"])) == (delta || x))
 }
 
 fn values(case: &Planned, operands: Operands) -> Vec<HostVec> {
@@ -188,6 +204,51 @@ fn runs_of_patches_of_fused_convolutions_are_right() {
         })
         .collect();
     let failures = on_two_threads(&cases, |case| like(Generation::Hopper, || faults(case, Operands::F16)));
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Both gradients from one tile of delta: images that patches do not fill, one image, one branch, several patches for a block, several blocks
+/// for a branch, and other numbers of channels on either side.
+#[test]
+fn gradients_from_one_tile_are_right() {
+    let norm = |size| FusedConv { norm: true, ..FusedConv::plain(ConvForm::Backward, geom(size)) };
+    let delta = Delta::Backward { residual: true, kept: true };
+    let found = |size| FusedConv { delta, start: true, epilogue: Epilogue::BackwardSums, ..norm(size) };
+    let tangent = |size| FusedConv { delta, start: true, tangent: true, ..norm(size) };
+    let sizes = [
+        [1, 8, 15, 11, 16, 3, 3, 1, 1],
+        [1, 32, 7, 5, 8, 3, 3, 1, 1],
+        [13, 24, 7, 5, 32, 3, 3, 1, 1],
+        [3, 16, 15, 11, 24, 3, 3, 1, 1],
+        [9, 8, 16, 24, 32, 3, 3, 1, 1],
+        [5, 32, 1, 3, 16, 3, 3, 1, 1],
+        [2, 32, 32, 32, 32, 3, 3, 1, 1],
+    ];
+    let mut cases = Vec::new();
+    for (i, size) in sizes.into_iter().enumerate() {
+        // What is per branch, what is summed, and widths: as they are in the phases of a step, then others.
+        let half = [0x7ff, LOADED, 0x4ff & !2, 0x3d5][i % 4];
+        let mut add = |op, branches, branched, others, sum: bool, half| {
+            let mixture = Mixture { branches, branched, others, summed: [sum; 2], half };
+            cases.push(Planned::convolution(op, mixture));
+        };
+        add(found(size), 1, 0, 0, false, half);
+        add(found(size), 3, 4, 0, false, half | 0x400);
+        add(found(size), 2, 7, NORM | Y | RESIDUAL, false, 0x7ff);
+        add(tangent(size), 3, 7, RESIDUAL, true, half);
+        add(tangent(size), 2, 6, 0, true, 0x7ff);
+        add(FusedConv { start: true, ..norm(size) }, 2, 7, NORM, i % 2 == 0, half);
+    }
+    assert!(cases.iter().all(one_tile));
+    let failures = on_two_threads(&cases, |case| {
+        let mut found = faults(case, Operands::F16);
+        let values = values(case, Operands::F16);
+        let [once, again] = [2, 3].map(|seed| on_simt(case, &values, Operands::F16, seed));
+        if !once.iter().zip(&again).all(|(a, b)| same_bits(a, b)) {
+            found.push(format!("{}: a third order of threads", case.case.name));
+        }
+        found
+    });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
