@@ -34,7 +34,9 @@ DEVICE void stem_fprop(const ConvProduct& p, uint32_t block) {
     constexpr uint32_t WEIGHTS = sizeof(StemRows), STEP = 4 * WIDTH;  // pixels' worth of weights of four taps
     const uint32_t halo = WEIGHTS + steps * STEP * STEM_PIXEL;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    tables.places[threadIdx.x] = halo + stem_place_of(p, pixel_of(p, int(threadIdx.x)), patch.pixel_step, pitch);
+    const Pixel mine = pixel_of(p, int(threadIdx.x));
+    const uint32_t my_row = row_of(p, patch, mine);
+    tables.places[threadIdx.x] = halo + stem_place_of(p, mine, patch.pixel_step, pitch);
     tables.taps[threadIdx.x] = stem_tap(p, int(threadIdx.x), pitch);
 
     DirectTile<Operand, WIDTH> tile;
@@ -102,10 +104,12 @@ DEVICE void stem_fprop(const ConvProduct& p, uint32_t block) {
         }
     }
     sync_threads();
-    const ConvPlace finished = stem_block(p, again(block));
-    const auto row = [&](int r) { return row_of(p, patch_of<Form::FPROP>(p, finished.row_tile), pixel_of(p, r)); };
-    const auto column_of = [&](int c) { return finished.column_tile * WIDTH + c; };
-    conv_finish<Operand, DirectTile<Operand, WIDTH>, Form::FPROP>(p, finished, tile, row, column_of);
+    // A thread is asked for one row, its own, which is not worked out again.
+    using Tile = DirectTile<Operand, WIDTH>;
+    static_assert(Tile::ROWS == Tile::THREADS);
+    const auto row = [&](int) { return my_row; };
+    const auto column_of = [&](int c) { return place.column_tile * WIDTH + c; };
+    conv_finish<Operand, Tile, Form::FPROP>(p, place, tile, row, column_of);
 }
 
 KERNEL(conv2d_stem_fprop_64_f16, ConvParams, 128) { stem_fprop<F16, 64>(p.product, blockIdx.x); }

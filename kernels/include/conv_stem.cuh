@@ -24,9 +24,13 @@ DEVICE uint32_t stem_pixels(const ConvProduct& p) {
     return uint32_t(p.patch_images) * uint32_t(p.halo_height) * uint32_t(p.halo_width);
 }
 
+// The quotient of `a`, below 2^20, and a number whose inverse is given. A half keeps it further from an integer than rounding reaches.
+DEVICE uint32_t stem_quotient(uint32_t a, float inverse) { return uint32_t((float(a) + 0.5f) * inverse); }
+
 // Pixel `at` of every halo: its image, its line and its place in that, in 8, 12 and 12 bits.
 DEVICE uint32_t stem_pixel(const ConvProduct& p, uint32_t at) {
-    const uint32_t line = at / uint32_t(p.halo_width), image = line / uint32_t(p.halo_height);
+    const uint32_t line = stem_quotient(at, 1.0f / float(p.halo_width));
+    const uint32_t image = stem_quotient(line, 1.0f / float(p.halo_height));
     return image << 24 | (line - image * uint32_t(p.halo_height)) << 12 | (at - line * uint32_t(p.halo_width));
 }
 

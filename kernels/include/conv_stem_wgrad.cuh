@@ -186,7 +186,7 @@ DEVICE void stem_wgrad(const ConvProduct& p, uint32_t block) {
             for (int part = 0; part < STEM_FLIGHT; ++part) of_x[part] = load_x(threadIdx.x + part * DIRECT_THREADS);
         }
         // Its slot served this iteration's delta, which is made.
-        if (products && i + 2 < count && step_of(i + 2).branch != step_of(i).branch) describe(i + 2);
+        if (products && p.segments > 1 && i + 2 < count) describe(i + 2);
         constexpr int PIXELS = SPLITS_PIXELS ? PATCH / STEM_WARPS : PATCH;
         const int first_pixel = SPLITS_PIXELS ? warp * PIXELS : 0, end = products ? first_pixel + PIXELS : first_pixel;
         ROLLED
