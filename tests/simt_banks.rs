@@ -206,6 +206,19 @@ fn a_steps_convolutions_meet_no_bank_twice() {
     });
 }
 
+/// The gradient of the first weights: dy as in other stages. What is read of the image is not counted here: unit tests of the lowering hold
+/// that to its lines' distances (`src/device/cuda/lower/conv_stem.rs`).
+#[test]
+fn the_gradient_of_few_channels_meets_no_bank_twice() {
+    let sizes = [[2, 3, 32, 32, 32, 3, 3, 1, 1], [1, 3, 64, 64, 64, 7, 7, 2, 3]];
+    let cases: Vec<Case> =
+        sizes.iter().flat_map(|size| [true, false].map(|half| (*size, Form::One(ConvKind::Wgrad), half))).collect();
+    check(&cases, |_, [matrices, stores, copies]| {
+        let met = [matrices, stores, copies].iter().any(|part| part.conflicts > 0 || part.most > 1);
+        met || matrices.phases == 0 || (stores.phases == 0) == (copies.phases == 0)
+    });
+}
+
 /// Pixels of a stride of 2 are every second line, which has half of the banks: each is met twice, and no more. The gradient of the
 /// input has phases instead, and a single tap leaves the pixels between out.
 #[test]

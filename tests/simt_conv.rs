@@ -24,11 +24,15 @@ const HALVES: [Operands; 2] = [Operands::F16, Operands::Bf16];
 
 /// The outputs through the kernels of warpgroups; fails unless they ran, and nothing else did.
 fn run_groups(operands: Operands, plan: Plan, inputs: &[Vec<f64>]) -> Vec<Vec<f64>> {
-    let machine = Simt::open(3).unwrap().like(Generation::Hopper);
+    run_kernels("conv2d_wgmma_", Simt::open(3).unwrap().like(Generation::Hopper), operands, plan, inputs)
+}
+
+/// The outputs of a machine on which kernels with names that begin so ran, and nothing else did.
+fn run_kernels(name: &str, machine: Simt, operands: Operands, plan: Plan, inputs: &[Vec<f64>]) -> Vec<Vec<f64>> {
     let tally = machine.tally();
     let outputs = run(&mut Cuda::new(Box::new(machine), operands, Mode::Eager), plan, inputs);
     let kernels: Vec<_> = tally.lock().unwrap().keys().map(|(kernel, _)| *kernel).collect();
-    let all = kernels.iter().all(|kernel| kernel.starts_with("conv2d_wgmma_"));
+    let all = kernels.iter().all(|kernel| kernel.starts_with(name));
     assert!(all && !kernels.is_empty(), "{:?}", tally.lock().unwrap().keys());
     outputs
 }
@@ -126,6 +130,48 @@ fn integers_are_convolved_exactly() {
         }
         let name = format!("{kind:?} {geom:?} per-branch {bits:02b} summed {sum} start {start}: {wrong:?}");
         if wrong.is_empty() { Vec::new() } else { vec![name] }
+    });
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Images of one to four channels, on every generation of cards, in tiles of few taps and of many, with blocks that work on several patches,
+/// on several images in a patch, and on sums over branches.
+#[test]
+fn images_of_few_channels_are_exact() {
+    let sizes = [
+        [3, 3, 15, 11, 32, 3, 3, 1, 1],  // patches in part
+        [70, 3, 16, 32, 32, 3, 3, 1, 1], // several patches of a block, in several splits
+        [2, 3, 30, 26, 64, 7, 7, 2, 3],
+        [3, 4, 20, 20, 40, 5, 5, 1, 2],  // more columns than a tile has, or rows
+        [2, 2, 9, 7, 104, 11, 11, 1, 5], // taps of two tiles
+        [65, 1, 4, 4, 16, 2, 3, 3, 1],   // several images in a patch, the last in part
+        [5, 1, 28, 28, 8, 5, 5, 1, 2],
+        [9, 2, 7, 7, 24, 1, 1, 2, 0],  // one tap: what lies between the pixels is left out
+        [1, 3, 300, 5, 8, 3, 3, 2, 4], // results that no pixel reaches
+    ];
+    let mixtures = [(0, false, 1), (1, false, 0), (2, false, 2), (3, false, 2), (3, true, 1), (1, true, 0)];
+    let mut cases = Vec::new();
+    for size in sizes {
+        for kind in [ConvKind::Fprop, ConvKind::Wgrad] {
+            // Of the many images not every mixture.
+            let some = if size[0] == 70 { &mixtures[2..5] } else { &mixtures[..] };
+            cases.extend(some.iter().map(|mixture| (geom(size), kind, *mixture)));
+        }
+    }
+    let failures = on_two_threads(&cases, |(geom, kind, (bits, sum, start))| {
+        let [a, b, out] = metas(*kind, geom);
+        let mut operands = vec![a.with_branching(bits & 1 == 1), b.with_branching(bits & 2 == 2)];
+        operands.extend((*start > 0).then(|| out.with_branching(*start == 2)));
+        let tape = one(2, Conv { kind: *kind, geom: *geom }, &operands, *sum);
+        let values: Vec<_> = operands.iter().zip(1..).map(|(m, seed)| integers(m, 2, seed)).collect();
+        let want = run(&mut Cpu::<f64>::new(1).unwrap(), plan(&tape), &values);
+        let machines = [(1, Generation::Portable, Operands::F16), (2, Generation::Hopper, Operands::Bf16)];
+        let right = machines.into_iter().all(|(seed, generation, operands)| {
+            let machine = Simt::open(seed).unwrap().like(generation);
+            run_kernels("conv2d_stem_", machine, operands, plan(&tape), &values) == want
+        });
+        let name = format!("{kind:?} {geom:?} per-branch {bits:02b} summed {sum} start {start}");
+        if right { Vec::new() } else { vec![name] }
     });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }

@@ -3,34 +3,6 @@
 
 #include "conv_patch.cuh"
 
-// A thread's part of the result. The four warps have 32 pixels each.
-template <class Operand, int WIDTH>
-struct DirectTile {
-    static constexpr int ROWS = PATCH, COLUMNS = WIDTH, THREADS = DIRECT_THREADS, RUN = 8;
-    float d[2][WIDTH / 8][4];
-
-    DEVICE void clear() {
-        for (int m = 0; m < 2; ++m) {
-            for (int n = 0; n < WIDTH / 8; ++n) {
-                for (int i = 0; i < 4; ++i) d[m][n][i] = 0.0f;
-            }
-        }
-    }
-
-    template <class F>
-    DEVICE void each(F f) {
-        const uint32_t thread = again(threadIdx.x);
-        const int lane = int(thread % 32), row = int(thread / 32) * 32 + lane / 4, column = lane % 4 * 2;
-        for (int m = 0; m < 2; ++m) {
-            for (int n = 0; n < WIDTH / 8; ++n) {
-                for (int i = 0; i < 4; ++i) {
-                    f((m * (WIDTH / 8) + n) * 4 + i, row + 16 * m + 8 * (i / 2), column + 8 * n + i % 2, d[m][n][i]);
-                }
-            }
-        }
-    }
-};
-
 // The weights of one tap and slice: [WIDTH, SLICE] in fprop, [SLICE, WIDTH] in dgrad.
 template <Form FORM, class Operand, int WIDTH>
 struct Weights {

@@ -4,9 +4,9 @@ use super::conv::{Mixture, NEXT, NORM, RESIDUAL, X, Y};
 use super::plan::Planned;
 use crate::ops::{self, ConvForm, ConvGeom, Epilogue, FusedConv};
 
-/// Sizes, `[n, c, h, w, k, r, s, stride, pad]`: for kernels that gather and for those that load patches, in tiles of one width and of the
-/// other, with tiles in part and in full.
-const SIZES: [[usize; 9]; 12] = [
+/// Sizes, `[n, c, h, w, k, r, s, stride, pad]`: for kernels that gather, for those that load patches, and for those of few channels, in tiles
+/// of one width and of the other, with tiles in part and in full.
+const SIZES: [[usize; 9]; 15] = [
     [2, 5, 15, 11, 8, 3, 3, 1, 1],
     [1, 3, 15, 11, 5, 7, 7, 2, 3],
     [2, 32, 8, 8, 32, 3, 3, 1, 1],
@@ -19,6 +19,9 @@ const SIZES: [[usize; 9]; 12] = [
     [7, 24, 3, 3, 40, 3, 3, 1, 1],
     [2, 24, 15, 11, 8, 3, 3, 1, 1],
     [1, 8, 7, 5, 32, 3, 3, 1, 1],
+    [3, 3, 15, 11, 32, 3, 3, 1, 1],
+    [2, 3, 15, 11, 64, 7, 7, 2, 3],
+    [5, 1, 9, 7, 40, 5, 5, 1, 2],
 ];
 
 /// Bits of [`Mixture::half`] of what a product loads.

@@ -107,6 +107,10 @@ impl Table {
             // Channels in eights, for kernels that load patches.
             (3, 8, 7, 7, 16, 3, 2, 1),
             (2, 40, 9, 7, 48, 3, 1, 1),
+            (2, 3, 15, 11, 32, 3, 1, 1),
+            (2, 4, 15, 11, 64, 7, 2, 3),
+            (3, 1, 9, 7, 8, 5, 1, 2),
+            (2, 2, 8, 9, 40, 3, 2, 1),
         ];
         for (i, (n, c, h, w, k, r, stride, pad)) in sizes.into_iter().enumerate() {
             let (p, q) = ((h + 2 * pad - r) / stride + 1, (w + 2 * pad - r) / stride + 1);

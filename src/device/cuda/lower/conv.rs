@@ -1,8 +1,10 @@
-//! Convolutions, plain and fused: `kernels/conv.cu`, `kernels/conv_direct.cu`, `kernels/conv_wgmma.cu` and `kernels/conv_wgmma_joint.cu`.
+//! Convolutions, plain and fused: `kernels/conv.cu`, `kernels/conv_stem.cu`, `kernels/conv_direct.cu`, `kernels/conv_wgmma.cu`, and both gradients
+//! from one tile, `kernels/conv_direct_joint.cu` and `kernels/conv_wgmma_joint.cu`.
 
 use super::conv_around::{Found, Pair, Sums};
 use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
 use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
+use super::conv_stem;
 use super::conv_tiles::Tiling;
 use super::joint_direct::{self, ConvJointParams};
 use super::{Lowering, Operand, Operands, joint, joint_cells};
@@ -138,6 +140,12 @@ impl Job<'_> {
     fn direct(&self, lowering: &Lowering<'_>) -> Option<Tiling> {
         let tiling = Tiling::direct(self.kind, self.geom, self.all_segments(lowering.branches()));
         tiling.filter(|_| self.by_patches(lowering))
+    }
+
+    /// Its tiles, if the kernels for images of few channels can take it, to which they do nothing, and what is wide of them.
+    fn stem(&self, lowering: &Lowering<'_>) -> Option<(Tiling, usize)> {
+        let plain = self.norm.is_none() && self.image.is_none();
+        conv_stem::tiling(self.kind, self.geom).filter(|_| plain && self.by_patches(lowering))
     }
 
     /// Its tiles, if the kernels for Hopper can take it.
@@ -322,6 +330,8 @@ macro_rules! kernels {
 enum Way {
     Gathered,
     Direct(usize),
+    /// Taps of a tile instead, of the gradient of the weights.
+    Stem(usize),
     Cells(usize),
     Joint,
 }
@@ -336,6 +346,8 @@ fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static st
         (true, Way::Direct(_), false) => kernels!("conv2d_direct_fprop_64"),
         (true, Way::Direct(32), true) => kernels!("conv2d_direct_fprop_pair_32"),
         (true, Way::Direct(_), true) => kernels!("conv2d_direct_fprop_pair_64"),
+        (true, Way::Stem(32), _) => kernels!("conv2d_stem_fprop_32"),
+        (true, Way::Stem(_), _) => kernels!("conv2d_stem_fprop_64"),
         (true, Way::Cells(32), false) => kernels!("conv2d_wgmma_fprop_32"),
         (true, Way::Cells(_), false) => kernels!("conv2d_wgmma_fprop_64"),
         (true, Way::Cells(32), true) => kernels!("conv2d_wgmma_fprop_pair_32"),
@@ -348,6 +360,10 @@ fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static st
         (false, Way::Direct(_), false) => kernels!("conv2d_direct_backward_64"),
         (false, Way::Direct(32), true) => kernels!("conv2d_direct_backward_pair_32"),
         (false, Way::Direct(_), true) => kernels!("conv2d_direct_backward_pair_64"),
+        (false, Way::Stem(16), false) => kernels!("conv2d_stem_wgrad_16"),
+        (false, Way::Stem(_), false) => kernels!("conv2d_stem_wgrad_64"),
+        (false, Way::Stem(16), true) => kernels!("conv2d_stem_wgrad_pair_16"),
+        (false, Way::Stem(_), true) => kernels!("conv2d_stem_wgrad_pair_64"),
         (false, Way::Cells(32), false) => kernels!("conv2d_wgmma_backward_32"),
         (false, Way::Cells(_), false) => kernels!("conv2d_wgmma_backward_64"),
         (false, Way::Cells(32), true) => kernels!("conv2d_wgmma_backward_pair_32"),
@@ -389,14 +405,16 @@ fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> 
         return Ok(());
     }
     let leading = dgrad.unwrap_or(&jobs[0]);
-    // Both gradients go one way: that of warpgroups, else on patches, else gathered.
+    // Both gradients go one way: that of warpgroups, else on patches, else gathered. One alone may go that of few channels.
     let width = conv_cells::width(leading.kind, leading.geom);
     let cells: Option<Vec<_>> = jobs.iter().map(|job| job.cells(lowering, width)).collect();
     let direct: Option<Vec<Tiling>> = jobs.iter().map(|job| job.direct(lowering)).collect();
-    let (way, threads, tilings) = match (&cells, direct) {
-        (Some(cells), _) => (Way::Cells(width), conv_cells::THREADS, cells.iter().map(|c| c.0).collect()),
-        (None, Some(direct)) => (Way::Direct(Tiling::width(leading.kind, leading.geom)), THREADS, direct),
-        (None, None) => (Way::Gathered, THREADS, jobs.iter().map(|job| job.gathered(lowering)).collect()),
+    let stem = if jobs.len() == 1 { leading.stem(lowering) } else { None };
+    let (way, threads, tilings) = match (&cells, direct, stem) {
+        (Some(cells), ..) => (Way::Cells(width), conv_cells::THREADS, cells.iter().map(|c| c.0).collect()),
+        (None, Some(direct), _) => (Way::Direct(Tiling::width(leading.kind, leading.geom)), THREADS, direct),
+        (None, None, Some((stem, width))) => (Way::Stem(width), THREADS, vec![stem]),
+        (None, None, None) => (Way::Gathered, THREADS, jobs.iter().map(|job| job.gathered(lowering)).collect()),
     };
     let cells = |kind: ConvKind| -> Option<CellTiling> {
         let (_, (_, cells)) = jobs.iter().zip(cells.as_ref()?).find(|(job, _)| job.kind == kind)?;

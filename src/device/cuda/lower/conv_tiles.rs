@@ -63,6 +63,11 @@ pub(super) struct Tiling {
     pub abreast: usize,
 }
 
+/// Bytes of `ConvFinish` of a tile, with as many threads as a patch has pixels.
+pub(super) fn finish(rows: usize, columns: usize) -> usize {
+    4 * rows * (columns + 8) + 16 * PATCH + 4 * rows
+}
+
 impl Tiling {
     /// That of the kernels that gather; `shape`: rows, columns and inner dimension of the product.
     pub fn gathered(shape: [usize; 3], shared: usize) -> Self {
@@ -91,15 +96,17 @@ impl Tiling {
             return None;
         }
         let width = Self::width(kind, g);
-        let finish = |rows: usize, columns: usize| 4 * rows * (columns + 8) + 16 * PATCH + 4 * rows;
         // The kernels' rule for where pieces of pixels lie has eight pixels at a time.
         let halo_bytes = |pixels: usize| PIXEL * pixels.next_multiple_of(8);
-        let (patches, shared) = Patches::choose(kind, g, |halo| match kind {
-            ConvKind::Wgrad => (TABLES + 2 * (halo_bytes(halo) + PIXEL * PATCH)).max(finish(SLICE, MOST_TAPS * SLICE)),
-            _ => {
-                let channels = if kind == ConvKind::Fprop { g.c } else { g.k };
-                let slots = if channels.div_ceil(SLICE) * segments > 1 { 2 } else { 1 };
-                (TABLES + STAGES * PIXEL * width + slots * halo_bytes(halo)).max(finish(PATCH, width))
+        let (patches, shared) = Patches::choose(kind, g, |patches| {
+            let halo = halo_bytes(patches.halo_pixels());
+            match kind {
+                ConvKind::Wgrad => (TABLES + 2 * (halo + PIXEL * PATCH)).max(finish(SLICE, MOST_TAPS * SLICE)),
+                _ => {
+                    let channels = if kind == ConvKind::Fprop { g.c } else { g.k };
+                    let slots = if channels.div_ceil(SLICE) * segments > 1 { 2 } else { 1 };
+                    (TABLES + STAGES * PIXEL * width + slots * halo).max(finish(PATCH, width))
+                }
             }
         })?;
         let number = patches.number(kind, g);
@@ -153,8 +160,13 @@ impl Patches {
         (g.n > 0 && !grid.contains(&0)).then_some((grid, taps, step))
     }
 
-    /// The patches with the least to compute and to load, and the bytes of shared memory that `shared` gives for their halo.
-    pub fn choose(kind: ConvKind, g: &ConvGeom, shared: impl Fn(usize) -> usize) -> Option<(Self, usize)> {
+    /// Pixels of a halo.
+    pub fn halo_pixels(&self) -> usize {
+        self.images * self.halo[0] * self.halo[1]
+    }
+
+    /// The patches with the least to compute and to load, and the bytes of shared memory that `shared` gives for them.
+    pub fn choose(kind: ConvKind, g: &ConvGeom, shared: impl Fn(&Patches) -> usize) -> Option<(Self, usize)> {
         let (grid, taps, step) = Self::reach(kind, g)?;
         let with_width = |width: usize| {
             let most = (PATCH / width).min(grid[0]);
@@ -166,8 +178,8 @@ impl Patches {
         };
         // Of equals the widest: it reads the longest runs of memory.
         let all = (1..=grid[1].min(PATCH)).rev().map(with_width).filter_map(|patches| {
-            let halo = patches.images * patches.halo[0] * patches.halo[1];
-            let bytes = shared(halo);
+            let halo = patches.halo_pixels();
+            let bytes = shared(&patches);
             let tiles = g.n.div_ceil(patches.images) * patches.count[0] * patches.count[1];
             (bytes <= MOST_SHARED).then_some((tiles * (2 * PATCH + halo), patches, bytes))
         });

@@ -2,7 +2,7 @@
 //! (`kernels/include/conv_direct_joint.cuh`).
 
 use super::conv_params::ConvBackwardParams;
-use super::conv_tiles::{ABREAST, MOST_TAPS, PATCH, PIXEL, Patches, SLICE, Tiling};
+use super::conv_tiles::{ABREAST, MOST_TAPS, PATCH, PIXEL, Patches, SLICE, Tiling, finish};
 use super::joint::SIDE;
 use crate::ops::{ConvGeom, ConvKind};
 use bytemuck::{Pod, Zeroable};
@@ -17,11 +17,6 @@ const STEP: usize = 64;
 const LINES: usize = 8 * PIXEL;
 /// `JOINT_WEIGHTS`: bytes of the weights of all taps.
 const WEIGHTS: usize = SIDE * SIDE * SLICE * PIXEL;
-/// Bytes of `ConvFinish` of a tile of so many rows and columns.
-const fn finish(rows: usize, columns: usize) -> usize {
-    4 * rows * (columns + 8) + 16 * PATCH + 4 * rows
-}
-
 /// Twin of `JointAreas`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -57,8 +52,8 @@ const _: () = assert!(size_of::<ConvJointParams>() == 1784);
 
 /// The tiles of both gradients, that of the input first: the same patches. None where there are no pixels, or no patches that fit shared memory.
 pub(super) fn tiles(g: &ConvGeom) -> Option<([Tiling; 2], JointAreas)> {
-    let (patches, shared) = Patches::choose(ConvKind::Dgrad, g, |halo| JointAreas::of(halo).1)?;
-    let (areas, _) = JointAreas::of(patches.images * patches.halo[0] * patches.halo[1]);
+    let (patches, shared) = Patches::choose(ConvKind::Dgrad, g, |patches| JointAreas::of(patches.halo_pixels()).1)?;
+    let (areas, _) = JointAreas::of(patches.halo_pixels());
     let number = patches.number(ConvKind::Dgrad, g);
     let dgrad = Tiling {
         patches,

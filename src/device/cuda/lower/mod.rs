@@ -7,6 +7,7 @@ mod conv;
 mod conv_around;
 mod conv_cells;
 mod conv_params;
+mod conv_stem;
 mod conv_tiles;
 mod elementwise;
 mod finite;
