@@ -13,7 +13,7 @@ use crate::train::open_device::{open_kernels, operands};
 pub(super) const LONG_ABOUT: &str = "\
 Check the CUDA kernels on a GPU, or on the SIMT host machine.
 
-Runs every operation of the engine, those that only the planner makes too, on about 2,500 cases of odd sizes, shared and \
+Runs every operation of the engine, those that only the planner makes too, on about 2,800 cases of odd sizes, shared and \
 per-branch operands, against double precision on the CPU; fused convolutions and batch norms against the plain operations \
 that they stand for. Each case runs twice launch by launch and once as a replayed graph, and all three must give the same \
 bits. In f16 and bf16 activations take 16 bits, convolutions in a mixture of widths. Operations that do not depend on \
