@@ -12,8 +12,8 @@
 // run. Blocks that have the same run of different branches are neighbours: they read the same of what is the same in all.
 //
 // There is one place for delta, one for x and one for the weights of all taps, which stay there over the run unless they are those of
-// several branches. So there are three barriers for each patch and branch, and the products between two of them are not
-// mixed with loads, which those of the other blocks of a multiprocessor hide. What follows the dgrad's product lies where delta and x were.
+// several branches. So there are two barriers for each patch and branch, and the products between them are not
+// mixed with loads, which the products of a multiprocessor's other blocks hide. What follows the dgrad's product lies where delta and x were.
 #pragma once
 
 #include "conv_direct_product.cuh"

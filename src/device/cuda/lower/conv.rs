@@ -3,11 +3,11 @@
 
 use super::conv_around::{Found, Pair, Sums};
 use super::conv_cells::{self, CellBackwardParams, CellParams, CellTiling, Scale};
+use super::conv_names::{Way, kernel};
 use super::conv_params::{ConvBackwardParams, ConvNorm, ConvPair, ConvParams, ConvProduct, ConvTerm};
 use super::conv_stem;
 use super::conv_tiles::Tiling;
-use super::joint_direct::{self, ConvJointParams};
-use super::{Lowering, Operand, Operands, joint, joint_cells};
+use super::{Lowering, Operand, Operands, joint_cells, joint_direct};
 use crate::device::cuda::driver::{Address, Generation};
 use crate::error::{Error, Result};
 use crate::ops::{Conv, ConvForm, ConvGeom, ConvKind, Epilogue, FusedConv, Operation};
@@ -15,7 +15,7 @@ use crate::plan::Args;
 use bytemuck::Zeroable;
 
 /// Threads of a block.
-const THREADS: usize = 128;
+pub(super) const THREADS: usize = 128;
 /// Bytes of shared memory of a block: the tables of positions and two pairs of tiles (`Shared` in the kernels).
 const SHARED_32: usize = 43_264;
 /// The same with operands of 16 bits.
@@ -262,7 +262,7 @@ impl Job<'_> {
 }
 
 /// Parts into which the inner dimension of the tiles of the result, and of the blocks that make them, is divided; shapes alone decide it.
-fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, beside: Beside) -> usize {
+pub(super) fn splits(tiling: &Tiling, [blocks, tiles]: [usize; 2], iterations: usize, beside: Beside) -> usize {
     // Rounded down: partial sums are written and read again, which costs more than blocks that are some too few.
     let idle = tiling.abreast / blocks;
     let wanted = match beside {
@@ -305,102 +305,12 @@ fn check(lowering: &Lowering<'_>, name: &'static str, g: &ConvGeom, job: &Job<'_
     Ok(())
 }
 
-/// Kernels by operand type.
-struct Kernels {
-    f32: &'static str,
-    tf32: &'static str,
-    f16: &'static str,
-    bf16: &'static str,
-}
-
-/// The kernels `name` of all operand types, or those of 16 bits, which others do not ask for.
-macro_rules! kernels {
-    ($name:literal) => {
-        Kernels {
-            f32: concat!($name, "_f32"),
-            tf32: concat!($name, "_tf32"),
-            f16: concat!($name, "_f16"),
-            bf16: concat!($name, "_bf16"),
-        }
-    };
-}
-
-/// Ways to compute a product, with the columns of a tile where there are several.
-#[derive(Clone, Copy)]
-enum Way {
-    Gathered,
-    Direct(usize),
-    /// Taps of a tile instead, of the gradient of the weights.
-    Stem(usize),
-    Cells(usize),
-    Joint,
-}
-
-/// The kernel of fprop, or else of the gradients; `pairs`: whether any operand is one, for which there are variants, since it takes
-/// more registers.
-fn kernel(operands: Operands, fprop: bool, way: Way, pairs: bool) -> &'static str {
-    let kernels = match (fprop, way, pairs) {
-        (true, Way::Gathered, false) => kernels!("conv2d_fprop"),
-        (true, Way::Gathered, true) => kernels!("conv2d_fprop_pair"),
-        (true, Way::Direct(32), false) => kernels!("conv2d_direct_fprop_32"),
-        (true, Way::Direct(_), false) => kernels!("conv2d_direct_fprop_64"),
-        (true, Way::Direct(32), true) => kernels!("conv2d_direct_fprop_pair_32"),
-        (true, Way::Direct(_), true) => kernels!("conv2d_direct_fprop_pair_64"),
-        (true, Way::Stem(32), _) => kernels!("conv2d_stem_fprop_32"),
-        (true, Way::Stem(_), _) => kernels!("conv2d_stem_fprop_64"),
-        (true, Way::Cells(32), false) => kernels!("conv2d_wgmma_fprop_32"),
-        (true, Way::Cells(_), false) => kernels!("conv2d_wgmma_fprop_64"),
-        (true, Way::Cells(32), true) => kernels!("conv2d_wgmma_fprop_pair_32"),
-        (true, Way::Cells(_), true) => kernels!("conv2d_wgmma_fprop_pair_64"),
-        (_, Way::Joint, false) => kernels!("conv2d_direct_joint"),
-        (_, Way::Joint, true) => kernels!("conv2d_direct_joint_pair"),
-        (false, Way::Gathered, false) => kernels!("conv2d_backward"),
-        (false, Way::Gathered, true) => kernels!("conv2d_backward_pair"),
-        (false, Way::Direct(32), false) => kernels!("conv2d_direct_backward_32"),
-        (false, Way::Direct(_), false) => kernels!("conv2d_direct_backward_64"),
-        (false, Way::Direct(32), true) => kernels!("conv2d_direct_backward_pair_32"),
-        (false, Way::Direct(_), true) => kernels!("conv2d_direct_backward_pair_64"),
-        (false, Way::Stem(16), false) => kernels!("conv2d_stem_wgrad_16"),
-        (false, Way::Stem(_), false) => kernels!("conv2d_stem_wgrad_64"),
-        (false, Way::Stem(16), true) => kernels!("conv2d_stem_wgrad_pair_16"),
-        (false, Way::Stem(_), true) => kernels!("conv2d_stem_wgrad_pair_64"),
-        (false, Way::Cells(32), false) => kernels!("conv2d_wgmma_backward_32"),
-        (false, Way::Cells(_), false) => kernels!("conv2d_wgmma_backward_64"),
-        (false, Way::Cells(32), true) => kernels!("conv2d_wgmma_backward_pair_32"),
-        (false, Way::Cells(_), true) => kernels!("conv2d_wgmma_backward_pair_64"),
-    };
-    match operands {
-        Operands::F32 => kernels.f32,
-        Operands::Tf32 => kernels.tf32,
-        Operands::F16 => kernels.f16,
-        Operands::Bf16 => kernels.bf16,
-    }
-}
-
-/// Appends the launch of both gradients from one tile of delta, if there is a kernel that can take them.
-fn launch_joint(lowering: &mut Lowering<'_>, dgrad: &Job<'_>, wgrad: &Job<'_>) -> Result<bool> {
-    let tiles = joint_direct::tiles(dgrad.geom)
-        .filter(|_| lowering.generation == Generation::Portable && joint::one_tile(dgrad, wgrad, lowering));
-    let Some(([of_x, of_w], areas)) = tiles else { return Ok(false) };
-    let (segments, branches) = (wgrad.all_segments(lowering.branches()), wgrad.out.branches(lowering.branches()));
-    let most = splits(&of_w, [branches; 2], of_w.tiles[2] * segments, Beside::Dgrad);
-    let runs = joint_direct::runs(of_w.tiles[2], most);
-    let mut both = ConvBackwardParams::zeroed();
-    (both.dgrad, _) = dgrad.lower(lowering, &of_x, Beside::OneTile(1))?;
-    let blocks;
-    (both.wgrad, blocks) = wgrad.lower(lowering, &of_w, Beside::OneTile(runs))?;
-    let pairs = [dgrad, wgrad].into_iter().any(|job| job.pairs().next().is_some());
-    let kernel = kernel(lowering.operands, false, Way::Joint, pairs);
-    lowering.push(kernel, &ConvJointParams { both, areas }, [blocks, 1, 1], THREADS, of_w.shared);
-    Ok(true)
-}
-
 /// Appends the launch of one product, or of the gradients of the input and of the weights together.
 fn launch(lowering: &mut Lowering<'_>, name: &'static str, jobs: &[Job<'_>]) -> Result<()> {
     jobs.iter().try_for_each(|job| check(lowering, name, job.geom, job))?;
     let dgrad = jobs.iter().find(|job| job.kind == ConvKind::Dgrad);
     if let [dgrad, wgrad] = jobs
-        && (joint_cells::launch(lowering, dgrad, wgrad)? || launch_joint(lowering, dgrad, wgrad)?)
+        && (joint_cells::launch(lowering, dgrad, wgrad)? || joint_direct::launch(lowering, dgrad, wgrad)?)
     {
         return Ok(());
     }

@@ -1,9 +1,13 @@
 //! Both gradients from one tile of delta by `mma.sync`: how patches are divided among blocks, and shared memory
 //! (`kernels/include/conv_direct_joint.cuh`).
 
+use super::conv::{Beside, Job, THREADS, splits};
 use super::conv_params::ConvBackwardParams;
 use super::conv_tiles::{ABREAST, MOST_TAPS, PATCH, PIXEL, Patches, SLICE, Tiling, finish};
-use super::joint::SIDE;
+use super::joint::{SIDE, one_tile};
+use super::{Lowering, Operands};
+use crate::device::cuda::driver::Generation;
+use crate::error::Result;
 use crate::ops::{ConvGeom, ConvKind};
 use bytemuck::{Pod, Zeroable};
 
@@ -44,9 +48,9 @@ impl JointAreas {
 /// Twin of `ConvJointParams`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-pub(super) struct ConvJointParams {
-    pub both: ConvBackwardParams,
-    pub areas: JointAreas,
+struct ConvJointParams {
+    both: ConvBackwardParams,
+    areas: JointAreas,
 }
 const _: () = assert!(size_of::<ConvJointParams>() == 1784);
 
@@ -74,6 +78,28 @@ pub(super) fn tiles(g: &ConvGeom) -> Option<([Tiling; 2], JointAreas)> {
 /// `most`: more would be too small, or too many.
 pub(super) fn runs(patches: usize, most: usize) -> usize {
     patches.div_ceil(patches.div_ceil(most.min(patches)))
+}
+
+/// Appends the launch of both gradients from one tile, if its kernels can take them; false: another way is wanted.
+pub(super) fn launch(lowering: &mut Lowering<'_>, dgrad: &Job<'_>, wgrad: &Job<'_>) -> Result<bool> {
+    let kernels = match lowering.operands {
+        Operands::F16 => ["conv2d_direct_joint_f16", "conv2d_direct_joint_pair_f16"],
+        Operands::Bf16 => ["conv2d_direct_joint_bf16", "conv2d_direct_joint_pair_bf16"],
+        Operands::F32 | Operands::Tf32 => return Ok(false),
+    };
+    let tiles =
+        tiles(dgrad.geom).filter(|_| lowering.generation == Generation::Portable && one_tile(dgrad, wgrad, lowering));
+    let Some(([of_x, of_w], areas)) = tiles else { return Ok(false) };
+    let (segments, branches) = (wgrad.all_segments(lowering.branches()), wgrad.out.branches(lowering.branches()));
+    let most = splits(&of_w, [branches; 2], of_w.tiles[2] * segments, Beside::Dgrad);
+    let runs = runs(of_w.tiles[2], most);
+    let mut both = ConvBackwardParams::zeroed();
+    (both.dgrad, _) = dgrad.lower(lowering, &of_x, Beside::OneTile(1))?;
+    let blocks;
+    (both.wgrad, blocks) = wgrad.lower(lowering, &of_w, Beside::OneTile(runs))?;
+    let pairs = [dgrad, wgrad].into_iter().any(|job| job.pairs().next().is_some());
+    lowering.push(kernels[usize::from(pairs)], &ConvJointParams { both, areas }, [blocks, 1, 1], THREADS, of_w.shared);
+    Ok(true)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod batch_norm;
 mod conv;
 mod conv_around;
 mod conv_cells;
+mod conv_names;
 mod conv_params;
 mod conv_stem;
 mod conv_tiles;
