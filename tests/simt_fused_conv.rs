@@ -51,7 +51,7 @@ fn on_simt(case: &Planned, values: &[HostVec], operands: Operands, seed: u64) ->
     let tally = tally.lock().unwrap();
     let (kernel, _) = tally.keys().find(|(_, label)| label.starts_with(case.case.op_name())).unwrap();
     assert!(kernel.contains("wgmma") == groups, "{} ran {kernel}", case.case.name);
-    let joint = generation == Generation::Portable && operands.is_half() && eights && one_tile(case);
+    let joint = operands.is_half() && eights && one_tile(case);
     assert!(kernel.contains("joint") == joint, "{} ran {kernel}", case.case.name);
     results
 }
