@@ -163,7 +163,11 @@ pub(super) fn launch(lowering: &mut Lowering<'_>, dgrad: &Job<'_>, wgrad: &Job<'
     (params.both.dgrad, blocks) = dgrad.lower(lowering, &of_x, Beside::OneTile(1))?;
     (params.both.wgrad, _) = wgrad.lower(lowering, &of_w, Beside::OneTile(runs))?;
     if runs > 1 {
-        params.arrivals = lowering.counters(scale.branches * (runs.div_ceil(tiling.group as usize) + 1));
+        let groups = runs.div_ceil(tiling.group as usize);
+        params.arrivals = lowering.counters(scale.branches * (groups + 1));
+        if groups > 1 {
+            lowering.partial_sums_again(4 * SLICE * SUMS_COLUMNS * groups * scale.branches);
+        }
     }
     let pairs = [dgrad, wgrad].iter().any(|job| job.pairs().next().is_some());
     lowering.push(kernels[usize::from(pairs)], &params, [blocks, 1, 1], THREADS, of_x.shared);

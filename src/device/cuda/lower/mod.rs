@@ -334,9 +334,14 @@ impl<'a> Lowering<'a> {
         at
     }
 
+    /// Counts bytes of partial sums that are written and read once more, where others were.
+    pub fn partial_sums_again(&mut self, bytes: usize) {
+        self.out.partial_bytes += 2 * bytes as u64;
+    }
+
     /// Scratch as [`Lowering::scratch`] gives it, for partial sums: every byte is written once and read once.
     pub fn partial_sums(&mut self, bytes: usize) -> Address {
-        self.out.partial_bytes += 2 * bytes as u64;
+        self.partial_sums_again(bytes);
         self.scratch(bytes)
     }
 
