@@ -152,7 +152,7 @@ struct JointLines {
     }
 };
 
-// What follows the products of a patch of dx, once shared memory has the sums and their rows: as `conv_finish_values`, but all that a
+// What follows the products of a patch of dx, once shared memory has the sums and their rows: as `conv_finish_staged`, but all that a
 // thread reads is under way before any is used. All threads take part, behind a barrier.
 template <class Operand, class Tile>
 DEVICE void finish_dx(ConvFinish<Tile>& shared, const ConvProduct& p, const ConvPlace& place) {
